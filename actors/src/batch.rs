@@ -1,0 +1,399 @@
+//! `BatchCacheOperations`: any mix of operations over any sequences, with the bytes they need, as one message.
+//!
+//! The same type carries what one caller submits and what the router merges from many. It owns its input: token ids and
+//! tensor bytes lie in two arenas that operations point into, so a batch of any size is a handful of allocations, made in
+//! the caller's task.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::block::ExtraIdentity;
+use crate::error::Error;
+use crate::geometry::{BlockLayout, ElementType, Plane};
+use crate::memory::ReadBuffer;
+use crate::permit::Permit;
+use crate::sequence::{OpenOptions, OpenSequence, SequenceId, Tenant};
+
+/// The tensor bytes of a batch, shared by the launches that read them.
+#[derive(Debug, Default)]
+pub struct Payload {
+    bytes: Vec<u8>,
+}
+
+impl Payload {
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+/// A tensor in host memory: its bytes, little endian, and their type.
+#[derive(Debug, Clone, Copy)]
+pub struct HostTensor<'a> {
+    /// Element type.
+    pub element: ElementType,
+    /// Elements in C order.
+    pub bytes: &'a [u8],
+}
+
+/// A range of one of the batch's arenas.
+type Span = Range<usize>;
+
+/// Keys and values of an operation inside the payload.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct TensorSpans {
+    pub(crate) keys: Span,
+    pub(crate) values: Span,
+    element: ElementType,
+}
+
+/// One operation. Build them with the methods of [`BatchCacheOperations`].
+#[derive(Debug)]
+pub(crate) enum Operation {
+    Open {
+        options: Box<OpenOptions>,
+        permit: Option<Permit>,
+    },
+    Append {
+        sequence: SequenceId,
+        at: Option<u32>,
+        ids: Span,
+        extra: Option<Box<ExtraIdentity>>,
+        tensors: TensorSpans,
+    },
+    Stage {
+        sequence: SequenceId,
+        layer: u32,
+        tokens: u32,
+        tensors: TensorSpans,
+    },
+    Commit {
+        sequence: SequenceId,
+        ids: Span,
+        extra: Option<Box<ExtraIdentity>>,
+    },
+    Read {
+        sequence: SequenceId,
+        layer: u32,
+        tokens: Range<u32>,
+        buffer: Option<ReadBuffer>,
+    },
+    Fork {
+        sequence: SequenceId,
+        count: u32,
+        permit: Option<Permit>,
+    },
+    Truncate {
+        sequence: SequenceId,
+        tokens: u32,
+    },
+    Close {
+        sequence: SequenceId,
+    },
+    /// Refused at the door; keeps its place so that results line up.
+    Refused(Error),
+}
+
+impl Operation {
+    /// The sequence it works on; none for opens and refusals.
+    pub(crate) fn sequence(&self) -> Option<SequenceId> {
+        match self {
+            Operation::Open { .. } | Operation::Refused(_) => None,
+            Operation::Append { sequence, .. }
+            | Operation::Stage { sequence, .. }
+            | Operation::Commit { sequence, .. }
+            | Operation::Read { sequence, .. }
+            | Operation::Fork { sequence, .. }
+            | Operation::Truncate { sequence, .. }
+            | Operation::Close { sequence } => Some(*sequence),
+        }
+    }
+}
+
+/// What an operation has done.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// A sequence was opened.
+    Opened(OpenSequence),
+    /// Tokens were appended; this many are committed now.
+    Appended {
+        /// Committed tokens.
+        committed: u32,
+    },
+    /// A layer was staged up to this token.
+    Staged {
+        /// First token that the layer does not hold.
+        staged: u32,
+    },
+    /// Staged tokens were committed; this many are committed now.
+    Committed {
+        /// Committed tokens.
+        committed: u32,
+    },
+    /// Keys and values, decoded.
+    Read(ReadBuffer),
+    /// Forks, in no particular order.
+    Forked(Vec<OpenSequence>),
+    /// The sequence was cut.
+    Truncated {
+        /// Committed tokens.
+        committed: u32,
+    },
+    /// The sequence was closed.
+    Closed,
+}
+
+/// One result per operation, in the batch's order.
+pub type Results = SmallVec<[Result<Outcome, Error>; 1]>;
+
+/// Any mix of operations over any sequences, submitted and validated as one batch.
+///
+/// Operations on one sequence take effect in their order, each as if alone: one that fails leaves its sequence as it was,
+/// and the next one finds it so. Operations on different sequences may take effect in any order.
+#[derive(Debug, Default)]
+pub struct BatchCacheOperations {
+    pub(crate) operations: SmallVec<[Operation; 1]>,
+    pub(crate) token_ids: SmallVec<[u32; 8]>,
+    payload: Vec<u8>,
+    tenant: Option<Tenant>,
+}
+
+impl BatchCacheOperations {
+    /// An empty batch.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Every operation must be on a sequence of `tenant`; others fail with [`Error::TenantMismatch`].
+    pub fn only_tenant(&mut self, tenant: Tenant) {
+        self.tenant = Some(tenant);
+    }
+
+    /// The tenant set by [`BatchCacheOperations::only_tenant`].
+    pub fn tenant(&self) -> Option<&Tenant> {
+        self.tenant.as_ref()
+    }
+
+    /// Makes room for `bytes` more bytes of tensors.
+    pub fn reserve_bytes(&mut self, bytes: usize) {
+        self.payload.reserve_exact(bytes);
+    }
+
+    /// Operations in the batch.
+    pub fn len(&self) -> usize {
+        self.operations.len()
+    }
+
+    /// Whether there is no operation.
+    pub fn is_empty(&self) -> bool {
+        self.operations.is_empty()
+    }
+
+    /// Opens a sequence.
+    pub fn open(&mut self, options: OpenOptions) {
+        self.operations.push(Operation::Open { options: Box::new(options), permit: None });
+    }
+
+    /// Appends tokens to all layers: `keys` is `[layers, tokens, kv_heads, key_dim]`, `values` likewise.
+    ///
+    /// With `at`, the operation fails unless the sequence has exactly so many committed tokens.
+    pub fn append(
+        &mut self,
+        sequence: SequenceId,
+        at: Option<u32>,
+        token_ids: &[u32],
+        extra: Option<ExtraIdentity>,
+        keys: HostTensor<'_>,
+        values: HostTensor<'_>,
+    ) {
+        let (ids, tensors) = (self.push_ids(token_ids), self.push_tensors(keys, values));
+        self.operations.push(Operation::Append { sequence, at, ids, extra: extra.map(Box::new), tensors });
+    }
+
+    /// Writes `tokens` tokens of one layer after what that layer already holds: `keys` is `[tokens, kv_heads, key_dim]`.
+    pub fn stage(
+        &mut self,
+        sequence: SequenceId,
+        layer: u32,
+        tokens: u32,
+        keys: HostTensor<'_>,
+        values: HostTensor<'_>,
+    ) {
+        let tensors = self.push_tensors(keys, values);
+        self.operations.push(Operation::Stage { sequence, layer, tokens, tensors });
+    }
+
+    /// Counts the first `token_ids.len()` staged tokens in; the other staged tokens are discarded.
+    pub fn commit(&mut self, sequence: SequenceId, token_ids: &[u32], extra: Option<ExtraIdentity>) {
+        let ids = self.push_ids(token_ids);
+        self.operations.push(Operation::Commit { sequence, ids, extra: extra.map(Box::new) });
+    }
+
+    /// Reads a range of tokens of one layer, decoded to the element type.
+    pub fn read(&mut self, sequence: SequenceId, layer: u32, tokens: Range<u32>) {
+        self.operations.push(Operation::Read { sequence, layer, tokens, buffer: None });
+    }
+
+    /// Forks a sequence `count` times: each fork shares its committed tokens until one of them writes.
+    pub fn fork(&mut self, sequence: SequenceId, count: u32) {
+        self.operations.push(Operation::Fork { sequence, count, permit: None });
+    }
+
+    /// Cuts a sequence to its first `tokens` committed tokens and discards what is staged.
+    pub fn truncate(&mut self, sequence: SequenceId, tokens: u32) {
+        self.operations.push(Operation::Truncate { sequence, tokens });
+    }
+
+    /// Closes a sequence. Closing one that is closed already is answered with [`Error::ClosedSequence`].
+    pub fn close(&mut self, sequence: SequenceId) {
+        self.operations.push(Operation::Close { sequence });
+    }
+
+    fn push_ids(&mut self, ids: &[u32]) -> Span {
+        let start = self.token_ids.len();
+        self.token_ids.extend_from_slice(ids);
+        start..self.token_ids.len()
+    }
+
+    fn push_tensors(&mut self, keys: HostTensor<'_>, values: HostTensor<'_>) -> TensorSpans {
+        let start = self.payload.len();
+        self.payload.reserve(keys.bytes.len() + values.bytes.len());
+        self.payload.extend_from_slice(keys.bytes);
+        let middle = self.payload.len();
+        self.payload.extend_from_slice(values.bytes);
+        let element = if values.element == keys.element { keys.element } else { values.element };
+        TensorSpans { keys: start..middle, values: middle..self.payload.len(), element }
+    }
+
+    /// Sequences that the batch would open.
+    pub fn sequences_to_open(&self) -> usize {
+        self.operations
+            .iter()
+            .map(|operation| match operation {
+                Operation::Open { .. } => 1,
+                Operation::Fork { count, .. } => *count as usize,
+                _ => 0,
+            })
+            .sum()
+    }
+
+    /// Bytes that the batch carries in, and out once its reads are done.
+    pub fn bytes(&self, layout: &BlockLayout) -> u64 {
+        let token = layout.token_bytes(Plane::Key) + layout.token_bytes(Plane::Value);
+        let out: u64 = self
+            .operations
+            .iter()
+            .map(|operation| match operation {
+                Operation::Read { tokens, .. } => {
+                    u64::from(tokens.end.saturating_sub(tokens.start)) * token as u64
+                }
+                _ => 0,
+            })
+            .sum();
+        self.payload.len() as u64 + out
+    }
+
+    /// The shard of the first operation that is on a sequence.
+    pub(crate) fn first_shard(&self) -> Option<u16> {
+        self.operations.iter().find_map(Operation::sequence).map(SequenceId::shard)
+    }
+
+    /// Refuses what can be seen to be wrong without looking at any sequence: shapes, types, layers.
+    ///
+    /// The refused operations stay in place and are answered with their error; the others are not touched.
+    pub fn check(&mut self, layout: &BlockLayout, max_tokens: u32) {
+        for operation in &mut self.operations {
+            if let Err(error) = check(operation, layout, max_tokens) {
+                *operation = Operation::Refused(error);
+            }
+        }
+    }
+
+    /// Splits the permits for the sequences to open among the operations that open them.
+    pub(crate) fn attach_sequence_permits(&mut self, mut all: Permit) {
+        for operation in &mut self.operations {
+            match operation {
+                Operation::Open { permit, .. } => *permit = all.split(1),
+                Operation::Fork { permit, count, .. } => *permit = all.split(u64::from(*count)),
+                _ => {}
+            }
+        }
+    }
+
+    /// Allocates what the reads will fill: in the caller's task, after its permit.
+    pub(crate) fn attach_read_buffers(&mut self, layout: &BlockLayout) {
+        for operation in &mut self.operations {
+            if let Operation::Read { tokens, buffer, .. } = operation {
+                *buffer = Some(ReadBuffer::new(layout, tokens.len()));
+            }
+        }
+    }
+
+    /// Some of this batch's operations as a batch that shares its payload.
+    pub(crate) fn part(&self, operations: impl Iterator<Item = Operation>) -> BatchCacheOperations {
+        BatchCacheOperations {
+            operations: operations.collect(),
+            token_ids: self.token_ids.clone(),
+            payload: Vec::new(),
+            tenant: self.tenant.clone(),
+        }
+    }
+
+    pub(crate) fn take_payload(&mut self) -> Arc<Payload> {
+        Arc::new(Payload { bytes: std::mem::take(&mut self.payload) })
+    }
+}
+
+fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result<(), Error> {
+    let check_tensors = |tensors: &TensorSpans, layers: usize, tokens: usize| {
+        if tokens == 0 {
+            return Err(Error::Empty);
+        }
+        if tensors.element != layout.element {
+            return Err(Error::ElementType { given: tensors.element, expected: layout.element });
+        }
+        for (plane, span) in [(Plane::Key, &tensors.keys), (Plane::Value, &tensors.values)] {
+            let expected_bytes = (layers * tokens).checked_mul(layout.token_bytes(plane));
+            if expected_bytes != Some(span.len()) {
+                return Err(Error::Shape {
+                    plane,
+                    bytes: span.len(),
+                    expected_bytes: expected_bytes.unwrap_or(usize::MAX),
+                    shape: [layers, tokens, layout.kv_heads, layout.dim(plane)],
+                });
+            }
+        }
+        Ok(())
+    };
+    let check_layer = |layer: u32| {
+        if (layer as usize) < layout.layers {
+            Ok(())
+        } else {
+            Err(Error::Layer { layer, layers: layout.layers as u32 })
+        }
+    };
+    match operation {
+        Operation::Append { ids, tensors, .. } => check_tensors(tensors, layout.layers, ids.len()),
+        Operation::Stage { layer, tokens, tensors, .. } => {
+            check_layer(*layer)?;
+            check_tensors(tensors, 1, *tokens as usize)
+        }
+        Operation::Commit { ids, .. } if ids.is_empty() => Err(Error::Empty),
+        Operation::Read { layer, tokens, .. } => {
+            check_layer(*layer)?;
+            // Before a buffer of that size is allocated.
+            if tokens.start > tokens.end || tokens.end > max_tokens {
+                return Err(Error::TokenRange { range: tokens.clone(), visible: max_tokens });
+            }
+            Ok(())
+        }
+        Operation::Fork { count: 0, .. } => Err(Error::Empty),
+        Operation::Open { options, .. } if options.reserve_tokens > max_tokens => {
+            Err(Error::SequenceTooLong { tokens: u64::from(options.reserve_tokens), max_tokens })
+        }
+        _ => Ok(()),
+    }
+}

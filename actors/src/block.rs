@@ -1,0 +1,244 @@
+//! Blocks: `block_tokens` consecutive tokens of a sequence, over all layers. Their identity, sharing and state.
+
+use serde::{Deserialize, Serialize};
+
+use crate::format::Format;
+use crate::geometry::Geometry;
+use crate::pool::SizeClass;
+use crate::sequence::OpenOptions;
+use crate::slot::{FilledSlot, Generation, SlotId};
+use crate::sync::{Arc, AtomicU64, Ordering};
+
+/// Version of the block key's definition; part of every key.
+const KEY_VERSION: u32 = 1;
+
+/// Number of a block on its shard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BlockId(pub u32);
+
+impl BlockId {
+    /// Stands in a sequence's list where token dropping has released the block.
+    pub const DROPPED: BlockId = BlockId(u32::MAX);
+}
+
+/// Identity beside the token ids: the hash of an image, say, whose placeholder tokens are all alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ExtraIdentity(pub [u8; 32]);
+
+/// Names the logical content of a block: a keyed 256-bit hash chain over everything that decides its keys and values.
+///
+/// Equal keys mean equal content; how a copy is encoded is not part of it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct BlockKey(pub [u8; 32]);
+
+impl std::fmt::Debug for BlockKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0[..8].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+/// The secret that keeps block keys from being predicted or forged by whoever chooses the prompts (CVE-2025-25183).
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct HashSecret(pub [u8; 32]);
+
+impl std::fmt::Debug for HashSecret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("HashSecret(…)")
+    }
+}
+
+/// A keyed hash over fields that cannot run into each other: each is preceded by its length.
+struct FieldHasher(blake3::Hasher);
+
+impl FieldHasher {
+    fn new(secret: &HashSecret) -> Self {
+        FieldHasher(blake3::Hasher::new_keyed(&secret.0))
+    }
+
+    fn field(&mut self, bytes: &[u8]) -> &mut Self {
+        self.0.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+        self
+    }
+
+    fn finish(&self) -> BlockKey {
+        BlockKey(*self.0.finalize().as_bytes())
+    }
+}
+
+impl BlockKey {
+    /// The parent key of a sequence's first block: all that its blocks have in common.
+    pub fn root(secret: &HashSecret, geometry: &Geometry, dropping: &str, options: &OpenOptions) -> BlockKey {
+        let mut hasher = FieldHasher::new(secret);
+        hasher.field(&KEY_VERSION.to_le_bytes()).field(geometry.model.as_bytes());
+        hasher.field(&geometry.block_tokens.to_le_bytes());
+        for group in &geometry.groups {
+            for number in [group.layers, group.kv_heads, group.key_dim, group.value_dim] {
+                hasher.field(&number.to_le_bytes());
+            }
+            hasher.field(&[group.element as u8]);
+            match &group.rope {
+                None => hasher.field(&[0]),
+                Some(rope) => {
+                    hasher.field(&[1, rope.layout as u8]).field(&rope.rotary_dims.to_le_bytes());
+                    hasher.field(&rope.attention_scale.to_le_bytes());
+                    let freqs: Vec<u8> = rope.inv_freq.iter().flat_map(|f| f.to_le_bytes()).collect();
+                    hasher.field(&freqs)
+                }
+            };
+        }
+        hasher.field(dropping.as_bytes());
+        hasher.field(options.tenant.name().as_bytes());
+        match &options.adapter {
+            None => hasher.field(&[0]),
+            Some(adapter) => hasher.field(&[1]).field(adapter.as_bytes()),
+        };
+        hasher.finish()
+    }
+
+    /// The key of the block after `parent` that holds `token_ids`, with the extra identity at positions in the block.
+    pub fn child(
+        secret: &HashSecret,
+        parent: BlockKey,
+        token_ids: &[u32],
+        extra: impl IntoIterator<Item = (u32, ExtraIdentity)>,
+    ) -> BlockKey {
+        let mut hasher = FieldHasher::new(secret);
+        hasher.field(&parent.0);
+        hasher.0.update(&(token_ids.len() as u64).to_le_bytes());
+        hasher.0.update(bytemuck::cast_slice(token_ids));
+        for (position, identity) in extra {
+            hasher.field(&position.to_le_bytes()).field(&identity.0);
+        }
+        hasher.finish()
+    }
+}
+
+/// What a block is going through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BlockState {
+    /// Raw, and its sequence may write to it.
+    Open,
+    /// Raw, every token committed: waits to be sealed.
+    Full,
+    /// Being encoded; the raw bytes are still what readers see.
+    Sealing,
+    /// In the sealed format.
+    Sealed,
+    /// Raw for good: encoding found a value that is not finite.
+    Unsealable,
+}
+
+/// One block of a shard.
+#[derive(Debug)]
+pub(crate) struct Block {
+    pub(crate) slot: FilledSlot,
+    pub(crate) class: SizeClass,
+    pub(crate) state: BlockState,
+    /// Sequences and flights that hold the block.
+    pub(crate) refs: u32,
+    pub(crate) tenant: u32,
+    /// Holds decoded (lossy) tokens, or tokens computed after dropping: never published under a key.
+    pub(crate) private: bool,
+    /// Tokens were cut off it since it was written: a view may still show the bytes that the next write replaces.
+    pub(crate) rewound: bool,
+    pub(crate) key: Option<BlockKey>,
+}
+
+impl Block {
+    pub(crate) fn format(&self, sealed: Format) -> Format {
+        if self.state == BlockState::Sealed { sealed } else { Format::Raw }
+    }
+}
+
+/// Where a block's bytes are, as readers outside of the device thread see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// The slot.
+    pub slot: SlotId,
+    /// The size class of the slot.
+    pub class: SizeClass,
+    /// The generation to pin it under.
+    pub generation: Generation,
+    /// How the bytes are stored.
+    pub format: Format,
+    /// Whether the block is sealed (into a format that may be `raw` itself).
+    pub sealed: bool,
+}
+
+/// The place of every block of a shard: written by the device thread, read inline by anybody.
+///
+/// A reader takes the place, pins the slot under the place's generation and, if that fails because the block has just
+/// moved (been sealed), reads the place again.
+#[derive(Debug, Clone)]
+pub struct Places {
+    // slot << 32 | generation << 4 | class << 1 | sealed: one word, so that a reader never sees half a move.
+    words: Arc<Vec<AtomicU64>>,
+    sealed_format: Format,
+}
+
+impl Places {
+    pub(crate) fn new(blocks: usize, sealed_format: Format) -> Self {
+        Places { words: Arc::new((0..blocks).map(|_| AtomicU64::new(u64::MAX)).collect()), sealed_format }
+    }
+
+    pub(crate) fn publish(&self, id: BlockId, block: &Block) {
+        let sealed = u64::from(block.state == BlockState::Sealed);
+        let class = block.class as u64;
+        let generation = u64::from(block.slot.generation().0);
+        let word = u64::from(block.slot.id().0) << 32 | generation << 4 | class << 1 | sealed;
+        self.words[id.0 as usize].store(word, Ordering::Release);
+    }
+
+    /// Where `block` is now.
+    pub fn get(&self, block: BlockId) -> Option<Place> {
+        let word = self.words.get(block.0 as usize)?.load(Ordering::Acquire);
+        let slot = SlotId((word >> 32) as u32);
+        if slot.0 == u32::MAX {
+            return None;
+        }
+        let sealed = word & 1 == 1;
+        Some(Place {
+            slot,
+            class: if word >> 1 & 1 == 1 { SizeClass::Sealed } else { SizeClass::Raw },
+            generation: Generation((word >> 4) as u32 & ((1 << Generation::BITS) - 1)),
+            format: if sealed { self.sealed_format } else { Format::Raw },
+            sealed,
+        })
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::geometry::ElementType;
+
+    #[test]
+    fn every_part_of_the_identity_changes_the_key() {
+        let secret = HashSecret([7; 32]);
+        let geometry = Geometry::new(2, 2, 16, ElementType::F16).model("m");
+        let options = OpenOptions::default().tenant("a");
+        let root = |g: &Geometry, o: &OpenOptions| BlockKey::root(&secret, g, "none", o);
+        let base = root(&geometry, &options);
+        let others = [
+            root(&geometry.clone().model("n"), &options),
+            root(&geometry.clone().block_tokens(16), &options),
+            root(&Geometry::new(2, 2, 32, ElementType::F16).model("m"), &options),
+            root(&Geometry::new(2, 2, 16, ElementType::Bf16).model("m"), &options),
+            root(&geometry, &OpenOptions::default().tenant("b")),
+            root(&geometry, &options.clone().adapter("a")),
+            BlockKey::root(&secret, &geometry, "truncation:0.5", &options),
+            BlockKey::root(&HashSecret([8; 32]), &geometry, "none", &options),
+        ];
+        assert!(others.iter().all(|key| *key != base));
+
+        let child = |ids: &[u32], extra: &[(u32, ExtraIdentity)]| {
+            BlockKey::child(&secret, base, ids, extra.iter().copied())
+        };
+        let image = ExtraIdentity([1; 32]);
+        assert_eq!(child(&[1, 2], &[]), child(&[1, 2], &[]));
+        assert_ne!(child(&[1, 2], &[]), child(&[2, 1], &[]));
+        assert_ne!(child(&[1, 2], &[]), child(&[1, 2, 0], &[]));
+        assert_ne!(child(&[1, 2], &[]), child(&[1, 2], &[(0, image)]));
+        assert_ne!(child(&[1, 2], &[(1, image)]), child(&[1, 2], &[(0, image)]));
+    }
+}

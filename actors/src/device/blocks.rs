@@ -1,0 +1,323 @@
+//! The blocks of a shard: reference counts, places, token ids, and the queue of blocks to seal.
+
+use std::collections::VecDeque;
+
+use slab::Slab;
+
+use crate::block::{Block, BlockId, BlockKey, BlockState, Place, Places};
+use crate::format::Format;
+use crate::geometry::BlockLayout;
+use crate::memory::{Flight, Purpose, Step};
+use crate::pool::{Pool, SizeClass};
+use crate::slot::{FilledSlot, SlotPin};
+use crate::stats::CoreCounters;
+
+/// Blocks and the slots that they are in.
+#[derive(Debug)]
+pub struct BlockStore {
+    blocks: Slab<Block>,
+    pool: Pool,
+    places: Places,
+    /// Token ids of every block, `block_tokens` each, by block number.
+    token_ids: Vec<u32>,
+    block_tokens: usize,
+    sealed_format: Format,
+    /// Full blocks with the epoch of their number: a number that was given to another block since is skipped.
+    to_seal: VecDeque<(BlockId, u32)>,
+    epochs: Vec<u32>,
+    /// No sealed slot could be had; nothing changes until a slot is freed.
+    seal_stalled: bool,
+    /// Blocks per state that the statistics tell apart.
+    sealed_blocks: u64,
+}
+
+/// A seal that has its slot.
+#[derive(Debug)]
+pub(crate) struct SealPlan {
+    block: BlockId,
+    slot: FilledSlot,
+    format: Format,
+    from_offset: usize,
+    to_offset: usize,
+}
+
+impl SealPlan {
+    pub(super) fn step(&self, flight: usize) -> Step {
+        let SealPlan { format, from_offset, to_offset, .. } = *self;
+        Step::Seal { flight, format, from_offset, to_offset }
+    }
+
+    pub(super) fn into_flight(self) -> Flight {
+        let purpose = Purpose::Seal { block: self.block, slot: self.slot };
+        Flight { purpose, payload: None, output: None, finite: true, pins: Vec::new() }
+    }
+}
+
+/// A new raw block.
+pub(super) struct NewBlock {
+    pub(super) id: BlockId,
+    pub(super) offset: usize,
+    /// Zero the slot first: its bytes may be another tenant's.
+    pub(super) must_zero: bool,
+}
+
+impl BlockStore {
+    pub(super) fn new(pool: Pool, layout: BlockLayout, sealed_format: Format) -> Self {
+        let blocks = pool.layout().slot_ids();
+        BlockStore {
+            blocks: Slab::with_capacity(blocks),
+            places: Places::new(blocks, sealed_format),
+            token_ids: vec![0; blocks * layout.block_tokens],
+            block_tokens: layout.block_tokens,
+            sealed_format,
+            to_seal: VecDeque::new(),
+            epochs: vec![0; blocks],
+            seal_stalled: false,
+            sealed_blocks: 0,
+            pool,
+        }
+    }
+
+    /// The pool of slots.
+    pub fn pool(&self) -> &Pool {
+        &self.pool
+    }
+
+    pub(super) fn pool_mut(&mut self) -> &mut Pool {
+        &mut self.pool
+    }
+
+    /// Where blocks are, for readers outside of the device thread.
+    pub fn places(&self) -> &Places {
+        &self.places
+    }
+
+    /// Blocks that exist.
+    pub fn len(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Whether no block exists.
+    pub fn is_empty(&self) -> bool {
+        self.blocks.is_empty()
+    }
+
+    pub(super) fn get(&self, id: BlockId) -> &Block {
+        &self.blocks[id.0 as usize]
+    }
+
+    pub(super) fn get_mut(&mut self, id: BlockId) -> &mut Block {
+        &mut self.blocks[id.0 as usize]
+    }
+
+    pub(super) fn key(&self, id: BlockId) -> Option<BlockKey> {
+        self.blocks.get(id.0 as usize)?.key
+    }
+
+    /// Where the block's bytes begin in the slab.
+    pub(super) fn offset(&self, id: BlockId) -> usize {
+        let block = self.get(id);
+        self.pool.layout().offset_bytes(block.class, block.slot.id())
+    }
+
+    pub(super) fn format(&self, id: BlockId) -> Format {
+        self.get(id).format(self.sealed_format)
+    }
+
+    /// Keeps the bytes of a block in place until the pin is dropped.
+    pub(super) fn pin(&self, id: BlockId) -> Option<SlotPin> {
+        let slot = &self.get(id).slot;
+        self.pool.table().pin(slot.id(), slot.generation())
+    }
+
+    pub(super) fn is_pinned(&self, id: BlockId) -> bool {
+        self.pool.table().is_pinned(&self.get(id).slot)
+    }
+
+    /// Raw slots that can be had without touching reservations, after a look at what readers have let go.
+    pub(super) fn raw_available(&mut self, wanted: usize) -> usize {
+        if self.pool.raw_available() < wanted {
+            self.reclaim();
+        }
+        self.pool.raw_available()
+    }
+
+    /// A new raw block, held once. The caller has made sure that there is a slot for it.
+    pub(super) fn create(&mut self, tenant: u32, private: bool) -> NewBlock {
+        let taken =
+            self.pool.take_raw(tenant).expect("a raw slot is vacant: the operation counted them first");
+        let offset = self.pool.layout().offset_bytes(SizeClass::Raw, taken.slot.id());
+        let id = BlockId(self.blocks.insert(Block {
+            slot: taken.slot,
+            class: SizeClass::Raw,
+            state: BlockState::Open,
+            refs: 1,
+            tenant,
+            private,
+            rewound: false,
+            key: None,
+        }) as u32);
+        self.places.publish(id, self.get(id));
+        NewBlock { id, offset, must_zero: taken.must_zero }
+    }
+
+    pub(super) fn retain(&mut self, id: BlockId) {
+        self.get_mut(id).refs += 1;
+    }
+
+    /// Lets go of a block; the last holder frees its slot.
+    pub(super) fn release(&mut self, id: BlockId) {
+        if id == BlockId::DROPPED {
+            return;
+        }
+        let block = self.get_mut(id);
+        block.refs -= 1;
+        if block.refs > 0 {
+            return;
+        }
+        let block = self.blocks.remove(id.0 as usize);
+        self.epochs[id.0 as usize] = self.epochs[id.0 as usize].wrapping_add(1);
+        if block.state == BlockState::Sealed {
+            self.sealed_blocks -= 1;
+        }
+        self.free_slot(block.class, block.slot);
+    }
+
+    fn free_slot(&mut self, class: SizeClass, slot: FilledSlot) {
+        self.pool.free(class, slot);
+        self.seal_stalled = false;
+    }
+
+    /// Frees slots that were freed under a reader's eyes and that nobody looks at any more.
+    pub(super) fn reclaim(&mut self) {
+        if self.pool.quarantined() > 0 {
+            self.pool.reclaim();
+            self.seal_stalled = false;
+        }
+    }
+
+    /// Token ids of a block, `block_tokens` of them.
+    pub(super) fn token_ids(&self, id: BlockId) -> &[u32] {
+        &self.token_ids[id.0 as usize * self.block_tokens..][..self.block_tokens]
+    }
+
+    pub(super) fn set_token_ids(&mut self, id: BlockId, at: usize, ids: &[u32]) {
+        self.token_ids[id.0 as usize * self.block_tokens + at..][..ids.len()].copy_from_slice(ids);
+    }
+
+    pub(super) fn copy_token_ids(&mut self, from: BlockId, to: BlockId) {
+        let from = from.0 as usize * self.block_tokens;
+        self.token_ids.copy_within(from..from + self.block_tokens, to.0 as usize * self.block_tokens);
+    }
+
+    /// Every token of the block is committed.
+    pub(super) fn complete(&mut self, id: BlockId, key: Option<BlockKey>, counters: &mut CoreCounters) {
+        let raw_is_sealed = self.sealed_format == Format::Raw;
+        let block = self.get_mut(id);
+        block.key = if block.private { None } else { key };
+        if raw_is_sealed {
+            block.state = BlockState::Sealed;
+            self.sealed_blocks += 1;
+            counters.seals += 1;
+            self.places.publish(id, self.get(id));
+        } else {
+            block.state = BlockState::Full;
+            self.to_seal.push_back((id, self.epochs[id.0 as usize]));
+        }
+    }
+
+    /// Opens a full raw block to writing again: tokens were cut off it.
+    pub(super) fn reopen_raw(&mut self, id: BlockId) {
+        let block = self.get_mut(id);
+        block.rewound = true;
+        if block.state == BlockState::Full {
+            block.state = BlockState::Open;
+            block.key = None;
+        }
+    }
+
+    /// Whether a full block waits and a slot may be had for it.
+    pub(super) fn wants_to_seal(&self) -> bool {
+        !self.to_seal.is_empty() && !self.seal_stalled
+    }
+
+    /// The next full block with a slot to seal it into.
+    pub(super) fn next_seal(&mut self, counters: &mut CoreCounters) -> Option<SealPlan> {
+        while let Some(&(id, epoch)) = self.to_seal.front() {
+            let waits = self.epochs[id.0 as usize] == epoch
+                && self.blocks.get(id.0 as usize).is_some_and(|block| block.state == BlockState::Full);
+            if !waits {
+                self.to_seal.pop_front();
+                continue;
+            }
+            let tenant = self.get(id).tenant;
+            let Some(slot) = self.pool.take_sealed(tenant) else {
+                self.seal_stalled = true;
+                counters.seal_stalls += 1;
+                return None;
+            };
+            self.to_seal.pop_front();
+            let from_offset = self.offset(id);
+            let to_offset = self.pool.layout().offset_bytes(SizeClass::Sealed, slot.id());
+            let block = self.get_mut(id);
+            block.state = BlockState::Sealing;
+            // The flight holds the block: closing its sequences must not free the slot that is being read.
+            block.refs += 1;
+            return Some(SealPlan { block: id, slot, format: self.sealed_format, from_offset, to_offset });
+        }
+        None
+    }
+
+    /// Takes back a seal: `Some(finite)` if the device carried it out.
+    pub(super) fn land_seal(
+        &mut self,
+        id: BlockId,
+        slot: FilledSlot,
+        sealed: Option<bool>,
+        counters: &mut CoreCounters,
+    ) {
+        match sealed {
+            Some(true) => {
+                counters.seals += 1;
+                self.sealed_blocks += 1;
+                let block = self.get_mut(id);
+                block.state = BlockState::Sealed;
+                block.class = SizeClass::Sealed;
+                let raw = std::mem::replace(&mut block.slot, slot);
+                self.places.publish(id, self.get(id));
+                self.free_slot(SizeClass::Raw, raw);
+            }
+            Some(false) => {
+                // Appending checks every element, so this is memory that changed under us: keep the raw bytes.
+                counters.seal_failures += 1;
+                self.get_mut(id).state = BlockState::Unsealable;
+                self.get_mut(id).key = None;
+                self.free_slot(SizeClass::Sealed, slot);
+            }
+            None => {
+                counters.seal_failures += 1;
+                self.get_mut(id).state = BlockState::Full;
+                self.to_seal.push_back((id, self.epochs[id.0 as usize]));
+                self.free_slot(SizeClass::Sealed, slot);
+            }
+        }
+        self.release(id);
+    }
+
+    /// Where a block is, as published.
+    pub fn place(&self, id: BlockId) -> Option<Place> {
+        self.places.get(id)
+    }
+
+    pub(super) fn gauges(&self, counters: &mut CoreCounters) {
+        let raw = self.pool.layout().slots_per_chunk(SizeClass::Raw) * self.pool.layout().chunks;
+        counters.blocks_total = raw as u64;
+        counters.blocks_free = self.pool.raw_available() as u64;
+        counters.blocks_used = self.blocks.len() as u64;
+        counters.blocks_sealed = self.sealed_blocks;
+        counters.blocks_waiting_to_seal = self.to_seal.len() as u64;
+        counters.slots_quarantined = self.pool.quarantined() as u64;
+        let used = |class| (self.pool.used(class) * self.pool.layout().slot_bytes(class)) as u64;
+        counters.bytes_used = used(SizeClass::Raw) + used(SizeClass::Sealed);
+    }
+}

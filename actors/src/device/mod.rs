@@ -1,0 +1,216 @@
+//! The device actor: one per device, on a thread of its own that owns the compute lane.
+//!
+//! It waits for submissions and finished launches, lets [`DeviceCore`] decide, and carries the effects out. It may block
+//! on its mailbox and, downwards, on the transfer actor's; it never blocks on anything above it.
+
+mod blocks;
+mod core;
+mod plan;
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+pub use self::blocks::BlockStore;
+pub use self::core::{Completed, CoreConfig, DeviceCore, Effects, Event, ShardSubmission};
+use crate::block::Places;
+use crate::directory::Directory;
+use crate::mailbox::{Control, DeviceMailbox, TRANSFERS_MAX, TransferSender, Wake};
+use crate::memory::{DeviceLost, Lane, LaneKind, Launch};
+use crate::sequence::CloseHook;
+use crate::slot::SlotTable;
+use crate::stats::SharedStats;
+use crate::supervisor::{ActorName, Exit, Supervisor, panic_message};
+
+/// Submissions taken from the mailbox before the launches built from them go out: bounds the wait of the first one.
+const DRAIN_MAX: usize = 16_384;
+
+/// What a shard shows to readers who send it no message.
+#[derive(Debug, Clone)]
+pub struct ShardView {
+    /// Where blocks are.
+    pub places: Places,
+    /// Pins and generations of slots.
+    pub slots: SlotTable,
+    /// Statistics.
+    pub stats: Arc<SharedStats>,
+}
+
+pub(crate) struct DeviceActor<L> {
+    core: DeviceCore,
+    compute: L,
+    mailbox: DeviceMailbox,
+    transfer: TransferSender,
+    transfers_in_flight: u64,
+    transfers_waiting: VecDeque<(LaneKind, Launch)>,
+    stats: Arc<SharedStats>,
+    directory: Arc<Directory>,
+    effects: Effects,
+    done: Vec<Launch>,
+}
+
+/// Everything a device actor is made of.
+pub(crate) struct DeviceParts<L> {
+    pub(crate) config: CoreConfig,
+    pub(crate) compute: L,
+    pub(crate) mailbox: DeviceMailbox,
+    pub(crate) transfer: TransferSender,
+    pub(crate) directory: Arc<Directory>,
+    pub(crate) supervisor: Arc<Supervisor>,
+    pub(crate) on_drop: CloseHook,
+}
+
+/// Turns the calling thread into a device actor until it ends. `ready` is called with its view before the first message.
+pub(crate) fn run<L: Lane>(parts: DeviceParts<L>, ready: impl FnOnce(ShardView)) {
+    let DeviceParts { config, compute, mailbox, transfer, directory, supervisor, on_drop } = parts;
+    let shard = config.shard;
+    let core = DeviceCore::new(config, on_drop);
+    let stats = Arc::new(SharedStats::default());
+    let view = ShardView {
+        places: core.blocks().places().clone(),
+        slots: core.blocks().pool().table().clone(),
+        stats: stats.clone(),
+    };
+    let mut actor = DeviceActor {
+        core,
+        compute,
+        mailbox,
+        transfer,
+        transfers_in_flight: 0,
+        transfers_waiting: VecDeque::new(),
+        stats,
+        directory: directory.clone(),
+        effects: Effects::default(),
+        done: Vec::new(),
+    };
+    actor.publish(0, 0, Instant::now());
+    ready(view);
+    let exit = match catch_unwind(AssertUnwindSafe(|| actor.run())) {
+        Ok(Ok(())) => Exit::Finished,
+        Ok(Err(lost)) => Exit::DeviceLost(lost.0.to_string()),
+        Err(panic) => Exit::Panicked(panic_message(panic)),
+    };
+    // Before the actor is dropped, and every unanswered reply with it.
+    supervisor.ended(ActorName::Device(shard), exit);
+    directory.remove_shard(shard);
+}
+
+impl<L: Lane> DeviceActor<L> {
+    fn run(&mut self) -> Result<(), DeviceLost> {
+        self.compute.on_progress(self.mailbox.doorbell());
+        let mut closed = false;
+        loop {
+            let wake = match self.mailbox.try_next() {
+                Some(wake) => wake,
+                // Sealing is what it does when nobody waits.
+                None if self.core.wants_to_seal() => {
+                    self.core.apply(Event::Seal, &mut self.effects);
+                    self.settle()?;
+                    self.publish(0, 0, Instant::now());
+                    continue;
+                }
+                None if closed && self.core.in_flight() == 0 => return Ok(()),
+                None => self.mailbox.next(),
+            };
+            match wake {
+                Wake::Control(Control::Lost(lost)) => return Err(lost),
+                #[cfg(any(test, feature = "testing"))]
+                Wake::Control(Control::Panic) => panic!("a panic was injected"),
+                Wake::TransferEnded => return Err(DeviceLost("its transfer actor ended".into())),
+                Wake::Closed => closed = true,
+                Wake::Doorbell => {}
+                Wake::Landed(launch) => {
+                    self.transfers_in_flight -= 1;
+                    self.core.apply(Event::Launched(launch), &mut self.effects);
+                }
+                Wake::Submissions(submissions) => {
+                    self.serve(submissions)?;
+                    continue;
+                }
+            }
+            let started = Instant::now();
+            let answered = self.settle()?;
+            self.publish(0, answered, started);
+        }
+    }
+
+    /// Carries out submissions, with all those that have queued up behind them, as one batch.
+    fn serve(&mut self, first: Vec<ShardSubmission>) -> Result<(), DeviceLost> {
+        let started = Instant::now();
+        let mut operations = 0;
+        let mut submissions = 0;
+        let mut next = Some(first);
+        while let Some(arrived) = next {
+            let mut stats = self.stats.lock();
+            for submission in &arrived {
+                operations += submission.batch.len() as u64;
+                if let Some(submitted) = submission.submitted_at {
+                    stats
+                        .queue_wait
+                        .record_ns(started.saturating_duration_since(submitted).as_nanos() as u64);
+                }
+            }
+            drop(stats);
+            submissions += arrived.len();
+            for submission in arrived {
+                self.core.apply(Event::Submission(submission), &mut self.effects);
+            }
+            next = if submissions < DRAIN_MAX { self.mailbox.try_next_submissions() } else { None };
+        }
+        let answered = self.settle()?;
+        self.publish(operations, answered, started);
+        tracing::trace!(target: "kv_cache::device", operations, submissions, "batch");
+        Ok(())
+    }
+
+    /// Carries effects out until nothing more follows from what has already landed. Returns the answers sent.
+    fn settle(&mut self) -> Result<u64, DeviceLost> {
+        let mut answered = 0;
+        loop {
+            self.core.flush(&mut self.effects);
+            for (lane, launch) in self.effects.launches.drain(..) {
+                match lane {
+                    LaneKind::Compute => self.compute.launch(launch),
+                    LaneKind::Upload | LaneKind::Download => self.transfers_waiting.push_back((lane, launch)),
+                }
+            }
+            // Never more out than the lane for landed launches holds: neither actor can block the other.
+            while self.transfers_in_flight < TRANSFERS_MAX as u64 {
+                let Some((lane, launch)) = self.transfers_waiting.pop_front() else { break };
+                self.transfers_in_flight += 1;
+                self.transfer.send(lane, launch)?;
+            }
+            // Known to the directory before anybody is told the id.
+            for shared in self.effects.opened.drain(..) {
+                self.directory.insert(shared);
+            }
+            for id in self.effects.closed.drain(..) {
+                self.directory.remove(id);
+            }
+            for answer in self.effects.answers.drain(..) {
+                answered += 1;
+                answer.send();
+            }
+            self.compute.poll(&mut self.done)?;
+            if self.done.is_empty() {
+                return Ok(answered);
+            }
+            for launch in self.done.drain(..) {
+                self.core.apply(Event::Launched(launch), &mut self.effects);
+            }
+        }
+    }
+
+    fn publish(&mut self, operations: u64, answered: u64, started: Instant) {
+        let counters = *self.core.counters();
+        let mut stats = self.stats.lock();
+        stats.counters = counters;
+        stats.mailbox_depth = self.mailbox.depth() as u64;
+        stats.transfers_in_flight = self.transfers_in_flight;
+        stats.batch_sizes.record(operations);
+        if answered > 0 {
+            stats.service.record_ns(started.elapsed().as_nanos() as u64);
+        }
+    }
+}

@@ -1,0 +1,538 @@
+//! Operations on sequences: what each one checks, takes, launches, and does when it lands.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use super::core::{DeviceCore, Effects, OpRef, Progress};
+use crate::batch::{Outcome, TensorSpans};
+use crate::block::{BlockId, BlockKey, BlockState, ExtraIdentity};
+use crate::error::Error;
+use crate::format::Format;
+use crate::geometry::Plane;
+use crate::memory::{AppendStep, LaneKind, ReadBuffer, ReadStep, Step};
+use crate::permit::Permit;
+use crate::sequence::{OpenOptions, SINK_TOKENS, SequenceShared, SequenceState, pieces};
+
+/// The device thread's part of a sequence.
+#[derive(Debug)]
+pub(super) struct SequenceEntry {
+    pub(super) shared: Arc<SequenceShared>,
+    pub(super) tenant: u32,
+    /// Parent key of the first block.
+    root: BlockKey,
+    /// Raw blocks set aside and not used yet.
+    reserved: usize,
+    /// Positions that carry more identity than their token id.
+    extra: Vec<(u32, ExtraIdentity)>,
+    /// An operation is in flight.
+    pub(super) busy: bool,
+    /// Operations that wait for it, in order.
+    pub(super) parked: VecDeque<OpRef>,
+    /// The right to be open, given back when the entry goes.
+    _permit: Option<Permit>,
+}
+
+/// A block that a write must not touch, and the private copy that takes its place.
+struct Replacement {
+    index: usize,
+    from: BlockId,
+}
+
+impl DeviceCore {
+    pub(super) fn open(
+        &mut self,
+        options: OpenOptions,
+        permit: Option<Permit>,
+        effects: &mut Effects,
+    ) -> Result<Outcome, Error> {
+        let reserved = self.config.layout.blocks_for(options.reserve_tokens as usize);
+        let free = self.blocks.raw_available(reserved);
+        if !self.blocks.pool_mut().reserve_raw(reserved) {
+            return Err(Error::Capacity { needed: reserved as u32, free: free as u32, evictable: 0 });
+        }
+        let dropping =
+            self.config.keep_ratio.map_or_else(|| "none".into(), |ratio| format!("truncation:{ratio}"));
+        let root = BlockKey::root(&self.config.secret, &self.config.geometry, &dropping, &options);
+        let tenant = self.tenant_number(&options.tenant);
+        let make = |id| SequenceEntry {
+            shared: SequenceShared::new(id, options.tenant, SequenceState::default()),
+            tenant,
+            root,
+            reserved,
+            extra: Vec::new(),
+            busy: false,
+            parked: VecDeque::new(),
+            _permit: permit,
+        };
+        Ok(Outcome::Opened(self.register(make, effects)))
+    }
+
+    pub(super) fn fork(
+        &mut self,
+        index: usize,
+        count: u32,
+        mut permit: Option<Permit>,
+        effects: &mut Effects,
+    ) -> Result<Outcome, Error> {
+        let parent = &self.sequences[index];
+        let state = {
+            let state = parent.shared.state();
+            // Staged tokens are the owner's alone.
+            let blocks = state.blocks[..self.config.layout.blocks_for(state.committed as usize)].to_vec();
+            SequenceState {
+                committed: state.committed,
+                staged: Vec::new(),
+                blocks,
+                window_start: state.window_start,
+            }
+        };
+        let (tenant, root, name) = (parent.tenant, parent.root, parent.shared.tenant().clone());
+        let extra: Vec<_> = parent.extra.iter().copied().filter(|&(at, _)| at < state.committed).collect();
+        self.config.token_budget.take(u64::from(state.committed) * u64::from(count))?;
+        let mut forks = Vec::with_capacity(count as usize);
+        for _ in 0..count {
+            for &block in state.blocks.iter().filter(|&&block| block != BlockId::DROPPED) {
+                self.blocks.retain(block);
+            }
+            let make = |id| SequenceEntry {
+                shared: SequenceShared::new(id, name.clone(), state.clone()),
+                tenant,
+                root,
+                reserved: 0,
+                extra: extra.clone(),
+                busy: false,
+                parked: VecDeque::new(),
+                _permit: permit.as_mut().and_then(|all| all.split(1)),
+            };
+            forks.push(self.register(make, effects));
+        }
+        self.counters.forks += u64::from(count);
+        Ok(Outcome::Forked(forks))
+    }
+
+    /// Closes a sequence, and returns the operations that waited for it.
+    pub(super) fn close(&mut self, index: usize, effects: &mut Effects) -> VecDeque<OpRef> {
+        let entry = self.sequences.remove(index);
+        let state = std::mem::take(&mut *entry.shared.state());
+        for block in state.blocks {
+            self.blocks.release(block);
+        }
+        self.blocks.pool_mut().unreserve_raw(entry.reserved);
+        self.config.token_budget.give_back(u64::from(state.committed));
+        effects.closed.push(entry.shared.id());
+        entry.parked
+    }
+
+    pub(super) fn truncate(&mut self, index: usize, tokens: u32) -> Result<Outcome, Error> {
+        let entry = &mut self.sequences[index];
+        let shared = entry.shared.clone();
+        let mut state = shared.state();
+        let visible = state.committed;
+        if tokens > visible {
+            return Err(Error::TokenRange { range: 0..tokens, visible });
+        }
+        let dropped = state.dropped();
+        if dropped.start < tokens && tokens < dropped.end {
+            return Err(Error::TokensDropped { range: 0..tokens, dropped });
+        }
+        if tokens <= dropped.start {
+            state.window_start = 0;
+        }
+        entry.extra.retain(|&(at, _)| at < tokens);
+        self.config.token_budget.give_back(u64::from(visible - tokens));
+        state.committed = tokens;
+        state.staged = Vec::new();
+        self.release_tail(&mut state, true);
+        Ok(Outcome::Truncated { committed: tokens })
+    }
+
+    /// Lets go of the blocks behind the last token. With `rewound`, the block that holds it was cut.
+    fn release_tail(&mut self, state: &mut SequenceState, rewound: bool) {
+        let layout = &self.config.layout;
+        let keep = layout.blocks_for(state.end() as usize);
+        for block in state.blocks.drain(keep..) {
+            self.blocks.release(block);
+        }
+        let partial = state.committed as usize % layout.block_tokens != 0;
+        if rewound && partial {
+            let tail = state.blocks[layout.blocks_for(state.committed as usize) - 1];
+            let block = self.blocks.get_mut(tail);
+            if block.refs == 1 {
+                self.blocks.reopen_raw(tail);
+            } else {
+                // Others still count its tokens as they were. The write to come copies it anyway.
+                block.rewound = true;
+            }
+        }
+    }
+
+    pub(super) fn plan_append(
+        &mut self,
+        op: OpRef,
+        index: usize,
+        at: Option<u32>,
+        tokens: u32,
+        tensors: &TensorSpans,
+    ) -> Progress {
+        let staged_or_moved = {
+            let state = self.sequences[index].shared.state();
+            match at {
+                Some(expected) if expected != state.committed => {
+                    Some(Error::Position { expected, actual: state.committed })
+                }
+                _ if !state.staged.is_empty() => {
+                    Some(Error::StagedTokens { staged: state.end() - state.committed })
+                }
+                _ => None,
+            }
+        };
+        if let Some(error) = staged_or_moved {
+            return Progress::Done(Err(error));
+        }
+        self.plan_write(op, index, 0..self.config.layout.layers, tokens, tensors)
+    }
+
+    pub(super) fn plan_stage(
+        &mut self,
+        op: OpRef,
+        index: usize,
+        layer: u32,
+        tokens: u32,
+        tensors: &TensorSpans,
+    ) -> Progress {
+        self.plan_write(op, index, layer as usize..layer as usize + 1, tokens, tensors)
+    }
+
+    /// Launches the scatter of `tokens` tokens to `layers`, behind what the first of them holds already.
+    fn plan_write(
+        &mut self,
+        op: OpRef,
+        index: usize,
+        layers: Range<usize>,
+        tokens: u32,
+        tensors: &TensorSpans,
+    ) -> Progress {
+        let shared = self.sequences[index].shared.clone();
+        let mut state = shared.state();
+        let start = state.visible(layers.start);
+        let max_tokens = self.config.max_tokens;
+        let end = match start.checked_add(tokens) {
+            Some(end) if end <= max_tokens => end,
+            _ => {
+                let tokens = u64::from(start) + u64::from(tokens);
+                return Progress::Done(Err(Error::SequenceTooLong { tokens, max_tokens }));
+            }
+        };
+        if let Err(error) = self.config.token_budget.check(u64::from(end - state.committed)) {
+            return Progress::Done(Err(error));
+        }
+        let bytes = tensors.keys.len() + tensors.values.len();
+        let lane = self.lane_for(LaneKind::Upload, bytes);
+        let prepared = match self.prepare_blocks(index, &mut state, start..end) {
+            Ok(steps) => steps,
+            Err(error) => return Progress::Done(Err(error)),
+        };
+        // Pins before the flight is borrowed: copies read blocks that others may let go of meanwhile.
+        let pins: SmallVec<[_; 1]> =
+            prepared.pinned.iter().filter_map(|&block| self.blocks.pin(block)).collect();
+        for block in prepared.pinned {
+            self.blocks.release(block);
+        }
+        let block_tokens = self.config.layout.block_tokens;
+        let slots: SmallVec<[usize; 4]> = pieces(block_tokens, start..end)
+            .map(|(block, _)| self.blocks.offset(state.blocks[block]))
+            .collect();
+        let (launch, flight) = self.flight(lane, op, None);
+        launch.flights[flight].pins.extend(pins);
+        launch.steps.extend(prepared.steps);
+        let mut first_token = 0;
+        for ((_, inside), slot_offset) in pieces(block_tokens, start..end).zip(slots) {
+            let count = inside.len();
+            launch.steps.push(Step::Append(AppendStep {
+                flight,
+                layers: layers.clone(),
+                keys_at: tensors.keys.start,
+                values_at: tensors.values.start,
+                payload_tokens: tokens as usize,
+                first_token,
+                slot_offset,
+                tokens: inside,
+            }));
+            first_token += count;
+        }
+        self.counters.bytes_in += bytes as u64;
+        Progress::Flying
+    }
+
+    /// Makes every block under `range` exist and be this sequence's to write, or changes nothing.
+    fn prepare_blocks(
+        &mut self,
+        index: usize,
+        state: &mut SequenceState,
+        range: Range<u32>,
+    ) -> Result<Prepared, Error> {
+        let layout = self.config.layout;
+        let existing = state.blocks.len();
+        let touched = range.start as usize / layout.block_tokens..layout.blocks_for(range.end as usize);
+        let mut replace = SmallVec::<[Replacement; 1]>::new();
+        for at in touched.start..touched.end.min(existing) {
+            let id = state.blocks[at];
+            if !self.is_writable(id) {
+                replace.push(Replacement { index: at, from: id });
+            }
+        }
+        let needed = replace.len() + touched.end.saturating_sub(existing);
+        let reserved = self.sequences[index].reserved.min(needed);
+        if needed > 0 {
+            let free = self.blocks.raw_available(needed - reserved);
+            if needed - reserved > free {
+                return Err(Error::Capacity {
+                    needed: needed as u32,
+                    free: (free + reserved) as u32,
+                    evictable: 0,
+                });
+            }
+            self.sequences[index].reserved -= reserved;
+            self.blocks.pool_mut().unreserve_raw(reserved);
+        }
+        let tenant = self.sequences[index].tenant;
+        let mut prepared = Prepared::default();
+        for Replacement { index: at, from } in replace {
+            let (source, format) = (self.blocks.offset(from), self.blocks.format(from));
+            // Decoded bytes are not what the model computed: they never pass as the clean block.
+            let private = self.blocks.get(from).private || format != Format::Raw;
+            let new = self.blocks.create(tenant, private);
+            // The copy overwrites the whole slot, so there is nothing to zero.
+            prepared.steps.push(match format {
+                Format::Raw => Step::Copy { from_offset: source, to_offset: new.offset },
+                format => Step::Reopen { format, from_offset: source, to_offset: new.offset },
+            });
+            self.blocks.copy_token_ids(from, new.id);
+            state.blocks[at] = new.id;
+            prepared.pinned.push(from);
+            self.counters.copies_on_write += 1;
+        }
+        for _ in existing..touched.end {
+            let after_private = state.blocks.last().is_some_and(|&id| self.is_private(id));
+            let dropped = state.window_start > SINK_TOKENS;
+            let new = self.blocks.create(tenant, after_private || dropped);
+            if new.must_zero {
+                prepared.steps.push(Step::Zero { slot_offset: new.offset });
+                self.counters.slots_zeroed += 1;
+            }
+            state.blocks.push(new.id);
+        }
+        Ok(prepared)
+    }
+
+    fn is_private(&self, id: BlockId) -> bool {
+        id == BlockId::DROPPED || self.blocks.get(id).private
+    }
+
+    /// Whether a write may go straight into the block.
+    fn is_writable(&mut self, id: BlockId) -> bool {
+        let pinned = self.blocks.is_pinned(id);
+        let block = self.blocks.get_mut(id);
+        if block.refs > 1 || block.state != BlockState::Open {
+            return false;
+        }
+        // A view taken before tokens were cut off still shows them, and the write would change them under its eyes.
+        block.rewound &= pinned;
+        !block.rewound
+    }
+
+    /// Lets go of what a failed write had taken.
+    fn abandon_write(&mut self, index: usize) {
+        let shared = self.sequences[index].shared.clone();
+        let mut state = shared.state();
+        self.release_tail(&mut state, false);
+    }
+
+    pub(super) fn land_append(
+        &mut self,
+        index: usize,
+        landed: Result<(), Error>,
+        token_ids: &[u32],
+        extra: Option<ExtraIdentity>,
+    ) -> Result<Outcome, Error> {
+        if let Err(error) = landed {
+            self.abandon_write(index);
+            return Err(error);
+        }
+        let committed = self.commit(index, token_ids, extra).inspect_err(|_| self.abandon_write(index))?;
+        Ok(Outcome::Appended { committed })
+    }
+
+    pub(super) fn land_stage(
+        &mut self,
+        index: usize,
+        landed: Result<(), Error>,
+        layer: u32,
+        tokens: u32,
+    ) -> Result<Outcome, Error> {
+        if let Err(error) = landed {
+            self.abandon_write(index);
+            return Err(error);
+        }
+        let shared = &self.sequences[index].shared;
+        let mut state = shared.state();
+        if state.staged.is_empty() {
+            state.staged = vec![state.committed; self.config.layout.layers];
+        }
+        let staged = &mut state.staged[layer as usize];
+        *staged += tokens;
+        Ok(Outcome::Staged { staged: *staged })
+    }
+
+    pub(super) fn commit_staged(
+        &mut self,
+        index: usize,
+        token_ids: &[u32],
+        extra: Option<ExtraIdentity>,
+    ) -> Result<Outcome, Error> {
+        let shared = self.sequences[index].shared.clone();
+        let tokens = token_ids.len() as u32;
+        let most_staged = {
+            let state = shared.state();
+            for layer in 0..self.config.layout.layers {
+                let staged = state.visible(layer) - state.committed;
+                if staged < tokens {
+                    return Err(Error::NotStaged { tokens, layer: layer as u32, staged });
+                }
+            }
+            state.end() - state.committed
+        };
+        let committed = self.commit(index, token_ids, extra)?;
+        let mut state = shared.state();
+        state.staged = Vec::new();
+        self.release_tail(&mut state, most_staged > tokens);
+        Ok(Outcome::Committed { committed })
+    }
+
+    /// Counts tokens in whose keys and values are in place in every layer.
+    fn commit(
+        &mut self,
+        index: usize,
+        token_ids: &[u32],
+        extra: Option<ExtraIdentity>,
+    ) -> Result<u32, Error> {
+        let layout = self.config.layout;
+        let tokens = token_ids.len() as u32;
+        self.config.token_budget.take(u64::from(tokens))?;
+        let shared = self.sequences[index].shared.clone();
+        let mut state = shared.state();
+        let start = state.committed;
+        let mut done = 0;
+        if let Some(extra) = extra {
+            self.sequences[index].extra.extend((start..start + tokens).map(|at| (at, extra)));
+        }
+        for (at, inside) in pieces(layout.block_tokens, start..start + tokens) {
+            let id = state.blocks[at];
+            self.blocks.set_token_ids(id, inside.start, &token_ids[done..done + inside.len()]);
+            done += inside.len();
+            if inside.end == layout.block_tokens {
+                let key = self.next_key(index, &state, at);
+                self.blocks.complete(id, key, &mut self.counters);
+            }
+        }
+        state.committed = start + tokens;
+        self.counters.tokens_committed += u64::from(tokens);
+        if let Some(ratio) = self.config.keep_ratio {
+            self.drop_tokens(&mut state, ratio);
+        }
+        Ok(state.committed)
+    }
+
+    /// The key of a block that has just become full; none behind a private block.
+    fn next_key(&self, index: usize, state: &SequenceState, at: usize) -> Option<BlockKey> {
+        let entry = &self.sequences[index];
+        let parent = match at.checked_sub(1) {
+            None => entry.root,
+            Some(before) if state.blocks[before] == BlockId::DROPPED => return None,
+            Some(before) => self.blocks.key(state.blocks[before])?,
+        };
+        let block_tokens = self.config.layout.block_tokens as u32;
+        let inside = at as u32 * block_tokens..(at as u32 + 1) * block_tokens;
+        let extra = entry.extra.iter().copied().filter(|(position, _)| inside.contains(position));
+        let extra = extra.map(|(position, identity)| (position - inside.start, identity));
+        Some(BlockKey::child(&self.config.secret, parent, self.blocks.token_ids(state.blocks[at]), extra))
+    }
+
+    /// Token dropping by truncation: keeps the first tokens and the most recent ones, `ratio` of all together.
+    ///
+    /// Attention sinks plus a recent window, as in StreamingLLM (Xiao et al., 2024, arXiv 2309.17453). The window never
+    /// moves back, and whole blocks go without moving a byte.
+    fn drop_tokens(&mut self, state: &mut SequenceState, ratio: f32) {
+        let kept = (f64::from(state.committed) * f64::from(ratio)).ceil() as u32;
+        let recent = kept.saturating_sub(SINK_TOKENS).max(1);
+        let window_start = state.committed.saturating_sub(recent);
+        if window_start <= state.window_start.max(SINK_TOKENS) {
+            return;
+        }
+        let block_tokens = self.config.layout.block_tokens as u32;
+        // Whole blocks between the sinks and the window.
+        let first = SINK_TOKENS.div_ceil(block_tokens).max(state.window_start / block_tokens);
+        state.window_start = window_start;
+        for at in first..window_start / block_tokens {
+            let id = std::mem::replace(&mut state.blocks[at as usize], BlockId::DROPPED);
+            self.blocks.release(id);
+        }
+        self.counters.window_moves += 1;
+    }
+
+    pub(super) fn plan_read(
+        &mut self,
+        op: OpRef,
+        index: usize,
+        layer: u32,
+        tokens: &Range<u32>,
+        buffer: Option<ReadBuffer>,
+    ) -> Progress {
+        let shared = self.sequences[index].shared.clone();
+        let state = shared.state();
+        if let Err(error) = state.check_readable(layer as usize, tokens) {
+            return Progress::Done(Err(error));
+        }
+        let layout = self.config.layout;
+        let output = buffer.unwrap_or_else(|| ReadBuffer::new(&layout, tokens.len()));
+        if tokens.is_empty() {
+            return Progress::Done(Ok(Outcome::Read(output)));
+        }
+        let bytes = tokens.len() * (layout.token_bytes(Plane::Key) + layout.token_bytes(Plane::Value));
+        let sources: SmallVec<[_; 4]> = pieces(layout.block_tokens, tokens.clone())
+            .map(|(at, inside)| {
+                let id = state.blocks[at];
+                (self.blocks.offset(id), self.blocks.format(id), self.blocks.pin(id), inside)
+            })
+            .collect();
+        let lane = self.lane_for(LaneKind::Download, bytes);
+        let (launch, flight) = self.flight(lane, op, Some(output));
+        let mut output_token = 0;
+        for (slot_offset, format, pin, tokens) in sources {
+            let count = tokens.len();
+            launch.flights[flight].pins.extend(pin);
+            let layer = layer as usize;
+            launch.steps.push(Step::Read(ReadStep {
+                flight,
+                format,
+                slot_offset,
+                layer,
+                tokens,
+                output_token,
+            }));
+            output_token += count;
+        }
+        self.counters.bytes_out += bytes as u64;
+        Progress::Flying
+    }
+}
+
+/// Steps that make blocks writable, and the blocks that the copies among them read.
+#[derive(Default)]
+struct Prepared {
+    steps: SmallVec<[Step; 1]>,
+    pinned: SmallVec<[BlockId; 1]>,
+}

@@ -1,0 +1,259 @@
+//! The port to hardware: what the actors ask of a device, and nothing about how it does it.
+//!
+//! A [`Lane`] is an ordered queue of work on a device. What is launched on one lane takes effect in launch order; nothing
+//! is promised between lanes. The cores never start work that depends on another lane before that lane has reported its
+//! launch done, and they pin every slot that a launch reads and its sequence does not own, so a lane needs no locks.
+//!
+//! Ownership makes asynchronous copies safe without a lifetime: a [`Launch`] owns every host buffer that its steps read or
+//! write. It moves into the lane and comes back from [`Lane::poll`] when the hardware is done with it. Whoever wanted the
+//! result may be gone by then; the buffers are not.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::batch::Payload;
+use crate::block::BlockId;
+use crate::format::Format;
+use crate::geometry::{BlockLayout, ElementType, Plane};
+use crate::pool::PoolLayout;
+use crate::slot::{FilledSlot, SlotPin};
+
+/// Which of a device's lanes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum LaneKind {
+    /// Kernels: small appends and reads, seals. Owned by the device actor.
+    Compute,
+    /// Large appends from host memory. Owned by the transfer actor.
+    Upload,
+    /// Large reads to host memory. Owned by the transfer actor.
+    Download,
+}
+
+/// A device that can be opened. Opening happens on the thread that will own the compute lane.
+pub trait Backend: Send + 'static {
+    /// Lane type. All lanes of a backend share one type; what differs is the queue behind it.
+    type Lane: Lane;
+
+    /// Allocates the slab and opens the lanes.
+    ///
+    /// # Errors
+    /// Why the device cannot be used, in words for a person.
+    fn open(
+        self,
+        block: &BlockLayout,
+        pool: &PoolLayout,
+        format: Format,
+    ) -> Result<Lanes<Self::Lane>, String>;
+}
+
+/// The lanes of one device.
+#[derive(Debug)]
+pub struct Lanes<L> {
+    /// See [`LaneKind::Compute`].
+    pub compute: L,
+    /// See [`LaneKind::Upload`].
+    pub upload: L,
+    /// See [`LaneKind::Download`].
+    pub download: L,
+}
+
+/// An ordered queue of work on a device.
+pub trait Lane: Send + 'static {
+    /// Starts `launch` after everything launched before on this lane. Never waits for the device.
+    fn launch(&mut self, launch: Launch);
+
+    /// Moves the launches that are done to `done`, in launch order. Never waits.
+    ///
+    /// A launch that failed comes back with [`Launch::error`] set once the device no longer touches its buffers.
+    ///
+    /// # Errors
+    /// [`DeviceLost`]: the device will not do anything any more, and launches still inside are never acknowledged.
+    fn poll(&mut self, done: &mut Vec<Launch>) -> Result<(), DeviceLost>;
+
+    /// Has `doorbell` rung whenever a launch may have become done. A lane that finishes inside [`Lane::launch`] never rings.
+    fn on_progress(&mut self, doorbell: Doorbell) {
+        drop(doorbell);
+    }
+}
+
+/// Rung by a lane when polling it may pay.
+pub type Doorbell = Arc<dyn Fn() + Send + Sync>;
+
+/// The device is gone for good.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("device lost: {0}")]
+pub struct DeviceLost(pub Arc<str>);
+
+/// One piece of work inside a [`Launch`]. Offsets are bytes from the start of the slab; `flight` indexes [`Launch::flights`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Step {
+    /// Fills a raw slot with zeros.
+    Zero {
+        /// Slot to clear.
+        slot_offset: usize,
+    },
+    /// Copies a raw block to another raw slot (copy on write).
+    Copy {
+        /// Slot read.
+        from_offset: usize,
+        /// Slot written.
+        to_offset: usize,
+    },
+    /// Decodes a sealed block into a raw slot.
+    Reopen {
+        /// How it is stored.
+        format: Format,
+        /// Slot read.
+        from_offset: usize,
+        /// Slot written.
+        to_offset: usize,
+    },
+    /// Scatters tokens of a flight's payload into a raw slot, and clears the flight's `finite` if one is not.
+    Append(AppendStep),
+    /// Encodes a whole raw block, and clears the flight's `finite` if one of its elements is not.
+    Seal {
+        /// Whose flag.
+        flight: usize,
+        /// Format to encode to.
+        format: Format,
+        /// Raw slot read.
+        from_offset: usize,
+        /// Sealed slot written.
+        to_offset: usize,
+    },
+    /// Gathers and decodes tokens of one layer into a flight's output.
+    Read(ReadStep),
+}
+
+/// See [`Step::Append`]. Payload tensors are `[layers, payload_tokens, kv_heads, dim]`, keys and values apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AppendStep {
+    /// Whose payload.
+    pub flight: usize,
+    /// Layers written; the payload holds exactly these.
+    pub layers: Range<usize>,
+    /// Where the key tensor begins in the payload.
+    pub keys_at: usize,
+    /// Where the value tensor begins in the payload.
+    pub values_at: usize,
+    /// Tokens of the payload's tensors.
+    pub payload_tokens: usize,
+    /// First token of the payload that goes to this slot.
+    pub first_token: usize,
+    /// Raw slot written.
+    pub slot_offset: usize,
+    /// Tokens of the slot that are written.
+    pub tokens: Range<usize>,
+}
+
+/// See [`Step::Read`]. Output tensors are `[tokens, kv_heads, dim]`, keys and values apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ReadStep {
+    /// Whose output.
+    pub flight: usize,
+    /// How the block is stored.
+    pub format: Format,
+    /// Slot read.
+    pub slot_offset: usize,
+    /// Layer read.
+    pub layer: usize,
+    /// Tokens of the slot that are read.
+    pub tokens: Range<usize>,
+    /// Token of the output where they go.
+    pub output_token: usize,
+}
+
+/// Work for one lane, with everything that it touches on the host.
+#[derive(Debug, Default)]
+pub struct Launch {
+    /// Executed in order.
+    pub steps: Vec<Step>,
+    /// What the steps work for.
+    pub flights: Vec<Flight>,
+    /// Set by the lane if the launch failed: none of its flights took effect as far as anybody may rely on it.
+    pub error: Option<Arc<str>>,
+}
+
+/// One operation (or seal) inside a launch.
+#[derive(Debug)]
+pub struct Flight {
+    /// What it is for.
+    pub(crate) purpose: Purpose,
+    /// Host bytes that its append steps read.
+    pub payload: Option<Arc<Payload>>,
+    /// Host buffers that its read steps write.
+    pub output: Option<ReadBuffer>,
+    /// Whether every element seen was finite. Lanes clear it, never set it.
+    pub finite: bool,
+    /// Keep the slots that it reads in place.
+    pub(crate) pins: Vec<SlotPin>,
+}
+
+/// Why a flight was launched.
+#[derive(Debug)]
+pub(crate) enum Purpose {
+    /// The operation of this submission at this place.
+    Operation { submission: usize, index: usize },
+    /// Sealing this block into this slot.
+    Seal { block: BlockId, slot: FilledSlot },
+}
+
+/// Elements in host memory, typed by width so that no copy is needed to hand them out as what they are.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Elements {
+    /// Bit patterns of f16 or bf16 elements.
+    Half(Vec<u16>),
+    /// f32 elements.
+    Single(Vec<f32>),
+}
+
+impl Elements {
+    fn zeroed(element: ElementType, count: usize) -> Self {
+        match element {
+            ElementType::F16 | ElementType::Bf16 => Elements::Half(vec![0; count]),
+            ElementType::F32 => Elements::Single(vec![0.0; count]),
+        }
+    }
+
+    /// As bytes.
+    pub fn bytes(&self) -> &[u8] {
+        match self {
+            Elements::Half(v) => bytemuck::cast_slice(v),
+            Elements::Single(v) => bytemuck::cast_slice(v),
+        }
+    }
+
+    /// As bytes, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        match self {
+            Elements::Half(v) => bytemuck::cast_slice_mut(v),
+            Elements::Single(v) => bytemuck::cast_slice_mut(v),
+        }
+    }
+}
+
+/// What a read fills: keys `[tokens, kv_heads, key_dim]` and values `[tokens, kv_heads, value_dim]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ReadBuffer {
+    /// Keys.
+    pub keys: Elements,
+    /// Values.
+    pub values: Elements,
+}
+
+impl ReadBuffer {
+    /// A buffer for `tokens` tokens of one layer.
+    pub fn new(layout: &BlockLayout, tokens: usize) -> Self {
+        let zeroed = |plane| Elements::zeroed(layout.element, tokens * layout.kv_heads * layout.dim(plane));
+        ReadBuffer { keys: zeroed(Plane::Key), values: zeroed(Plane::Value) }
+    }
+
+    /// One of the two tensors, to be written.
+    pub fn plane_mut(&mut self, plane: Plane) -> &mut [u8] {
+        match plane {
+            Plane::Key => self.keys.bytes_mut(),
+            Plane::Value => self.values.bytes_mut(),
+        }
+    }
+}

@@ -1,0 +1,442 @@
+//! The block pool: which slots of a device's slab are vacant, in two size classes.
+//!
+//! The slab is cut into equal chunks. A chunk serves raw slots or sealed slots, whichever is wanted when it is taken, and
+//! goes back to the common stock once all its slots are vacant: the split between raw and sealed blocks follows the load
+//! instead of a setting. One chunk belongs to sealed slots for good, so that sealing, which frees raw slots, can always begin.
+//! Nothing here touches a block's bytes.
+
+use std::collections::VecDeque;
+
+use crate::error::ConfigError;
+use crate::format::Format;
+use crate::geometry::BlockLayout;
+use crate::slot::{FilledSlot, SlotId, SlotTable, VacantSlot};
+
+/// Slots begin at multiples of this: whole cache lines on the CPU, aligned vector loads on a GPU.
+pub const SLOT_ALIGN_BYTES: usize = 128;
+
+/// Slots of a chunk are kept in one 64-bit set.
+const CHUNK_SLOTS_MAX: usize = 64;
+
+/// The two sizes of slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SizeClass {
+    /// Holds a block in the element type.
+    Raw,
+    /// Holds a block in the sealed format.
+    Sealed,
+}
+
+/// How the bytes of one device are cut into chunks and slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolLayout {
+    /// Bytes from one raw slot to the next.
+    pub raw_slot_bytes: usize,
+    /// Bytes from one sealed slot to the next.
+    pub sealed_slot_bytes: usize,
+    /// Bytes of a chunk; a whole number of raw slots.
+    pub chunk_bytes: usize,
+    /// Chunks in the slab.
+    pub chunks: usize,
+    /// Whether sealed blocks have slots of their own size (not so when the sealed format is `raw`).
+    pub has_sealed_class: bool,
+}
+
+impl PoolLayout {
+    /// Cuts `budget_bytes` for blocks of `layout` sealed into `format`.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`] with the bytes that are missing if not even two chunks of one block fit.
+    pub fn plan(layout: &BlockLayout, format: Format, budget_bytes: u64) -> Result<Self, ConfigError> {
+        let raw_slot_bytes = layout.raw_bytes().next_multiple_of(SLOT_ALIGN_BYTES);
+        let sealed_slot_bytes = format.block_bytes(layout).next_multiple_of(SLOT_ALIGN_BYTES);
+        let has_sealed_class = format != Format::Raw;
+        let budget = usize::try_from(budget_bytes).unwrap_or(usize::MAX);
+        if budget < 2 * raw_slot_bytes {
+            return Err(ConfigError::invalid(
+                "memory_bytes_per_device",
+                budget_bytes,
+                format!("{} bytes are missing for two blocks", 2 * raw_slot_bytes - budget),
+            ));
+        }
+        // Few slots a chunk keep fragmentation low, many keep the waste at a sealed chunk's end low:
+        // the smallest chunk within 1 % of the best waste, of those that leave at least 16 chunks.
+        let waste = |slots: usize| {
+            let chunk = slots * raw_slot_bytes;
+            let used = (chunk / sealed_slot_bytes).min(CHUNK_SLOTS_MAX) * sealed_slot_bytes;
+            (chunk - used) as f64 / chunk as f64
+        };
+        let slots_max = (budget / raw_slot_bytes / 16).clamp(1, CHUNK_SLOTS_MAX);
+        let least = (1..=slots_max).map(waste).fold(f64::INFINITY, f64::min);
+        let slots = match has_sealed_class {
+            true => (1..=slots_max).find(|&n| waste(n) <= least + 0.01).unwrap_or(1),
+            false => slots_max.min(16),
+        };
+        // Slot ids are 32 bits wide.
+        let chunks = (budget / (slots * raw_slot_bytes)).min((u32::MAX as usize) / CHUNK_SLOTS_MAX - 1);
+        Ok(Self {
+            raw_slot_bytes,
+            sealed_slot_bytes,
+            chunk_bytes: slots * raw_slot_bytes,
+            chunks,
+            has_sealed_class,
+        })
+    }
+
+    /// Bytes of the whole slab.
+    pub fn slab_bytes(&self) -> usize {
+        self.chunks * self.chunk_bytes
+    }
+
+    /// Slots of `class` in a chunk.
+    pub fn slots_per_chunk(&self, class: SizeClass) -> usize {
+        match class {
+            SizeClass::Raw => self.chunk_bytes / self.raw_slot_bytes,
+            SizeClass::Sealed => (self.chunk_bytes / self.sealed_slot_bytes).min(CHUNK_SLOTS_MAX),
+        }
+    }
+
+    /// Slot numbers that one chunk takes up, used or not in its present class.
+    pub fn slot_ids_per_chunk(&self) -> usize {
+        self.slots_per_chunk(SizeClass::Raw).max(self.slots_per_chunk(SizeClass::Sealed))
+    }
+
+    /// Slot numbers of the whole slab; also the most blocks that can exist.
+    pub fn slot_ids(&self) -> usize {
+        self.chunks * self.slot_ids_per_chunk()
+    }
+
+    /// Where a slot of `class` begins in the slab.
+    pub fn offset_bytes(&self, class: SizeClass, slot: SlotId) -> usize {
+        let (chunk, index) =
+            (slot.0 as usize / self.slot_ids_per_chunk(), slot.0 as usize % self.slot_ids_per_chunk());
+        chunk * self.chunk_bytes + index * self.slot_bytes(class)
+    }
+
+    /// Bytes from one slot of `class` to the next.
+    pub fn slot_bytes(&self, class: SizeClass) -> usize {
+        match class {
+            SizeClass::Raw => self.raw_slot_bytes,
+            SizeClass::Sealed => self.sealed_slot_bytes,
+        }
+    }
+}
+
+/// What a slot's bytes last were, as far as showing them to somebody matters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Residue {
+    /// Never written: zero from the allocation.
+    Fresh,
+    /// Written by one tenant only.
+    Tenant(u32),
+    /// Bytes of several blocks overlap here since the chunk changed class.
+    Mixed,
+}
+
+#[derive(Debug)]
+struct Chunk {
+    class: Option<SizeClass>,
+    /// Set bits are vacant slots of the present class.
+    vacant: u64,
+    /// Where this chunk stands in its class's list of chunks with vacancies.
+    listed_at: Option<usize>,
+}
+
+/// A slot taken from the pool.
+#[derive(Debug)]
+pub(crate) struct Allocated {
+    pub(crate) slot: FilledSlot,
+    /// The bytes may be another tenant's: zero the slot before anything else touches it.
+    pub(crate) must_zero: bool,
+}
+
+/// Who holds which slot. Every operation is O(1), except [`Pool::reclaim`], which looks at each quarantined slot.
+#[derive(Debug)]
+pub struct Pool {
+    layout: PoolLayout,
+    table: SlotTable,
+    chunks: Vec<Chunk>,
+    stock: Vec<u32>,
+    with_vacancy: [Vec<u32>; 2],
+    vacant: Vec<Option<VacantSlot>>,
+    residue: Vec<Residue>,
+    quarantine: VecDeque<(SizeClass, FilledSlot)>,
+    vacant_raw: usize,
+    used: [usize; 2],
+    reserved_raw: usize,
+}
+
+impl Pool {
+    /// A pool with every slot vacant.
+    pub fn new(layout: PoolLayout) -> Self {
+        let table = SlotTable::new(layout.slot_ids());
+        let mut pool = Pool {
+            chunks: (0..layout.chunks).map(|_| Chunk { class: None, vacant: 0, listed_at: None }).collect(),
+            stock: (0..layout.chunks as u32).rev().collect(),
+            with_vacancy: [Vec::new(), Vec::new()],
+            vacant: (0..layout.slot_ids()).map(|id| Some(table.first(SlotId(id as u32)))).collect(),
+            residue: vec![Residue::Fresh; layout.slot_ids()],
+            quarantine: VecDeque::new(),
+            vacant_raw: 0,
+            used: [0; 2],
+            reserved_raw: 0,
+            layout,
+            table,
+        };
+        if layout.has_sealed_class {
+            pool.open_chunk(SizeClass::Sealed);
+        }
+        pool
+    }
+
+    /// The cut of the slab.
+    pub fn layout(&self) -> &PoolLayout {
+        &self.layout
+    }
+
+    /// Pins and generations of all slots.
+    pub fn table(&self) -> &SlotTable {
+        &self.table
+    }
+
+    /// Raw slots that can be taken without touching reservations.
+    pub fn raw_available(&self) -> usize {
+        self.raw_vacant().saturating_sub(self.reserved_raw)
+    }
+
+    fn raw_vacant(&self) -> usize {
+        self.vacant_raw + self.stock.len() * self.layout.slots_per_chunk(SizeClass::Raw)
+    }
+
+    /// Slots of `class` in use, quarantined ones included.
+    pub fn used(&self, class: SizeClass) -> usize {
+        self.used[class as usize]
+    }
+
+    /// Slots that were freed while somebody was still looking at them.
+    pub fn quarantined(&self) -> usize {
+        self.quarantine.len()
+    }
+
+    /// Sets `slots` raw slots aside. False, with nothing changed, if there are not so many.
+    #[must_use]
+    pub fn reserve_raw(&mut self, slots: usize) -> bool {
+        let fits = self.raw_available() >= slots;
+        if fits {
+            self.reserved_raw += slots;
+        }
+        fits
+    }
+
+    /// Gives back what [`Pool::reserve_raw`] set aside.
+    pub fn unreserve_raw(&mut self, slots: usize) {
+        self.reserved_raw -= slots;
+    }
+
+    /// Takes a raw slot for `tenant`. The caller has looked at [`Pool::raw_available`] or gives back a reservation for it.
+    pub(crate) fn take_raw(&mut self, tenant: u32) -> Option<Allocated> {
+        self.take(SizeClass::Raw, tenant)
+    }
+
+    /// Takes a sealed slot for `tenant`, never at the cost of a raw slot that is reserved.
+    pub(crate) fn take_sealed(&mut self, tenant: u32) -> Option<FilledSlot> {
+        let needs_chunk = self.with_vacancy[SizeClass::Sealed as usize].is_empty();
+        if needs_chunk && self.raw_available() < self.layout.slots_per_chunk(SizeClass::Raw) {
+            return None;
+        }
+        // Sealing overwrites the whole block, so nothing of another tenant's survives in it.
+        self.take(SizeClass::Sealed, tenant).map(|taken| taken.slot)
+    }
+
+    fn take(&mut self, class: SizeClass, tenant: u32) -> Option<Allocated> {
+        if self.with_vacancy[class as usize].is_empty() {
+            self.open_chunk(class);
+        }
+        let chunk_index = *self.with_vacancy[class as usize].last()?;
+        let chunk = &mut self.chunks[chunk_index as usize];
+        let bit = chunk.vacant.trailing_zeros() as usize;
+        chunk.vacant &= chunk.vacant - 1;
+        if chunk.vacant == 0 {
+            chunk.listed_at = None;
+            self.with_vacancy[class as usize].pop();
+        }
+        let id = chunk_index as usize * self.layout.slot_ids_per_chunk() + bit;
+        let slot = self.vacant[id].take()?.fill();
+        let must_zero = match self.residue[id] {
+            Residue::Fresh => false,
+            Residue::Tenant(before) => before != tenant,
+            Residue::Mixed => true,
+        };
+        self.residue[id] = Residue::Tenant(tenant);
+        self.used[class as usize] += 1;
+        if class == SizeClass::Raw {
+            self.vacant_raw -= 1;
+        }
+        Some(Allocated { slot, must_zero })
+    }
+
+    /// Gives a chunk of the stock to `class`.
+    fn open_chunk(&mut self, class: SizeClass) {
+        let Some(index) = self.stock.pop() else { return };
+        let slots = self.layout.slots_per_chunk(class);
+        let first = index as usize * self.layout.slot_ids_per_chunk();
+        let residue = &mut self.residue[first..first + self.layout.slot_ids_per_chunk()];
+        if residue.iter().any(|r| *r != Residue::Fresh) {
+            residue.fill(Residue::Mixed);
+        }
+        let chunk = &mut self.chunks[index as usize];
+        chunk.class = Some(class);
+        chunk.vacant = if slots == 64 { u64::MAX } else { (1 << slots) - 1 };
+        if class == SizeClass::Raw {
+            self.vacant_raw += slots;
+        }
+        self.list(index);
+    }
+
+    fn list(&mut self, index: u32) {
+        let chunk = &mut self.chunks[index as usize];
+        let Some(class) = chunk.class else { return };
+        let list = &mut self.with_vacancy[class as usize];
+        chunk.listed_at = Some(list.len());
+        list.push(index);
+    }
+
+    fn unlist(&mut self, index: u32) {
+        let chunk = &mut self.chunks[index as usize];
+        let (Some(class), Some(at)) = (chunk.class, chunk.listed_at.take()) else { return };
+        let list = &mut self.with_vacancy[class as usize];
+        list.swap_remove(at);
+        if let Some(&moved) = list.get(at) {
+            self.chunks[moved as usize].listed_at = Some(at);
+        }
+    }
+
+    /// Takes a slot back: vacant at once, or quarantined while a pin holds it.
+    pub(crate) fn free(&mut self, class: SizeClass, slot: FilledSlot) {
+        match self.table.vacate(slot) {
+            Ok(vacant) => self.put_back(class, vacant),
+            Err(pinned) => self.quarantine.push_back((class, pinned)),
+        }
+    }
+
+    /// Frees the quarantined slots that nobody looks at any more.
+    pub fn reclaim(&mut self) {
+        for _ in 0..self.quarantine.len() {
+            if let Some((class, slot)) = self.quarantine.pop_front() {
+                self.free(class, slot);
+            }
+        }
+    }
+
+    fn put_back(&mut self, class: SizeClass, vacant: VacantSlot) {
+        let id = vacant.id().0 as usize;
+        let (index, bit) = (id / self.layout.slot_ids_per_chunk(), id % self.layout.slot_ids_per_chunk());
+        self.vacant[id] = Some(vacant);
+        self.used[class as usize] -= 1;
+        if class == SizeClass::Raw {
+            self.vacant_raw += 1;
+        }
+        let chunk = &mut self.chunks[index];
+        chunk.vacant |= 1 << bit;
+        let slots = self.layout.slots_per_chunk(class);
+        if chunk.listed_at.is_none() {
+            self.list(index as u32);
+        }
+        let all_vacant = self.chunks[index].vacant.count_ones() as usize == slots;
+        // The last chunk with sealed vacancies stays: sealing must be able to begin when raw slots have taken the rest.
+        let keeps = class == SizeClass::Sealed && self.with_vacancy[class as usize].len() == 1;
+        if all_vacant && !keeps {
+            self.unlist(index as u32);
+            self.chunks[index].class = None;
+            self.chunks[index].vacant = 0;
+            if class == SizeClass::Raw {
+                self.vacant_raw -= slots;
+            }
+            self.stock.push(index as u32);
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::geometry::{ElementType, Geometry};
+
+    fn pool(blocks: u64) -> Pool {
+        let layout = Geometry::new(1, 1, 16, ElementType::F16).layout().unwrap();
+        Pool::new(PoolLayout::plan(&layout, Format::Int8, blocks * layout.raw_bytes() as u64).unwrap())
+    }
+
+    #[test]
+    fn all_slots_come_back_and_the_split_follows_the_load() {
+        let mut pool = pool(64);
+        let whole = pool.raw_available();
+        let raw: Vec<_> = std::iter::from_fn(|| pool.take_raw(0)).collect();
+        assert_eq!(raw.len(), whole);
+        let sealed = pool.take_sealed(0).expect("one chunk is kept for sealing");
+        for taken in raw {
+            pool.free(SizeClass::Raw, taken.slot);
+        }
+        pool.free(SizeClass::Sealed, sealed);
+        assert_eq!(
+            (pool.raw_available(), pool.used(SizeClass::Raw), pool.used(SizeClass::Sealed)),
+            (whole, 0, 0)
+        );
+        let sealed: Vec<_> = std::iter::from_fn(|| pool.take_sealed(0)).collect();
+        assert!(
+            sealed.len() > whole,
+            "sealed blocks are smaller: {} fit where {whole} raw ones do",
+            sealed.len()
+        );
+        assert_eq!(pool.raw_available(), 0);
+    }
+
+    #[test]
+    fn slots_do_not_overlap() {
+        let mut pool = pool(100);
+        let mut ranges = Vec::new();
+        for turn in 0.. {
+            let class = if turn % 3 == 0 { SizeClass::Raw } else { SizeClass::Sealed };
+            let Some(taken) = pool.take(class, 0) else { break };
+            let start = pool.layout.offset_bytes(class, taken.slot.id());
+            ranges.push(start..start + pool.layout.slot_bytes(class));
+        }
+        ranges.sort_by_key(|r| r.start);
+        assert!(ranges.windows(2).all(|w| w[0].end <= w[1].start));
+        assert!(ranges.last().unwrap().end <= pool.layout.slab_bytes());
+    }
+
+    #[test]
+    fn bytes_of_another_tenant_must_be_zeroed() {
+        let mut pool = pool(64);
+        let first = pool.take_raw(1).unwrap();
+        assert!(!first.must_zero, "never written");
+        let held = pool.take_raw(1).unwrap();
+        pool.free(SizeClass::Raw, first.slot);
+        let again = pool.take_raw(1).unwrap();
+        assert!(!again.must_zero, "its own bytes");
+        pool.free(SizeClass::Raw, again.slot);
+        assert!(pool.take_raw(2).unwrap().must_zero);
+        drop(held);
+    }
+
+    #[test]
+    fn a_reservation_is_out_of_reach_of_sealing() {
+        let mut pool = pool(64);
+        let all = pool.raw_available();
+        assert!(pool.reserve_raw(all));
+        assert!(!pool.reserve_raw(1));
+        let sealed = std::iter::from_fn(|| pool.take_sealed(0)).count();
+        assert_eq!(sealed, pool.layout.slots_per_chunk(SizeClass::Sealed), "only the chunk kept for sealing");
+        pool.unreserve_raw(all);
+        assert_eq!(pool.raw_available(), all);
+    }
+
+    #[test]
+    fn a_budget_that_does_not_fit_says_what_is_missing() {
+        let layout = Geometry::new(2, 2, 64, ElementType::F16).layout().unwrap();
+        let error = PoolLayout::plan(&layout, Format::Int8, 1000).unwrap_err().to_string();
+        let missing = 2 * layout.raw_bytes() - 1000;
+        assert!(error.contains("memory_bytes_per_device") && error.contains(&missing.to_string()), "{error}");
+    }
+}

@@ -1,0 +1,310 @@
+//! The router actor: a task that takes what callers submit, places new sequences, and hands each shard one batch.
+//!
+//! It never blocks: permits bound what can be under way, and the shards' lanes hold more than that. It merges by itself:
+//! while it routes one run of messages, the next run queues up behind it, so batches grow with the load and an idle
+//! system adds no wait.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use crate::batch::{BatchCacheOperations, Operation};
+use crate::device::{ShardSubmission, ShardView};
+use crate::error::Error;
+use crate::mailbox::{Control, DeviceSender};
+use crate::memory::DeviceLost;
+use crate::permit::Permit;
+use crate::reply::{Answer, Join, PartReply, Reply, ReplyTo};
+use crate::sequence::{CloseHook, SequenceId};
+use crate::supervisor::{ActorName, Exit, Supervisor};
+
+/// Messages taken at once.
+const DRAIN_MAX: usize = 4096;
+
+/// A batch on its way to the shards.
+#[derive(Debug)]
+pub(crate) struct Submission {
+    batch: BatchCacheOperations,
+    permit: Permit,
+    reply: Reply,
+    submitted_at: Instant,
+}
+
+#[derive(Debug)]
+// Boxing submissions would cost every caller an allocation to spare the rare close some bytes.
+#[allow(clippy::large_enum_variant)]
+enum Message {
+    Submit(Submission),
+    Close(SequenceId),
+    Stop,
+}
+
+/// Sends to the router. Sending never waits and allocates only the channel's own blocks.
+#[derive(Debug, Clone)]
+pub struct RouterHandle(mpsc::UnboundedSender<Message>);
+
+impl RouterHandle {
+    /// Sends a batch whose permits are attached already.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] with the batch if the router has ended.
+    pub fn submit(
+        &self,
+        batch: BatchCacheOperations,
+        permit: Permit,
+    ) -> Result<Answer, (Box<BatchCacheOperations>, Error)> {
+        let (reply, answer) = Reply::new();
+        let submission = Submission { batch, permit, reply, submitted_at: Instant::now() };
+        match self.0.send(Message::Submit(submission)) {
+            Ok(()) => Ok(answer),
+            Err(mpsc::error::SendError(Message::Submit(back))) => Err((Box::new(back.batch), Error::Closed)),
+            Err(_) => Ok(answer),
+        }
+    }
+
+    /// Ends the router, and with it the actors below once they have finished their work.
+    pub fn stop(&self) {
+        // An error means that it has ended.
+        let _ = self.0.send(Message::Stop);
+    }
+}
+
+/// Where the router sends.
+#[derive(Debug)]
+pub(crate) struct Shard {
+    pub(crate) sender: DeviceSender,
+    pub(crate) view: ShardView,
+}
+
+/// The router before it runs: gives out its handle and the hook by which sequences close.
+pub(crate) struct RouterInbox(mpsc::UnboundedReceiver<Message>);
+
+/// The router's mailbox.
+///
+/// It is unbounded as a channel and bounded by construction: every submission holds a permit, and every close belongs to
+/// an open sequence, whose number is limited too.
+pub(crate) fn inbox() -> (RouterHandle, CloseHook, RouterInbox) {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    // Weak: sequences whose close is still to come must not keep a cache alive that nobody holds.
+    let weak = sender.downgrade();
+    let on_drop: CloseHook = Arc::new(move |id| {
+        if let Some(sender) = weak.upgrade() {
+            // An error means that the router has ended, and all sequences with it.
+            let _ = sender.send(Message::Close(id));
+        }
+    });
+    (RouterHandle(sender), on_drop, RouterInbox(receiver))
+}
+
+pub(crate) struct RouterActor {
+    core: RouterCore,
+    shards: Vec<Shard>,
+    supervisor: Arc<Supervisor>,
+}
+
+impl RouterActor {
+    pub(crate) fn new(shards: Vec<Shard>, deterministic: bool, supervisor: Arc<Supervisor>) -> Self {
+        RouterActor { core: RouterCore::new(shards.len(), deterministic), shards, supervisor }
+    }
+
+    /// The router's task. Ends when told to, or when nobody can send any more.
+    pub(crate) async fn run(mut self, inbox: RouterInbox) {
+        let RouterInbox(mut receiver) = inbox;
+        // Dropped last, also when the task is aborted with its runtime.
+        let _report = EndReport(self.supervisor.clone());
+        let mut messages = Vec::with_capacity(DRAIN_MAX);
+        let mut stopping = false;
+        while !stopping && receiver.recv_many(&mut messages, DRAIN_MAX).await > 0 {
+            self.observe();
+            for message in messages.drain(..) {
+                match message {
+                    Message::Submit(submission) => self.core.submit(submission),
+                    Message::Close(id) => self.core.close(id),
+                    Message::Stop => stopping = true,
+                }
+            }
+            self.deliver();
+        }
+    }
+
+    /// Looks at the shards before placing on them.
+    fn observe(&mut self) {
+        for (number, (shard, load)) in self.shards.iter().zip(&mut self.core.loads).enumerate() {
+            load.lost = self.supervisor.lost(number as u16).is_some();
+            if !self.core.deterministic && self.shards.len() > 1 {
+                load.blocks_used = shard.view.stats.lock().counters.blocks_used;
+            }
+        }
+    }
+
+    fn deliver(&mut self) {
+        for (number, (shard, outbox)) in self.shards.iter().zip(&mut self.core.outboxes).enumerate() {
+            if outbox.is_empty() {
+                continue;
+            }
+            let submissions = std::mem::take(outbox);
+            if let Err(error) = shard.sender.data.try_send(submissions) {
+                let number = number as u16;
+                let lost = self.supervisor.lost(number).unwrap_or(Error::Closed);
+                if error.is_full() {
+                    // Permits make this impossible; if it happens, answering beats waiting.
+                    tracing::error!(target: "kv_cache::router", shard = number, "a shard's lane was full");
+                }
+                for submission in error.into_inner() {
+                    let count = submission.batch.len();
+                    drop(submission.permit);
+                    submission.reply.send((0..count).map(|_| Err(lost.clone())).collect());
+                }
+            }
+        }
+    }
+}
+
+/// Reports the end of the router however it comes.
+struct EndReport(Arc<Supervisor>);
+
+impl Drop for EndReport {
+    fn drop(&mut self) {
+        let exit = match std::thread::panicking() {
+            true => Exit::Panicked("in the router task".into()),
+            false => Exit::Finished,
+        };
+        self.0.ended(ActorName::Router, exit);
+    }
+}
+
+/// What the router knows of a shard.
+#[derive(Debug, Clone, Copy, Default)]
+struct Load {
+    lost: bool,
+    /// As the shard last published it.
+    blocks_used: u64,
+    /// Sequences placed there and not closed yet.
+    sequences: u64,
+}
+
+/// What the router decides: which shard each operation goes to, and what goes there together.
+#[derive(Debug)]
+struct RouterCore {
+    loads: Vec<Load>,
+    outboxes: Vec<Vec<ShardSubmission>>,
+    deterministic: bool,
+}
+
+impl RouterCore {
+    fn new(shards: usize, deterministic: bool) -> Self {
+        RouterCore {
+            loads: vec![Load::default(); shards],
+            outboxes: (0..shards).map(|_| Vec::new()).collect(),
+            deterministic,
+        }
+    }
+
+    /// The shard for a new sequence: the least loaded that is not lost; shard 0 (which will refuse) if all are.
+    fn place(&mut self) -> usize {
+        // Sequences count as a block each, so that a burst of opens spreads before any of them shows in `blocks_used`.
+        let load = |load: &Load| (load.lost, load.blocks_used + load.sequences);
+        let shard = (0..self.loads.len()).min_by_key(|&shard| load(&self.loads[shard])).unwrap_or(0);
+        self.loads[shard].sequences += 1;
+        shard
+    }
+
+    fn target(&mut self, operation: &Operation) -> usize {
+        match operation {
+            Operation::Open { .. } => self.place(),
+            other => {
+                let shard = other.sequence().map_or(0, |id| id.shard() as usize);
+                match other {
+                    Operation::Fork { count, .. } => self.add(shard, i64::from(*count)),
+                    Operation::Close { .. } => self.add(shard, -1),
+                    _ => {}
+                }
+                // An id that no shard gave out is answered by any shard as unknown.
+                if shard < self.loads.len() { shard } else { 0 }
+            }
+        }
+    }
+
+    fn add(&mut self, shard: usize, sequences: i64) {
+        if let Some(load) = self.loads.get_mut(shard) {
+            load.sequences = load.sequences.saturating_add_signed(sequences);
+        }
+    }
+
+    fn submit(&mut self, submission: Submission) {
+        let Submission { mut batch, permit, reply, submitted_at } = submission;
+        let payload = batch.take_payload();
+        let submitted_at = Some(submitted_at);
+        let shards = self.outboxes.len();
+        let targets = batch
+            .operations
+            .iter()
+            .map(|operation| self.target(operation))
+            .collect::<smallvec::SmallVec<[usize; 8]>>();
+        let Some(first) = targets.first().copied() else {
+            drop(permit);
+            reply.send(Default::default());
+            return;
+        };
+        if targets.iter().all(|target| *target == first) {
+            let reply = ReplyTo::Whole(reply);
+            let permit = Some(permit);
+            self.outboxes[first].push(ShardSubmission { batch, payload, permit, reply, submitted_at });
+            return;
+        }
+        let join = Join::new(batch.len(), reply, Some(permit));
+        let mut operations: Vec<_> = batch.operations.drain(..).map(Some).collect();
+        for shard in 0..shards {
+            let places: Vec<usize> = (0..operations.len()).filter(|&at| targets[at] == shard).collect();
+            if places.is_empty() {
+                continue;
+            }
+            let part = batch.part(places.iter().filter_map(|&at| operations[at].take()));
+            let reply = ReplyTo::Part(PartReply::new(join.clone(), places, shard as u16));
+            let payload = payload.clone();
+            self.outboxes[shard].push(ShardSubmission {
+                batch: part,
+                payload,
+                permit: None,
+                reply,
+                submitted_at,
+            });
+        }
+    }
+
+    fn close(&mut self, id: SequenceId) {
+        let mut batch = BatchCacheOperations::new();
+        batch.close(id);
+        let target = self.target(&batch.operations[0]);
+        let payload = batch.take_payload();
+        self.outboxes[target].push(ShardSubmission {
+            batch,
+            payload,
+            permit: None,
+            reply: ReplyTo::Nobody,
+            submitted_at: None,
+        });
+    }
+}
+
+/// Injects a fault into a shard, for tests of what a fault does.
+#[derive(Debug, Clone)]
+pub struct FaultInjector(pub(crate) Vec<crossbeam_channel::Sender<Control>>);
+
+impl FaultInjector {
+    /// Makes the device of `shard` count as lost for `reason`.
+    pub fn lose_device(&self, shard: u16, reason: &str) {
+        if let Some(sender) = self.0.get(shard as usize) {
+            let _ = sender.try_send(Control::Lost(DeviceLost(reason.into())));
+        }
+    }
+
+    /// Makes the device actor of `shard` panic.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn panic_device(&self, shard: u16) {
+        if let Some(sender) = self.0.get(shard as usize) {
+            let _ = sender.try_send(Control::Panic);
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! Sequences as their owners see them: ids, tenants, the shared state that inline look-ups read, and the handle that closes.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use crate::block::BlockId;
+use crate::error::Error;
+use crate::geometry::BlockLayout;
+use crate::sync::{Arc, Mutex, MutexGuard, lock};
+
+/// Tokens at the start of a sequence that token dropping always keeps (attention sinks).
+pub const SINK_TOKENS: u32 = 4;
+
+/// Names a sequence for the lifetime of the cache; never used again after it closes.
+///
+/// The shard (16 bits), the entry in the shard's table (20) and the entry's generation (28).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct SequenceId(u64);
+
+impl SequenceId {
+    /// Most sequences of one shard.
+    pub const PER_SHARD_MAX: usize = 1 << 20;
+
+    pub(crate) fn new(shard: u16, index: u32, generation: u32) -> Self {
+        debug_assert!((index as usize) < Self::PER_SHARD_MAX && generation < 1 << 28);
+        SequenceId(u64::from(shard) << 48 | u64::from(index) << 28 | u64::from(generation))
+    }
+
+    /// The shard it lives on.
+    pub fn shard(self) -> u16 {
+        (self.0 >> 48) as u16
+    }
+
+    pub(crate) fn index(self) -> usize {
+        (self.0 >> 28) as usize & (Self::PER_SHARD_MAX - 1)
+    }
+
+    pub(crate) fn generation(self) -> u32 {
+        self.0 as u32 & ((1 << 28) - 1)
+    }
+
+    /// As a number, for logs and maps of the embedder's.
+    pub fn as_u64(self) -> u64 {
+        self.0
+    }
+
+    /// From a number that [`SequenceId::as_u64`] gave. Any other number is answered as an unknown sequence.
+    pub fn from_u64(number: u64) -> Self {
+        SequenceId(number)
+    }
+}
+
+impl std::fmt::Debug for SequenceId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "sequence {}/{}.{}", self.shard(), self.index(), self.generation())
+    }
+}
+
+impl std::fmt::Display for SequenceId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(self, f)
+    }
+}
+
+/// Whose sequence it is. Tenants never see each other's bytes or share blocks.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Tenant(std::sync::Arc<str>);
+
+impl Tenant {
+    /// The tenant of this name.
+    pub fn new(name: impl AsRef<str>) -> Self {
+        Tenant(name.as_ref().into())
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<&str> for Tenant {
+    fn from(name: &str) -> Self {
+        Tenant::new(name)
+    }
+}
+
+impl Default for Tenant {
+    fn default() -> Self {
+        Tenant::new("default")
+    }
+}
+
+/// What a sequence is opened with.
+#[derive(Debug, Clone, Default, PartialEq)]
+#[non_exhaustive]
+pub struct OpenOptions {
+    /// Whose it is.
+    pub tenant: Tenant,
+    /// Adapter (LoRA) that computes its keys and values: part of every block key.
+    pub adapter: Option<String>,
+    /// Raw blocks for this many tokens are set aside, so that appending them cannot fail for lack of room.
+    pub reserve_tokens: u32,
+}
+
+impl OpenOptions {
+    /// Sets the tenant.
+    #[must_use]
+    pub fn tenant(mut self, tenant: impl Into<Tenant>) -> Self {
+        self.tenant = tenant.into();
+        self
+    }
+
+    /// Sets the adapter.
+    #[must_use]
+    pub fn adapter(mut self, name: impl Into<String>) -> Self {
+        self.adapter = Some(name.into());
+        self
+    }
+
+    /// Sets aside raw blocks for `tokens` tokens.
+    #[must_use]
+    pub fn reserve_tokens(mut self, tokens: u32) -> Self {
+        self.reserve_tokens = tokens;
+        self
+    }
+}
+
+/// What is in a sequence. The device thread changes it; everybody else reads it under the lock.
+#[derive(Debug, Clone, Default)]
+pub struct SequenceState {
+    /// Tokens that are in all layers and counted.
+    pub committed: u32,
+    /// Per layer, up to which token it is staged; empty while nothing is staged.
+    pub staged: Vec<u32>,
+    /// Blocks in order; [`BlockId::DROPPED`] where token dropping released one.
+    pub blocks: Vec<BlockId>,
+    /// Tokens `SINK_TOKENS..window_start` were dropped (none while it is at most `SINK_TOKENS`).
+    pub window_start: u32,
+}
+
+impl SequenceState {
+    /// Up to which token the owner may read `layer`: staged tokens count for their layer.
+    pub fn visible(&self, layer: usize) -> u32 {
+        self.staged.get(layer).copied().unwrap_or(0).max(self.committed)
+    }
+
+    /// The tokens that dropping has removed.
+    pub fn dropped(&self) -> Range<u32> {
+        SINK_TOKENS.min(self.window_start)..self.window_start
+    }
+
+    /// The furthest token that any layer holds.
+    pub(crate) fn end(&self) -> u32 {
+        self.staged.iter().copied().max().unwrap_or(0).max(self.committed)
+    }
+
+    /// Checks that `range` of `layer` can be read.
+    ///
+    /// # Errors
+    /// [`Error::TokenRange`], [`Error::TokensDropped`].
+    pub fn check_readable(&self, layer: usize, range: &Range<u32>) -> Result<(), Error> {
+        let visible = self.visible(layer);
+        if range.start > range.end || range.end > visible {
+            return Err(Error::TokenRange { range: range.clone(), visible });
+        }
+        let dropped = self.dropped();
+        if range.start < dropped.end && dropped.start < range.end && !dropped.is_empty() {
+            return Err(Error::TokensDropped { range: range.clone(), dropped });
+        }
+        Ok(())
+    }
+
+    /// The `(index in blocks, tokens inside the block)` pieces that cover `range`.
+    pub fn pieces(
+        &self,
+        layout: &BlockLayout,
+        range: Range<u32>,
+    ) -> impl Iterator<Item = (usize, Range<usize>)> {
+        pieces(layout.block_tokens, range)
+    }
+}
+
+/// Cuts a range of tokens at block borders: `(block index, tokens inside that block)`.
+pub fn pieces(block_tokens: usize, range: Range<u32>) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let mut next = range.start as usize;
+    let end = range.end as usize;
+    std::iter::from_fn(move || {
+        (next < end).then(|| {
+            let (index, from) = (next / block_tokens, next % block_tokens);
+            let to = block_tokens.min(from + (end - next));
+            next += to - from;
+            (index, from..to)
+        })
+    })
+}
+
+/// The part of a sequence that its handle, its shard and inline look-ups share.
+#[derive(Debug)]
+pub struct SequenceShared {
+    id: SequenceId,
+    tenant: Tenant,
+    state: Mutex<SequenceState>,
+}
+
+impl SequenceShared {
+    pub(crate) fn new(id: SequenceId, tenant: Tenant, state: SequenceState) -> Arc<Self> {
+        Arc::new(SequenceShared { id, tenant, state: Mutex::new(state) })
+    }
+
+    /// Its id.
+    pub fn id(&self) -> SequenceId {
+        self.id
+    }
+
+    /// Whose it is.
+    pub fn tenant(&self) -> &Tenant {
+        &self.tenant
+    }
+
+    /// Locks the state. Hold it briefly: the device thread waits for it.
+    pub fn state(&self) -> MutexGuard<'_, SequenceState> {
+        lock(&self.state)
+    }
+}
+
+/// Sends the close of a sequence on its way; must not wait.
+pub type CloseHook = std::sync::Arc<dyn Fn(SequenceId) + Send + Sync>;
+
+/// An open sequence, owned: dropping it closes the sequence.
+///
+/// Results carry it, so that a sequence opened for a caller who has gone away closes by itself.
+pub struct OpenSequence {
+    shared: Arc<SequenceShared>,
+    on_drop: CloseHook,
+}
+
+impl OpenSequence {
+    pub(crate) fn new(shared: Arc<SequenceShared>, on_drop: CloseHook) -> Self {
+        OpenSequence { shared, on_drop }
+    }
+
+    /// The shared part.
+    pub fn shared(&self) -> &Arc<SequenceShared> {
+        &self.shared
+    }
+
+    /// Its id.
+    pub fn id(&self) -> SequenceId {
+        self.shared.id
+    }
+}
+
+impl Drop for OpenSequence {
+    fn drop(&mut self) {
+        (self.on_drop)(self.shared.id);
+    }
+}
+
+impl std::fmt::Debug for OpenSequence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "OpenSequence({})", self.shared.id)
+    }
+}

@@ -1,0 +1,201 @@
+//! The CPU codec against the machine's own copy rate.
+//!
+//! `cargo bench --bench codec` runs criterion's groups on one plane of a block (8 heads of 32 tokens, in cache) and
+//! on the row copies of a decode step. It ends with a table: 256 MiB of elements, far beyond the caches, coded in
+//! calls of one plane each as the runtime does, and `memcpy` of as much, measured in turns. Rates count bytes read
+//! plus bytes written, for all three.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput};
+use half::{bf16, f16};
+use kv_cache::ElementType;
+use kv_cache::codec::Kernels;
+
+const PLANE_ROWS: usize = 8 * 32;
+const LARGE_BYTES: usize = 256 << 20;
+const TURNS: usize = 15;
+const CASES: [(ElementType, &str); 3] =
+    [(ElementType::F16, "f16"), (ElementType::Bf16, "bf16"), (ElementType::F32, "f32")];
+
+/// A page-aligned part of a buffer whose pages are all present.
+struct Buffer {
+    bytes: Vec<u8>,
+    at: usize,
+}
+
+impl Buffer {
+    fn new(len: usize) -> Self {
+        // Ones: an allocation of zeros would share the zero page until it is written.
+        let bytes = vec![1; len + 4096];
+        let at = bytes.as_ptr().align_offset(4096);
+        Self { bytes, at }
+    }
+
+    fn get(&mut self, len: usize) -> &mut [u8] {
+        &mut self.bytes[self.at..][..len]
+    }
+}
+
+/// Fills with values in [-4, 4), repeating after 1 MiB.
+fn fill(element: ElementType, bytes: &mut [u8]) {
+    let period = bytes.len().min(1 << 20);
+    let mut state = 1u32;
+    for out in bytes[..period].chunks_exact_mut(element.bytes()) {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let value = (state >> 8) as f32 / (1 << 21) as f32 - 4.0;
+        match element {
+            ElementType::F16 => out.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+            ElementType::Bf16 => out.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+            ElementType::F32 => out.copy_from_slice(&value.to_le_bytes()),
+        }
+    }
+    for at in (period..bytes.len()).step_by(period) {
+        let len = period.min(bytes.len() - at);
+        bytes.copy_within(..len, at);
+    }
+}
+
+/// `int8` of one plane, in cache, by every kernel set.
+fn plane(criterion: &mut Criterion) {
+    for (element, label) in CASES {
+        for dim in [64, 128] {
+            let elements = PLANE_ROWS * dim;
+            let (raw_bytes, scale_bytes) = (elements * element.bytes(), PLANE_ROWS * element.scale_bytes());
+            let (mut src, mut dst) = (Buffer::new(raw_bytes), Buffer::new(raw_bytes));
+            let (mut codes, mut scales) = (Buffer::new(elements), Buffer::new(scale_bytes));
+            let (src, dst) = (src.get(raw_bytes), dst.get(raw_bytes));
+            let (codes, scales) = (codes.get(elements), scales.get(scale_bytes));
+            fill(element, src);
+
+            let mut group = criterion.benchmark_group(format!("int8 plane {label} D={dim}"));
+            group.throughput(Throughput::Bytes((raw_bytes + elements + scale_bytes) as u64));
+            for kernels in Kernels::candidates() {
+                group.bench_function(BenchmarkId::new("encode", kernels.name()), |bench| {
+                    bench.iter(|| kernels.int8_encode(element, dim, black_box(src), codes, scales));
+                });
+                group.bench_function(BenchmarkId::new("decode", kernels.name()), |bench| {
+                    let stride = dim * element.bytes();
+                    bench.iter(|| kernels.int8_decode(element, dim, black_box(codes), scales, dst, stride));
+                });
+            }
+            group.finish();
+        }
+    }
+}
+
+/// The rows one decode step appends: one token, 8 heads, D = 64.
+fn step_rows(criterion: &mut Criterion) {
+    let row_bytes = 128;
+    let (mut src, mut dst) = (Buffer::new(8 * row_bytes), Buffer::new(PLANE_ROWS * row_bytes));
+    let (src, dst) = (src.get(8 * row_bytes), dst.get(PLANE_ROWS * row_bytes));
+    fill(ElementType::F16, src);
+    let mut group = criterion.benchmark_group("copy f16 rows of 128 bytes");
+    for kernels in Kernels::candidates() {
+        for rows in [1, 8] {
+            group.bench_function(BenchmarkId::new(kernels.name(), rows), |bench| {
+                let dst_stride = 32 * row_bytes;
+                bench.iter(|| {
+                    let src = black_box(&*src);
+                    kernels.copy_rows(ElementType::F16, src, row_bytes, dst, dst_stride, row_bytes, rows)
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+fn seconds(work: impl FnOnce()) -> f64 {
+    let start = Instant::now();
+    work();
+    start.elapsed().as_secs_f64()
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// The table of the large buffers.
+fn large() {
+    let kernels = Kernels::tuned();
+    let (mut src, mut dst, mut copy) =
+        (Buffer::new(LARGE_BYTES), Buffer::new(LARGE_BYTES), Buffer::new(LARGE_BYTES));
+    let (mut codes, mut scales) = (Buffer::new(LARGE_BYTES / 2), Buffer::new(LARGE_BYTES / 32));
+    let (src, dst, copy) = (src.get(LARGE_BYTES), dst.get(LARGE_BYTES), copy.get(LARGE_BYTES));
+
+    println!(
+        "\n{} kernels, {} MiB, medians over {TURNS} turns (of the rates, and of the ratio within a turn), bytes read + written",
+        kernels.name(),
+        LARGE_BYTES >> 20
+    );
+    for (element, label) in CASES {
+        fill(element, src);
+        for dim in [64, 128] {
+            let elements = LARGE_BYTES / element.bytes();
+            let scales_len = elements / dim * element.scale_bytes();
+            let (codes, scales) = (codes.get(elements), scales.get(scales_len));
+            let (plane_raw, plane_codes) = (PLANE_ROWS * dim * element.bytes(), PLANE_ROWS * dim);
+            let plane_scales = PLANE_ROWS * element.scale_bytes();
+
+            let mut times = [const { Vec::new() }; 4];
+            for _ in 0..TURNS {
+                times[0].push(seconds(|| copy.copy_from_slice(black_box(src))));
+                times[1].push(seconds(|| {
+                    let outputs = codes.chunks_mut(plane_codes).zip(scales.chunks_mut(plane_scales));
+                    for (src, (codes, scales)) in src.chunks(plane_raw).zip(outputs) {
+                        assert!(kernels.int8_encode(element, dim, src, codes, scales));
+                    }
+                }));
+                times[2].push(seconds(|| {
+                    let inputs = codes.chunks(plane_codes).zip(scales.chunks(plane_scales));
+                    for (dst, (codes, scales)) in dst.chunks_mut(plane_raw).zip(inputs) {
+                        kernels.int8_decode(element, dim, codes, scales, dst, dim * element.bytes());
+                    }
+                }));
+                times[3].push(seconds(|| {
+                    let row_bytes = dim * element.bytes();
+                    for (src, dst) in src.chunks(plane_raw).zip(dst.chunks_mut(plane_raw)) {
+                        assert!(
+                            kernels.copy_rows(element, src, row_bytes, dst, row_bytes, row_bytes, PLANE_ROWS)
+                        );
+                    }
+                }));
+            }
+            black_box((&*dst, &*copy));
+
+            let coded = (LARGE_BYTES + elements + scales_len) as f64 / 1e9;
+            let copied = 2.0 * LARGE_BYTES as f64 / 1e9;
+            let [memcpy, encode, decode, rows] = times;
+            for (what, gigabytes, times) in
+                [("int8 encode", coded, encode), ("int8 decode", coded, decode), ("copy_rows", copied, rows)]
+            {
+                // Within a turn: what disturbs the machine for longer than that disturbs both.
+                let turns = times.iter().zip(&memcpy);
+                let ratio =
+                    median(turns.map(|(time, memcpy)| gigabytes / time / (copied / memcpy)).collect());
+                let (rate, memcpy) = (gigabytes / median(times), copied / median(memcpy.clone()));
+                println!("{what} {label} D={dim}: {rate:.1} GB/s, memcpy {memcpy:.1} GB/s, ratio {ratio:.2}");
+            }
+        }
+    }
+}
+
+fn main() {
+    let mut criterion = Criterion::default()
+        // What keeps this short: the analysis costs more than the measurements.
+        .nresamples(2000)
+        .without_plots()
+        .sample_size(10)
+        .warm_up_time(Duration::from_millis(50))
+        .measurement_time(Duration::from_millis(200))
+        .configure_from_args();
+    plane(&mut criterion);
+    step_rows(&mut criterion);
+    criterion.final_summary();
+    // `cargo test --benches` only checks that things run.
+    if !std::env::args().any(|arg| arg == "--test") {
+        large();
+    }
+}

@@ -1,0 +1,126 @@
+//! The portable kernels: one element at a time, real divisions, no tricks.
+//!
+//! They are the definition that every other variant has to meet byte for byte, so they are written to be
+//! compared with the text in the [module documentation](super), not to be fast.
+
+use half::{bf16, f16};
+
+use super::{ElementType, SCALE_FLOOR_F16, SCALE_FLOOR_F32, finite_max};
+
+/// See [`Kernels::copy_rows`](super::Kernels::copy_rows).
+pub(super) fn copy_rows(
+    element: ElementType,
+    src: &[u8],
+    src_stride: usize,
+    dst: &mut [u8],
+    dst_stride: usize,
+    row_bytes: usize,
+    rows: usize,
+) -> bool {
+    let mut finite = true;
+    for row in 0..rows {
+        let from = &src[row * src_stride..][..row_bytes];
+        dst[row * dst_stride..][..row_bytes].copy_from_slice(from);
+        finite &= all_finite(element, from);
+    }
+    finite
+}
+
+/// See [`Kernels::int8_encode`](super::Kernels::int8_encode).
+pub(super) fn int8_encode(
+    element: ElementType,
+    dim: usize,
+    src: &[u8],
+    codes: &mut [u8],
+    scales: &mut [u8],
+) -> bool {
+    let rows = src.chunks_exact(dim * element.bytes()).zip(codes.chunks_exact_mut(dim));
+    let mut finite = true;
+    for ((row, codes), stored) in rows.zip(scales.chunks_exact_mut(element.scale_bytes())) {
+        if !all_finite(element, row) {
+            finite = false;
+            write_scale(element, 0.0, stored);
+            codes.fill(0);
+            continue;
+        }
+        let abs_max = (0..dim).fold(0.0f32, |max, i| max.max(read(element, row, i).abs()));
+        let scale = write_scale(element, abs_max / 127.0, stored);
+        for (i, code) in codes.iter_mut().enumerate() {
+            let q = (read(element, row, i) / scale).round_ties_even();
+            *code = (q.clamp(-127.0, 127.0) as i8).cast_unsigned();
+        }
+    }
+    finite
+}
+
+/// See [`Kernels::int8_decode`](super::Kernels::int8_decode).
+pub(super) fn int8_decode(
+    element: ElementType,
+    dim: usize,
+    codes: &[u8],
+    scales: &[u8],
+    dst: &mut [u8],
+    dst_stride: usize,
+) {
+    let max = finite_max(element);
+    let rows = codes.chunks_exact(dim).zip(scales.chunks_exact(element.scale_bytes()));
+    for (row, (codes, stored)) in rows.enumerate() {
+        let scale = read_scale(element, stored);
+        let out = &mut dst[row * dst_stride..][..dim * element.bytes()];
+        for (code, out) in codes.iter().zip(out.chunks_exact_mut(element.bytes())) {
+            let product = f32::from(code.cast_signed()) * scale;
+            // `min` first: it turns a NaN into `max`, as the vector instructions do.
+            write(element, product.min(max).max(-max), out);
+        }
+    }
+}
+
+/// Rounds `ideal` to the stored type, applies the floor, stores it, and returns what was stored.
+fn write_scale(element: ElementType, ideal: f32, stored: &mut [u8]) -> f32 {
+    match element {
+        ElementType::F16 => {
+            let scale = f16::from_f32(ideal).max(SCALE_FLOOR_F16);
+            stored.copy_from_slice(&scale.to_le_bytes());
+            scale.to_f32()
+        }
+        ElementType::Bf16 | ElementType::F32 => {
+            let scale = ideal.max(SCALE_FLOOR_F32);
+            stored.copy_from_slice(&scale.to_le_bytes());
+            scale
+        }
+    }
+}
+
+/// The stored scale of one row.
+fn read_scale(element: ElementType, stored: &[u8]) -> f32 {
+    match element {
+        ElementType::F16 => f16::from_le_bytes([stored[0], stored[1]]).to_f32(),
+        ElementType::Bf16 | ElementType::F32 => {
+            f32::from_le_bytes([stored[0], stored[1], stored[2], stored[3]])
+        }
+    }
+}
+
+/// Element `i` of `row`.
+fn read(element: ElementType, row: &[u8], i: usize) -> f32 {
+    let at = &row[i * element.bytes()..];
+    match element {
+        ElementType::F16 => f16::from_le_bytes([at[0], at[1]]).to_f32(),
+        ElementType::Bf16 => bf16::from_le_bytes([at[0], at[1]]).to_f32(),
+        ElementType::F32 => f32::from_le_bytes([at[0], at[1], at[2], at[3]]),
+    }
+}
+
+/// Rounds `value`, half to even, into `out`.
+fn write(element: ElementType, value: f32, out: &mut [u8]) {
+    match element {
+        ElementType::F16 => out.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
+        ElementType::Bf16 => out.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),
+        ElementType::F32 => out.copy_from_slice(&value.to_le_bytes()),
+    }
+}
+
+/// Whether no element of `row` is NaN or infinite.
+pub(super) fn all_finite(element: ElementType, row: &[u8]) -> bool {
+    (0..row.len() / element.bytes()).all(|i| read(element, row, i).is_finite())
+}

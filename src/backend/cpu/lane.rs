@@ -1,0 +1,237 @@
+//! Lanes of the CPU device: each carries a launch out when it is launched, on the thread of the actor that owns it.
+
+use std::sync::Arc;
+
+use kv_cache_actors::format::{Format, Int8Layout};
+use kv_cache_actors::geometry::{BlockLayout, Plane};
+use kv_cache_actors::memory::{
+    AppendStep, Backend, DeviceLost, Lane, Lanes, Launch, ReadBuffer, ReadStep, Step,
+};
+use kv_cache_actors::pool::PoolLayout;
+
+use super::codec::Kernels;
+use super::slab::Slab;
+
+/// A CPU device to be opened over a slab.
+pub(crate) struct CpuBackend {
+    slab: Arc<Slab>,
+    kernels: Kernels,
+}
+
+impl CpuBackend {
+    pub(crate) fn new(slab: Arc<Slab>, kernels: Kernels) -> Self {
+        CpuBackend { slab, kernels }
+    }
+}
+
+impl Backend for CpuBackend {
+    type Lane = CpuLane;
+
+    fn open(self, block: &BlockLayout, _: &PoolLayout, _: Format) -> Result<Lanes<CpuLane>, String> {
+        let lane = || CpuLane {
+            slab: self.slab.clone(),
+            kernels: self.kernels,
+            layout: *block,
+            int8: Int8Layout::new(block),
+            done: Vec::new(),
+        };
+        Ok(Lanes { compute: lane(), upload: lane(), download: lane() })
+    }
+}
+
+/// A lane that is always done.
+pub(crate) struct CpuLane {
+    slab: Arc<Slab>,
+    kernels: Kernels,
+    layout: BlockLayout,
+    int8: Int8Layout,
+    done: Vec<Launch>,
+}
+
+impl Lane for CpuLane {
+    fn launch(&mut self, mut launch: Launch) {
+        let Launch { steps, flights, error } = &mut launch;
+        for step in steps.iter() {
+            match step {
+                Step::Zero { slot_offset } => self.zero(*slot_offset),
+                Step::Copy { from_offset, to_offset } => self.copy(*from_offset, *to_offset),
+                Step::Reopen { format, from_offset, to_offset } => {
+                    self.reopen(*format, *from_offset, *to_offset)
+                }
+                Step::Append(append) => {
+                    let flight = &mut flights[append.flight];
+                    if let Some(payload) = &flight.payload {
+                        flight.finite &= self.append(append, payload.bytes());
+                    }
+                }
+                Step::Seal { flight, format, from_offset, to_offset } => {
+                    flights[*flight].finite &= self.seal(*format, *from_offset, *to_offset);
+                }
+                Step::Read(read) => {
+                    if let Some(output) = &mut flights[read.flight].output {
+                        self.read(read, output);
+                    }
+                }
+                // Steps of a newer core: failing loudly beats leaving bytes out.
+                other => *error = Some(format!("the CPU device does not know {other:?}").into()),
+            }
+        }
+        self.done.push(launch);
+    }
+
+    fn poll(&mut self, done: &mut Vec<Launch>) -> Result<(), DeviceLost> {
+        done.append(&mut self.done);
+        Ok(())
+    }
+}
+
+impl CpuLane {
+    fn zero(&self, slot: usize) {
+        // SAFETY: a new slot of the launch's own (2).
+        unsafe { self.slab.bytes_mut(slot..slot + self.layout.raw_bytes()) }.fill(0);
+    }
+
+    fn copy(&self, from: usize, to: usize) {
+        let bytes = self.layout.raw_bytes();
+        // SAFETY: the source is pinned (3), the target a new slot of the launch's own (2): two slots, so they do not overlap.
+        let (source, target) =
+            unsafe { (self.slab.bytes(from..from + bytes), self.slab.bytes_mut(to..to + bytes)) };
+        target.copy_from_slice(source);
+    }
+
+    /// Scatters `[layers, tokens, kv_heads, dim]` to `[layer][K|V][kv_head][token][dim]`; true if all is finite.
+    fn append(&self, step: &AppendStep, payload: &[u8]) -> bool {
+        let layout = &self.layout;
+        let mut finite = true;
+        for (at, layer) in step.layers.clone().enumerate() {
+            for (plane, tensor_at) in [(Plane::Key, step.keys_at), (Plane::Value, step.values_at)] {
+                let (row, token) = (layout.row_bytes(plane), layout.token_bytes(plane));
+                let source = tensor_at + (at * step.payload_tokens + step.first_token) * token;
+                let source = &payload[source..source + step.tokens.len() * token];
+                let plane_at = step.slot_offset + layout.plane_offset(layer, plane);
+                for head in 0..layout.kv_heads {
+                    let target = plane_at + (head * layout.block_tokens + step.tokens.start) * row;
+                    // SAFETY: rows of a slot of the launch's own (2) that no reader has been shown (4).
+                    let target = unsafe { self.slab.bytes_mut(target..target + step.tokens.len() * row) };
+                    let source = &source[head * row..];
+                    finite &= self.kernels.copy_rows(
+                        layout.element,
+                        source,
+                        token,
+                        target,
+                        row,
+                        row,
+                        step.tokens.len(),
+                    );
+                }
+            }
+        }
+        finite
+    }
+
+    /// Encodes a whole block; true if all is finite.
+    fn seal(&self, format: Format, from: usize, to: usize) -> bool {
+        let layout = &self.layout;
+        if format != Format::Int8 {
+            return false;
+        }
+        let mut finite = true;
+        for layer in 0..layout.layers {
+            for plane in Plane::BOTH {
+                let raw = from + layout.plane_offset(layer, plane);
+                let codes = to + self.int8.codes_at(layout, layer, plane);
+                let scales = to + self.int8.scales_at(layout, layer, plane);
+                let codes_bytes = layout.plane_bytes(plane) / layout.element.bytes();
+                let scales_bytes = layout.rows_per_plane() * layout.element.scale_bytes();
+                // SAFETY: the source is a full block held by the flight, which nobody writes to; the target is a new slot of
+                // the flight's own (2), and codes and scales lie apart in it.
+                let (raw, codes, scales) = unsafe {
+                    (
+                        self.slab.bytes(raw..raw + layout.plane_bytes(plane)),
+                        self.slab.bytes_mut(codes..codes + codes_bytes),
+                        self.slab.bytes_mut(scales..scales + scales_bytes),
+                    )
+                };
+                finite &= self.kernels.int8_encode(layout.element, layout.dim(plane), raw, codes, scales);
+            }
+        }
+        finite
+    }
+
+    /// Decodes a whole block into a raw slot.
+    fn reopen(&self, format: Format, from: usize, to: usize) {
+        let layout = &self.layout;
+        for layer in 0..layout.layers {
+            for plane in Plane::BOTH {
+                let target = to + layout.plane_offset(layer, plane);
+                // SAFETY: a new slot of the launch's own (2).
+                let target = unsafe { self.slab.bytes_mut(target..target + layout.plane_bytes(plane)) };
+                for head in 0..layout.kv_heads {
+                    let bytes = layout.block_tokens * layout.row_bytes(plane);
+                    let target = &mut target[head * bytes..(head + 1) * bytes];
+                    let rows = head * layout.block_tokens..(head + 1) * layout.block_tokens;
+                    self.decode(format, from, layer, plane, rows, target, layout.row_bytes(plane));
+                }
+            }
+        }
+    }
+
+    /// Gathers `[layer][K|V][kv_head][token][dim]` to `[tokens, kv_heads, dim]`.
+    fn read(&self, step: &ReadStep, output: &mut ReadBuffer) {
+        let layout = &self.layout;
+        for plane in Plane::BOTH {
+            let (row, token) = (layout.row_bytes(plane), layout.token_bytes(plane));
+            let output = &mut output.plane_mut(plane)[step.output_token * token..];
+            for head in 0..layout.kv_heads {
+                let first = head * layout.block_tokens + step.tokens.start;
+                let rows = first..first + step.tokens.len();
+                self.decode(
+                    step.format,
+                    step.slot_offset,
+                    step.layer,
+                    plane,
+                    rows,
+                    &mut output[head * row..],
+                    token,
+                );
+            }
+        }
+    }
+
+    /// Decodes rows of one plane of a slot, row `i` to `target[i * stride]`.
+    #[allow(clippy::too_many_arguments)]
+    fn decode(
+        &self,
+        format: Format,
+        slot: usize,
+        layer: usize,
+        plane: Plane,
+        rows: std::ops::Range<usize>,
+        target: &mut [u8],
+        stride: usize,
+    ) {
+        let layout = &self.layout;
+        let (element, dim, row) = (layout.element, layout.dim(plane), layout.row_bytes(plane));
+        match format {
+            Format::Int8 => {
+                let codes = slot + self.int8.codes_at(layout, layer, plane);
+                let scales = slot + self.int8.scales_at(layout, layer, plane);
+                let scale = element.scale_bytes();
+                // SAFETY: a sealed block, pinned by the flight (3); nobody writes to sealed blocks.
+                let (codes, scales) = unsafe {
+                    (
+                        self.slab.bytes(codes + rows.start * dim..codes + rows.end * dim),
+                        self.slab.bytes(scales + rows.start * scale..scales + rows.end * scale),
+                    )
+                };
+                self.kernels.int8_decode(element, dim, codes, scales, target, stride);
+            }
+            _ => {
+                let raw = slot + layout.plane_offset(layer, plane);
+                // SAFETY: acknowledged rows (4) of a pinned slot (3).
+                let raw = unsafe { self.slab.bytes(raw + rows.start * row..raw + rows.end * row) };
+                self.kernels.copy_rows(element, raw, row, target, stride, row, rows.len());
+            }
+        }
+    }
+}

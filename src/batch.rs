@@ -1,0 +1,237 @@
+//! `BatchCacheOperations` with typed tensors and handles.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use kv_cache_actors::batch::{BatchCacheOperations as Inner, Outcome as InnerOutcome};
+use kv_cache_actors::memory::ReadBuffer;
+
+use crate::element::{Element, check_type, tensor};
+use crate::runtime::Runtime;
+use crate::{BlockLayout, Error, ExtraIdentity, OpenOptions, Sequence, SequenceId, Tenant};
+
+/// Any mix of operations over any sequences, submitted and validated as one batch: one message, one result per operation.
+///
+/// Operations on one sequence take effect in their order, each as if alone: one that fails leaves its sequence as it was,
+/// and the next one finds it so. Operations on different sequences may take effect in any order.
+///
+/// The batch owns copies of the tensors given to it, so it can be built anywhere and submitted later.
+///
+/// ```
+/// # use kv_cache::*;
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let cache = Cache::builder(Geometry::new(1, 1, 4, ElementType::F32)).memory_bytes_per_device(1 << 20).build().await?;
+/// let (a, b) = (cache.open("tenant", OpenOptions::default()).await?, cache.open("tenant", OpenOptions::default()).await?);
+/// let batch = BatchCacheOperations::new()
+///     .append(&a, &[7], &[0.5f32; 4], &[1.5f32; 4])
+///     .append(&b, &[8], &[f32::NAN; 4], &[0.0f32; 4])
+///     .read(&a, 0, 0..1)
+///     .fork(&a, 2);
+/// let results = cache.submit(batch).await?;
+/// assert!(matches!(results[0], Ok(Outcome::Appended { committed: 1 })));
+/// assert_eq!(results[1].as_ref().unwrap_err(), &Error::NotFinite);
+/// let Ok(Outcome::Read(read)) = &results[2] else { panic!() };
+/// assert!(matches!(&results[3], Ok(Outcome::Forked(forks)) if forks.len() == 2));
+/// # assert_eq!(read.clone().into_elements::<f32>()?.1, vec![1.5; 4]);
+/// # Ok(()) }
+/// ```
+#[derive(Debug, Default)]
+#[must_use = "a batch does nothing until it is submitted"]
+pub struct BatchCacheOperations(pub(crate) Inner);
+
+impl BatchCacheOperations {
+    /// An empty batch.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Every operation must be on a sequence of `tenant`; others fail with [`Error::TenantMismatch`].
+    pub fn only_tenant(mut self, tenant: impl Into<Tenant>) -> Self {
+        self.0.only_tenant(tenant.into());
+        self
+    }
+
+    /// Makes room for `bytes` bytes of tensors, so that filling the batch allocates once.
+    pub fn reserve_bytes(mut self, bytes: usize) -> Self {
+        self.0.reserve_bytes(bytes);
+        self
+    }
+
+    /// Opens a sequence: [`Outcome::Opened`].
+    pub fn open(mut self, tenant: impl Into<Tenant>, options: OpenOptions) -> Self {
+        self.0.open(options.tenant(tenant));
+        self
+    }
+
+    /// Appends tokens to all layers: [`Outcome::Appended`]. `keys` is `[layers, tokens, kv_heads, key_dim]`, `values` likewise.
+    pub fn append<T: Element>(
+        mut self,
+        sequence: impl Into<SequenceId>,
+        token_ids: &[u32],
+        keys: &[T],
+        values: &[T],
+    ) -> Self {
+        self.0.append(sequence.into(), None, token_ids, None, tensor(keys), tensor(values));
+        self
+    }
+
+    /// [`BatchCacheOperations::append`] that fails with [`Error::Position`] unless exactly `at` tokens are committed, and
+    /// whose tokens may carry more identity than their ids (the hash of an image).
+    pub fn append_at<T: Element>(
+        mut self,
+        sequence: impl Into<SequenceId>,
+        at: u32,
+        token_ids: &[u32],
+        extra: Option<ExtraIdentity>,
+        keys: &[T],
+        values: &[T],
+    ) -> Self {
+        self.0.append(sequence.into(), Some(at), token_ids, extra, tensor(keys), tensor(values));
+        self
+    }
+
+    /// Stages tokens of one layer behind what that layer holds: [`Outcome::Staged`]. `keys` is `[tokens, kv_heads, key_dim]`.
+    pub fn stage<T: Element>(
+        mut self,
+        sequence: impl Into<SequenceId>,
+        layer: u32,
+        tokens: u32,
+        keys: &[T],
+        values: &[T],
+    ) -> Self {
+        self.0.stage(sequence.into(), layer, tokens, tensor(keys), tensor(values));
+        self
+    }
+
+    /// Commits the first `token_ids.len()` staged tokens and discards the others: [`Outcome::Committed`].
+    pub fn commit(mut self, sequence: impl Into<SequenceId>, token_ids: &[u32]) -> Self {
+        self.0.commit(sequence.into(), token_ids, None);
+        self
+    }
+
+    /// Reads tokens of one layer: [`Outcome::Read`].
+    pub fn read(mut self, sequence: impl Into<SequenceId>, layer: u32, tokens: Range<u32>) -> Self {
+        self.0.read(sequence.into(), layer, tokens);
+        self
+    }
+
+    /// Forks a sequence `count` times: [`Outcome::Forked`].
+    pub fn fork(mut self, sequence: impl Into<SequenceId>, count: u32) -> Self {
+        self.0.fork(sequence.into(), count);
+        self
+    }
+
+    /// Cuts a sequence to `tokens` committed tokens: [`Outcome::Truncated`].
+    pub fn truncate(mut self, sequence: impl Into<SequenceId>, tokens: u32) -> Self {
+        self.0.truncate(sequence.into(), tokens);
+        self
+    }
+
+    /// Closes a sequence before its handle is dropped: [`Outcome::Closed`].
+    pub fn close(mut self, sequence: impl Into<SequenceId>) -> Self {
+        self.0.close(sequence.into());
+        self
+    }
+
+    /// Operations in the batch.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Whether there is no operation.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+/// What an operation of a batch has done.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Outcome {
+    /// A sequence was opened.
+    Opened(Sequence),
+    /// Tokens were appended.
+    Appended {
+        /// Committed tokens now.
+        committed: u32,
+    },
+    /// A layer was staged.
+    Staged {
+        /// First token that the layer does not hold.
+        staged: u32,
+    },
+    /// Staged tokens were committed.
+    Committed {
+        /// Committed tokens now.
+        committed: u32,
+    },
+    /// Tokens were read.
+    Read(KeysValues),
+    /// A sequence was forked.
+    Forked(Vec<Sequence>),
+    /// A sequence was cut.
+    Truncated {
+        /// Committed tokens now.
+        committed: u32,
+    },
+    /// A sequence was closed.
+    Closed,
+}
+
+impl Outcome {
+    pub(crate) fn new(inner: InnerOutcome, runtime: &Arc<Runtime>) -> Result<Outcome, Error> {
+        Ok(match inner {
+            InnerOutcome::Opened(open) => Outcome::Opened(Sequence::new(open, runtime.clone())),
+            InnerOutcome::Appended { committed } => Outcome::Appended { committed },
+            InnerOutcome::Staged { staged } => Outcome::Staged { staged },
+            InnerOutcome::Committed { committed } => Outcome::Committed { committed },
+            InnerOutcome::Read(buffer) => Outcome::Read(KeysValues::new(buffer, runtime.layout)),
+            InnerOutcome::Forked(forks) => {
+                Outcome::Forked(forks.into_iter().map(|fork| Sequence::new(fork, runtime.clone())).collect())
+            }
+            InnerOutcome::Truncated { committed } => Outcome::Truncated { committed },
+            InnerOutcome::Closed => Outcome::Closed,
+            _ => {
+                return Err(Error::Unsupported {
+                    what: "an outcome of a newer core",
+                    instead: "upgrade kv-cache",
+                });
+            }
+        })
+    }
+}
+
+/// Keys `[tokens, kv_heads, key_dim]` and values `[tokens, kv_heads, value_dim]` of one layer, decoded.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KeysValues {
+    buffer: ReadBuffer,
+    layout: BlockLayout,
+}
+
+impl KeysValues {
+    pub(crate) fn new(buffer: ReadBuffer, layout: BlockLayout) -> Self {
+        KeysValues { buffer, layout }
+    }
+
+    /// The elements, without a copy.
+    ///
+    /// # Errors
+    /// [`Error::ElementType`] if `T` is not the cache's element type.
+    pub fn into_elements<T: Element>(self) -> Result<(Vec<T>, Vec<T>), Error> {
+        check_type::<T>(self.layout.element)?;
+        let mismatch = || Error::ElementType { given: T::TYPE, expected: self.layout.element };
+        let keys = T::from_elements(self.buffer.keys).ok_or_else(mismatch)?;
+        let values = T::from_elements(self.buffer.values).ok_or_else(mismatch)?;
+        Ok((keys, values))
+    }
+
+    /// Key bytes, little endian.
+    pub fn key_bytes(&self) -> &[u8] {
+        self.buffer.keys.bytes()
+    }
+
+    /// Value bytes, little endian.
+    pub fn value_bytes(&self) -> &[u8] {
+        self.buffer.values.bytes()
+    }
+}

@@ -1,0 +1,250 @@
+//! The front door: building a cache, opening sequences, submitting batches, looking at it, shutting it down.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kv_cache_actors::batch::{Outcome as InnerOutcome, Results};
+use kv_cache_actors::router::FaultInjector;
+use kv_cache_actors::supervisor::{ActorName, Exit};
+
+use crate::batch::{BatchCacheOperations, Outcome};
+use crate::blocking::BlockingCache;
+use crate::config::{CacheConfig, Compression, Devices};
+use crate::error::BuildError;
+use crate::runtime::{self, Runtime};
+use crate::sequence::unexpected;
+use crate::telemetry::Stats;
+use crate::view::BlockTable;
+use crate::{Error, Format, Geometry, OpenOptions, Sequence, SequenceId, Tenant};
+
+/// A KV cache: cheap to clone, shared by all tasks of a server.
+///
+/// It ends with its last handle, or in an orderly way with [`Cache::shutdown`].
+#[derive(Debug, Clone)]
+pub struct Cache {
+    runtime: Arc<Runtime>,
+}
+
+/// Settings under way to a [`Cache`].
+#[derive(Debug, Clone)]
+#[must_use]
+pub struct CacheBuilder {
+    config: CacheConfig,
+}
+
+impl CacheBuilder {
+    /// Which devices; [`Devices::auto`] unless set.
+    pub fn devices(mut self, devices: Devices) -> Self {
+        self.config.devices = devices;
+        self
+    }
+
+    /// Bytes of each device's slab; 1 GiB unless set.
+    pub fn memory_bytes_per_device(mut self, bytes: u64) -> Self {
+        self.config.memory_bytes_per_device = bytes;
+        self
+    }
+
+    /// Format of sealed blocks; `int8` unless set.
+    pub fn sealed_format(mut self, format: Format) -> Self {
+        self.config.quantisation.enabled = format != Format::Raw;
+        self
+    }
+
+    /// Longest sequence, in tokens.
+    pub fn max_tokens(mut self, tokens: u32) -> Self {
+        self.config.max_tokens = tokens;
+        self
+    }
+
+    /// Sequences that may be open at once.
+    pub fn max_sequences(mut self, sequences: usize) -> Self {
+        self.config.max_sequences = sequences;
+        self
+    }
+
+    /// Operations and bytes that may be in flight.
+    pub fn max_in_flight(mut self, jobs: usize, bytes: u64) -> Self {
+        self.config.max_jobs_in_flight = jobs;
+        self.config.max_bytes_in_flight = bytes;
+        self
+    }
+
+    /// Token dropping; off unless set.
+    pub fn compression(mut self, compression: Compression) -> Self {
+        self.config.compression = compression;
+        self
+    }
+
+    /// The same submissions in the same order give the same bytes, placement and evictions.
+    pub fn deterministic(mut self, deterministic: bool) -> Self {
+        self.config.deterministic = deterministic;
+        self
+    }
+
+    /// Changes any other setting.
+    pub fn configure(mut self, change: impl FnOnce(&mut CacheConfig)) -> Self {
+        change(&mut self.config);
+        self
+    }
+
+    /// Opens the devices and starts the actors. Needs a tokio runtime, on which the router will run.
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing is left behind.
+    pub async fn build(self) -> Result<Cache, BuildError> {
+        let handle = tokio::runtime::Handle::try_current().map_err(|_| BuildError::NoRuntime)?;
+        // Allocating and opening blocks, for seconds if the slab is large.
+        let opened = handle.spawn_blocking(move || runtime::open(self.config)).await;
+        let (runtime, router) = opened.map_err(|error| BuildError::Device {
+            device: "the cache".into(),
+            reason: error.to_string(),
+        })??;
+        handle.spawn(router);
+        Ok(Cache { runtime: Arc::new(runtime) })
+    }
+
+    /// [`CacheBuilder::build`] for programs without a tokio runtime: the router gets a thread of its own.
+    ///
+    /// # Errors
+    /// [`BuildError`]; nothing is left behind.
+    pub fn build_blocking(self) -> Result<BlockingCache, BuildError> {
+        let (runtime, router) = runtime::open(self.config)?;
+        let failed = |error: std::io::Error| BuildError::Device {
+            device: "the router".into(),
+            reason: error.to_string(),
+        };
+        let tokio = tokio::runtime::Builder::new_current_thread().enable_time().build().map_err(failed)?;
+        let thread = std::thread::Builder::new().name(ActorName::Router.to_string());
+        thread.spawn(move || tokio.block_on(router)).map_err(failed)?;
+        Ok(BlockingCache::new(Cache { runtime: Arc::new(runtime) }))
+    }
+}
+
+/// How a shutdown went.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct ShutdownReport {
+    /// Everything that was in flight was answered, and every actor has ended, before the deadline.
+    pub drained: bool,
+    /// Operations that were still in flight at the deadline.
+    pub abandoned_operations: u64,
+    /// Actors that still run.
+    pub running: Vec<ActorName>,
+    /// How the others ended.
+    pub exits: Vec<(ActorName, Exit)>,
+}
+
+impl Cache {
+    /// A cache for `geometry` with default settings.
+    pub fn builder(geometry: Geometry) -> CacheBuilder {
+        CacheBuilder { config: CacheConfig::new(geometry) }
+    }
+
+    /// A cache with these settings.
+    pub fn from_config(config: CacheConfig) -> CacheBuilder {
+        CacheBuilder { config }
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &CacheConfig {
+        &self.runtime.config
+    }
+
+    /// Opens a sequence on the shard with the least load.
+    ///
+    /// # Errors
+    /// [`Error::TooManySequences`]; [`Error::Capacity`] if what it reserves is not free; [`Error::ShardLost`] if no shard is
+    /// left; [`Error::Closed`].
+    pub async fn open(&self, tenant: impl Into<Tenant>, options: OpenOptions) -> Result<Sequence, Error> {
+        let options = options.tenant(tenant);
+        match self.runtime.one(0, |batch| batch.open(options)).await? {
+            InnerOutcome::Opened(open) => Ok(Sequence::new(open, self.runtime.clone())),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Waits for permits, submits the batch, and waits for all its results, which stand in the batch's order.
+    ///
+    /// Cancel-safe: dropped before it was submitted, nothing has happened; dropped later, the operations take effect, and
+    /// sequences among their results close.
+    ///
+    /// # Errors
+    /// What concerns the whole batch: [`Error::BatchTooLarge`], [`Error::TooManySequences`], [`Error::Closed`],
+    /// [`Error::ShardLost`]. What goes wrong with one operation is its result.
+    pub async fn submit(&self, batch: BatchCacheOperations) -> Result<Vec<Result<Outcome, Error>>, Error> {
+        let results = self.runtime.submitter.submit(batch.0).await?;
+        Ok(self.outcomes(results))
+    }
+
+    /// Submits if permits are free, and otherwise gives the batch back with the reason ([`Error::Overloaded`]).
+    ///
+    /// The batch is submitted when this returns: the future only waits for the results, and dropping it loses nothing else.
+    ///
+    /// # Errors
+    /// The batch, as it was, with what [`Cache::submit`] would have said. (Operations that the door refuses are marked as
+    /// such in it, and stay refused.)
+    #[allow(clippy::type_complexity)]
+    pub fn try_submit(
+        &self,
+        batch: BatchCacheOperations,
+    ) -> Result<
+        impl Future<Output = Result<Vec<Result<Outcome, Error>>, Error>> + Send + use<>,
+        (BatchCacheOperations, Error),
+    > {
+        match self.runtime.submitter.try_submit(batch.0) {
+            Ok(results) => {
+                let cache = self.clone();
+                Ok(async move { Ok(cache.outcomes(results.await?)) })
+            }
+            Err((batch, error)) => Err((BatchCacheOperations(*batch), error)),
+        }
+    }
+
+    fn outcomes(&self, results: Results) -> Vec<Result<Outcome, Error>> {
+        results
+            .into_iter()
+            .map(|result| result.and_then(|inner| Outcome::new(inner, &self.runtime)))
+            .collect()
+    }
+
+    /// Whether `tokens` new tokens would find room on some shard now, all raw, as a prefill leaves them before they are
+    /// sealed. Inline, and only true until the next append: reserve with [`OpenOptions::reserve_tokens`] to be sure.
+    pub fn can_admit(&self, tokens: u32) -> bool {
+        self.runtime.can_admit(tokens)
+    }
+
+    /// Where one layer of some sequences lies, for attention kernels that read the cache in place. Inline: no message. The
+    /// blocks stay where they are while the table lives.
+    ///
+    /// # Errors
+    /// [`Error::Layer`], [`Error::UnknownSequence`].
+    pub fn block_table(&self, sequences: &[&Sequence], layer: u32) -> Result<BlockTable, Error> {
+        let ids: Vec<SequenceId> = sequences.iter().map(|sequence| sequence.id()).collect();
+        BlockTable::new(&self.runtime, &ids, layer)
+    }
+
+    /// Counters, gauges and percentiles. Inline: no message.
+    pub fn stats(&self) -> Stats {
+        Stats::collect(&self.runtime)
+    }
+
+    /// Refuses new work, waits until what is in flight is answered and every actor has ended, at most until `deadline`.
+    ///
+    /// Sequences that are open close with it. Cancel-safe: new work stays refused, and calling it again goes on waiting.
+    /// Needs a tokio runtime with time enabled.
+    pub async fn shutdown(&self, deadline: Duration) -> ShutdownReport {
+        self.runtime.shutdown(deadline).await
+    }
+
+    /// The same cache for threads that do not run async code.
+    pub fn blocking(&self) -> BlockingCache {
+        BlockingCache::new(self.clone())
+    }
+
+    /// Injects faults, for tests of what they do to a server.
+    #[doc(hidden)]
+    pub fn faults(&self) -> &FaultInjector {
+        &self.runtime.faults
+    }
+}

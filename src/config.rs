@@ -1,0 +1,329 @@
+//! Every setting of a cache, as one serde struct.
+
+use std::path::Path;
+
+use kv_cache_actors::error::ConfigError;
+use kv_cache_actors::format::Format;
+use kv_cache_actors::geometry::{BlockLayout, Geometry};
+use kv_cache_actors::pool::PoolLayout;
+use kv_cache_actors::sequence::SINK_TOKENS;
+use serde::{Deserialize, Serialize};
+
+use crate::error::BuildError;
+
+/// Which devices hold the cache.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Devices {
+    /// All GPUs if there are any, otherwise one CPU device. One log line says which and why.
+    #[default]
+    Auto,
+    /// So many shards in host memory.
+    Cpu(u16),
+}
+
+impl Devices {
+    /// See [`Devices::Auto`].
+    pub fn auto() -> Self {
+        Devices::Auto
+    }
+
+    /// See [`Devices::Cpu`].
+    pub fn cpu(shards: u16) -> Self {
+        Devices::Cpu(shards)
+    }
+}
+
+/// How blocks that are full are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Quantisation {
+    /// Off: sealed blocks stay in the element type.
+    pub enabled: bool,
+    /// Bits of a stored element. 8 is the `int8` format; nothing else is built yet.
+    pub bits: u8,
+}
+
+impl Default for Quantisation {
+    fn default() -> Self {
+        Quantisation { enabled: true, bits: 8 }
+    }
+}
+
+/// How token dropping chooses what to keep.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum CompressionMethod {
+    /// The first 4 tokens (attention sinks) and the most recent ones that fit the ratio.
+    #[default]
+    Truncation,
+    /// Tokens whose keys have the smallest norms. Not built yet.
+    KeyNorm,
+    /// Tokens whose keys differ most from the mean key. Not built yet.
+    KeyDiff,
+}
+
+/// Token dropping: keeping fewer tokens of a sequence than it was given.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Compression {
+    /// Off: every token is kept.
+    pub enabled: bool,
+    /// Share of a sequence's tokens that is kept, above 0 and up to 1.
+    pub ratio: f32,
+    /// How tokens are chosen.
+    pub method: CompressionMethod,
+}
+
+impl Default for Compression {
+    fn default() -> Self {
+        Compression { enabled: false, ratio: 0.5, method: CompressionMethod::Truncation }
+    }
+}
+
+/// How blocks that nobody holds are chosen for eviction. Takes effect with prefix sharing, which is not built yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum EvictionStrategy {
+    /// Least recently used.
+    Lru,
+    /// Least frequently used.
+    Lfu,
+    /// Segmented LRU.
+    Slru,
+    /// Learned online.
+    Auto,
+}
+
+/// Settings of a cache. Load it from TOML or JSON, or let [`Cache::builder`](crate::Cache::builder) make it.
+///
+/// ```
+/// let config = kv_cache::CacheConfig::from_toml(r#"
+///     memory_bytes_per_device = 67_108_864
+///     devices = { cpu = 2 }
+///     [geometry]
+///     groups = [{ layers = 4, kv_heads = 2, key_dim = 64, value_dim = 64, element = "bf16" }]
+///     [quantisation]
+///     bits = 8
+/// "#)?;
+/// assert_eq!(config.geometry.block_tokens, 32);
+/// # Ok::<(), kv_cache::BuildError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct CacheConfig {
+    /// What is cached.
+    pub geometry: Geometry,
+    /// Where.
+    #[serde(default)]
+    pub devices: Devices,
+    /// Bytes of each device's slab, allocated at start.
+    #[serde(default = "defaults::memory_bytes_per_device")]
+    pub memory_bytes_per_device: u64,
+    /// Longest sequence, in tokens.
+    #[serde(default = "defaults::max_tokens")]
+    pub max_tokens: u32,
+    /// Tokens of all sequences together; forks count the tokens that they share.
+    #[serde(default = "defaults::max_total_tokens")]
+    pub max_total_tokens: u64,
+    /// Sequences that may be open at once.
+    #[serde(default = "defaults::max_sequences")]
+    pub max_sequences: usize,
+    /// Operations that may be in flight; `submit` waits and `try_submit` refuses beyond it.
+    #[serde(default = "defaults::max_jobs_in_flight")]
+    pub max_jobs_in_flight: usize,
+    /// Bytes that operations in flight may carry, in and out.
+    #[serde(default = "defaults::max_bytes_in_flight")]
+    pub max_bytes_in_flight: u64,
+    /// Sealed blocks.
+    #[serde(default)]
+    pub quantisation: Quantisation,
+    /// Token dropping.
+    #[serde(default)]
+    pub compression: Compression,
+    /// Bytes of page-locked host memory for copies to and from GPUs. CPU devices copy nothing across a bus: 0 for them.
+    #[serde(default)]
+    pub pinned_memory_bytes: u64,
+    /// Large copies run on lanes of their own beside small operations; off, everything runs in submission order on one lane.
+    #[serde(default = "defaults::yes")]
+    pub non_blocking: bool,
+    /// From how many bytes an operation counts as a large copy.
+    #[serde(default = "defaults::copy_lane_min_bytes")]
+    pub copy_lane_min_bytes: usize,
+    /// Eviction of blocks that nobody holds. There are none before prefix sharing is built: leave it out.
+    #[serde(default)]
+    pub eviction: Option<EvictionStrategy>,
+    /// The same submissions in the same order give the same bytes, placement and evictions. Slower: one operation at a time.
+    #[serde(default)]
+    pub deterministic: bool,
+    /// Times the kernels that this machine can run at start, and takes the fastest. All give the same bytes. Off, or in
+    /// deterministic mode, the choice follows from the CPU's features alone.
+    #[serde(default = "defaults::yes")]
+    pub auto_tune: bool,
+    /// Secret of the block keys. Left out, each cache makes its own; give caches that exchange keys the same one.
+    #[serde(default, skip_serializing)]
+    pub hash_secret: Option<[u8; 32]>,
+}
+
+mod defaults {
+    pub(super) fn memory_bytes_per_device() -> u64 {
+        1 << 30
+    }
+    pub(super) fn max_tokens() -> u32 {
+        1 << 20
+    }
+    pub(super) fn max_total_tokens() -> u64 {
+        u64::MAX
+    }
+    /// Each may have a close under way: 16 bytes of lane a shard.
+    pub(super) fn max_sequences() -> usize {
+        1 << 17
+    }
+    /// Deep enough for a batch of thousands of decode steps beside as many single operations.
+    pub(super) fn max_jobs_in_flight() -> usize {
+        1 << 16
+    }
+    pub(super) fn max_bytes_in_flight() -> u64 {
+        256 << 20
+    }
+    /// Below it, the hand-over to another thread costs more than the copy (about 20 µs at 10 GB/s).
+    pub(super) fn copy_lane_min_bytes() -> usize {
+        256 << 10
+    }
+    pub(super) fn yes() -> bool {
+        true
+    }
+}
+
+impl CacheConfig {
+    /// The defaults for `geometry`.
+    pub fn new(geometry: Geometry) -> Self {
+        CacheConfig {
+            geometry,
+            devices: Devices::Auto,
+            memory_bytes_per_device: defaults::memory_bytes_per_device(),
+            max_tokens: defaults::max_tokens(),
+            max_total_tokens: defaults::max_total_tokens(),
+            max_sequences: defaults::max_sequences(),
+            max_jobs_in_flight: defaults::max_jobs_in_flight(),
+            max_bytes_in_flight: defaults::max_bytes_in_flight(),
+            quantisation: Quantisation::default(),
+            compression: Compression::default(),
+            pinned_memory_bytes: 0,
+            non_blocking: true,
+            copy_lane_min_bytes: defaults::copy_lane_min_bytes(),
+            eviction: None,
+            deterministic: false,
+            auto_tune: true,
+            hash_secret: None,
+        }
+    }
+
+    /// Reads TOML and validates.
+    ///
+    /// # Errors
+    /// [`BuildError::Parse`] with line and column, also for unknown fields; [`BuildError::Config`].
+    pub fn from_toml(text: &str) -> Result<Self, BuildError> {
+        Self::checked(toml::from_str(text).map_err(|error| BuildError::Parse(error.to_string()))?)
+    }
+
+    /// Reads JSON and validates.
+    ///
+    /// # Errors
+    /// As [`CacheConfig::from_toml`].
+    pub fn from_json(text: &str) -> Result<Self, BuildError> {
+        Self::checked(serde_json::from_str(text).map_err(|error| BuildError::Parse(error.to_string()))?)
+    }
+
+    /// Reads a `.json` file as JSON and any other as TOML, and validates.
+    ///
+    /// # Errors
+    /// As [`CacheConfig::from_toml`]; a file that cannot be read is a [`BuildError::Parse`] too.
+    pub fn from_file(path: impl AsRef<Path>) -> Result<Self, BuildError> {
+        let path = path.as_ref();
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| BuildError::Parse(format!("{}: {error}", path.display())))?;
+        match path.extension() {
+            Some(extension) if extension == "json" => Self::from_json(&text),
+            _ => Self::from_toml(&text),
+        }
+    }
+
+    fn checked(self) -> Result<Self, BuildError> {
+        self.validate()?;
+        Ok(self)
+    }
+
+    /// Checks every setting.
+    ///
+    /// # Errors
+    /// [`ConfigError`] naming the field, the value and the fix, or what works instead of something not built yet.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.plan().map(drop)
+    }
+
+    /// What follows from the settings: the bytes of a block and the cut of a slab.
+    pub(crate) fn plan(&self) -> Result<(BlockLayout, PoolLayout), ConfigError> {
+        let layout = self.geometry.layout()?;
+        if self.devices == Devices::Cpu(0) {
+            return Err(ConfigError::invalid("devices", "cpu = 0", "use at least one CPU device"));
+        }
+        let at_least_one = |field, value: u64| match value {
+            0 => Err(ConfigError::invalid(field, 0, "use at least 1")),
+            _ => Ok(()),
+        };
+        at_least_one("max_tokens", u64::from(self.max_tokens))?;
+        at_least_one("max_total_tokens", self.max_total_tokens)?;
+        at_least_one("max_sequences", self.max_sequences as u64)?;
+        at_least_one("max_jobs_in_flight", self.max_jobs_in_flight as u64)?;
+        at_least_one("max_bytes_in_flight", self.max_bytes_in_flight)?;
+        let at_most = |field, value: usize, most: usize| match value > most {
+            true => Err(ConfigError::invalid(field, value, format!("use at most {most}"))),
+            false => Ok(()),
+        };
+        at_most("max_sequences", self.max_sequences, 1 << 20)?;
+        at_most("max_jobs_in_flight", self.max_jobs_in_flight, 1 << 22)?;
+        let ratio = self.compression.ratio;
+        if self.compression.enabled && !(ratio > 0.0 && ratio <= 1.0) {
+            return Err(ConfigError::invalid("compression.ratio", ratio, "use a share above 0 and up to 1"));
+        }
+        self.check_built()?;
+        Ok((layout, PoolLayout::plan(&layout, self.sealed_format(), self.memory_bytes_per_device)?))
+    }
+
+    fn check_built(&self) -> Result<(), ConfigError> {
+        let not_built = |field, value: String, instead| Err(ConfigError::NotBuilt { field, value, instead });
+        if self.quantisation.enabled && self.quantisation.bits != 8 {
+            let bits = format!("{} bits", self.quantisation.bits);
+            return not_built("quantisation.bits", bits, "8, or turn quantisation off");
+        }
+        if self.compression.enabled && self.compression.method != CompressionMethod::Truncation {
+            return not_built("compression.method", format!("{:?}", self.compression.method), "truncation");
+        }
+        if let Some(strategy) = self.eviction {
+            let value = format!("{strategy:?}").to_lowercase();
+            return not_built("eviction", value, "no setting: blocks are freed with their last sequence");
+        }
+        if self.pinned_memory_bytes > 0 {
+            let bytes = format!("{} bytes", self.pinned_memory_bytes);
+            return not_built("pinned_memory_bytes", bytes, "0: there is no GPU backend to copy to yet");
+        }
+        Ok(())
+    }
+
+    /// The format that the quantisation settings stand for.
+    pub fn sealed_format(&self) -> Format {
+        if self.quantisation.enabled { Format::Int8 } else { Format::Raw }
+    }
+
+    pub(crate) fn keep_ratio(&self) -> Option<f32> {
+        self.compression.enabled.then_some(self.compression.ratio)
+    }
+
+    /// Tokens that token dropping never drops, at the start of a sequence.
+    pub const SINK_TOKENS: u32 = SINK_TOKENS;
+}

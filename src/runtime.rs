@@ -1,0 +1,153 @@
+//! The composition root: opens devices, starts and wires the actors, and ends them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kv_cache_actors::assembly::Assembler;
+use kv_cache_actors::batch::{BatchCacheOperations as Inner, Outcome as InnerOutcome};
+use kv_cache_actors::block::HashSecret;
+use kv_cache_actors::device::{CoreConfig, ShardView};
+use kv_cache_actors::directory::Directory;
+use kv_cache_actors::permit::{Amount, Permits};
+use kv_cache_actors::pool::PoolLayout;
+use kv_cache_actors::router::FaultInjector;
+use kv_cache_actors::submit::Submitter;
+use kv_cache_actors::supervisor::Supervisor;
+use kv_cache_actors::tokens::TokenBudget;
+
+use crate::backend::{self, Memory, cpu};
+use crate::cache::ShutdownReport;
+use crate::config::CacheConfig;
+use crate::error::BuildError;
+use crate::{BlockLayout, Error};
+
+/// Blocks sealed in one launch: at about 10 µs a block of a common shape, a small operation waits at most this long.
+const SEALS_PER_LAUNCH: usize = 16;
+
+/// What every handle of a cache shares.
+#[derive(Debug)]
+pub(crate) struct Runtime {
+    pub(crate) config: CacheConfig,
+    pub(crate) layout: BlockLayout,
+    pub(crate) pool: PoolLayout,
+    pub(crate) submitter: Submitter,
+    pub(crate) directory: Arc<Directory>,
+    pub(crate) supervisor: Arc<Supervisor>,
+    pub(crate) views: Vec<ShardView>,
+    pub(crate) memories: Vec<Memory>,
+    pub(crate) tokens: TokenBudget,
+    pub(crate) faults: FaultInjector,
+}
+
+/// Opens everything. Blocks. The caller runs the router, and has to: nothing moves without it.
+pub(crate) fn open(
+    mut config: CacheConfig,
+) -> Result<(Runtime, impl Future<Output = ()> + Send + 'static), BuildError> {
+    let (layout, pool) = config.plan()?;
+    let devices = backend::choose(config.devices);
+    let memories = backend::allocate(&devices, &pool)?;
+    let kernels = match config.auto_tune && !config.deterministic {
+        true => cpu::codec::Kernels::tuned(),
+        false => cpu::codec::Kernels::best(),
+    };
+    tracing::debug!(target: "kv_cache::devices", kernels = kernels.name(), "CPU kernels chosen");
+    let secret = match config.hash_secret.take() {
+        Some(secret) => HashSecret(secret),
+        None if config.deterministic => HashSecret([0; 32]),
+        None => {
+            let mut secret = [0; 32];
+            getrandom::fill(&mut secret).map_err(|error| BuildError::Device {
+                device: "the system's random source".into(),
+                reason: error.to_string(),
+            })?;
+            HashSecret(secret)
+        }
+    };
+    let tokens = TokenBudget::new(config.max_total_tokens);
+    let mut assembler = Assembler::new(devices.len(), config.max_jobs_in_flight, config.max_sequences);
+    for (shard, (device, memory)) in devices.iter().zip(&memories).enumerate() {
+        let core = CoreConfig {
+            shard: shard as u16,
+            geometry: config.geometry.clone(),
+            layout,
+            pool,
+            sealed_format: config.sealed_format(),
+            max_tokens: config.max_tokens,
+            token_budget: tokens.clone(),
+            copy_lane_min_bytes: if config.non_blocking { config.copy_lane_min_bytes } else { usize::MAX },
+            seals_per_launch: SEALS_PER_LAUNCH,
+            deterministic: config.deterministic,
+            keep_ratio: config.keep_ratio(),
+            secret,
+        };
+        let Memory::Cpu(slab) = memory;
+        assembler
+            .add_shard(cpu::CpuBackend::new(slab.clone(), kernels), core)
+            .map_err(|reason| BuildError::Device { device: device.to_string(), reason })?;
+    }
+    let (assembly, router) = assembler.finish(config.deterministic);
+    let jobs = Amount { jobs: config.max_jobs_in_flight as u64, bytes: config.max_bytes_in_flight };
+    let sequences = Amount { jobs: config.max_sequences as u64, bytes: 0 };
+    let submitter = Submitter {
+        layout,
+        max_tokens: config.max_tokens,
+        permits: Permits::new(jobs),
+        sequences: Permits::new(sequences),
+        router: assembly.router,
+        supervisor: assembly.supervisor.clone(),
+    };
+    let runtime = Runtime {
+        config,
+        layout,
+        pool,
+        submitter,
+        directory: assembly.directory,
+        supervisor: assembly.supervisor,
+        views: assembly.views,
+        memories,
+        tokens,
+        faults: assembly.faults,
+    };
+    Ok((runtime, router))
+}
+
+impl Runtime {
+    /// Submits one operation that brings `bytes` bytes of tensors. They are copied by `build`, once a permit is had.
+    pub(crate) async fn one(
+        &self,
+        bytes: usize,
+        build: impl FnOnce(&mut Inner),
+    ) -> Result<InnerOutcome, Error> {
+        let mut results = self.submitter.submit_one(bytes as u64, build).await?;
+        results.pop().unwrap_or(Err(Error::Empty))
+    }
+
+    pub(crate) fn can_admit(&self, tokens: u32) -> bool {
+        if tokens > self.config.max_tokens {
+            return false;
+        }
+        let total = self.tokens.used().saturating_add(u64::from(tokens));
+        let blocks = self.layout.blocks_for(tokens as usize) as u64;
+        let fits = |(shard, view): (usize, &ShardView)| {
+            self.supervisor.lost(shard as u16).is_none() && view.stats.lock().counters.blocks_free >= blocks
+        };
+        total <= self.config.max_total_tokens && self.views.iter().enumerate().any(fits)
+    }
+
+    /// Stops from the top down: callers, then the router, then each shard once it has finished its work.
+    pub(crate) async fn shutdown(&self, deadline: Duration) -> ShutdownReport {
+        self.submitter.permits.close();
+        self.submitter.sequences.close();
+        let end = async {
+            self.submitter.permits.idle().await;
+            self.submitter.router.stop();
+            self.supervisor.all_ended().await;
+        };
+        let drained = tokio::time::timeout(deadline, end).await.is_ok();
+        let abandoned_operations = self.submitter.permits.used().jobs;
+        // Also after the deadline: whatever can still end shall.
+        self.submitter.router.stop();
+        let (running, exits) = (self.supervisor.running(), self.supervisor.exits());
+        ShutdownReport { drained, abandoned_operations, running, exits }
+    }
+}

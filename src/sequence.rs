@@ -1,0 +1,244 @@
+//! The handle of one sequence.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use kv_cache_actors::batch::{BatchCacheOperations as Inner, Outcome as InnerOutcome};
+use kv_cache_actors::block::BlockId;
+use kv_cache_actors::sequence::OpenSequence;
+
+use crate::batch::{KeysValues, Outcome};
+use crate::element::{Element, tensor};
+use crate::runtime::Runtime;
+use crate::view::View;
+use crate::{Error, ExtraIdentity, Format, SequenceId, Tenant};
+
+/// An open sequence. Dropping it closes it, without waiting; its memory is free once what is in flight has ended.
+///
+/// Methods take `&self`: several may be in flight, and they take effect in the order in which they were first polled.
+///
+/// Every async method is cancel-safe in the same way: a future dropped while it waits for a permit has done nothing; one
+/// dropped later takes effect all the same, and only its result is lost. Nothing in between, no leak either way.
+#[derive(Debug)]
+pub struct Sequence {
+    open: OpenSequence,
+    runtime: Arc<Runtime>,
+}
+
+impl From<&Sequence> for SequenceId {
+    fn from(sequence: &Sequence) -> Self {
+        sequence.id()
+    }
+}
+
+/// What a sequence holds just now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SequenceInfo {
+    /// Committed tokens, dropped ones included.
+    pub committed: u32,
+    /// Up to which token each layer is staged; empty if nothing is.
+    pub staged: Vec<u32>,
+    /// Tokens that token dropping has removed.
+    pub dropped: Range<u32>,
+    /// Blocks in the element type.
+    pub raw_blocks: u32,
+    /// Blocks in the sealed format.
+    pub sealed_blocks: u32,
+}
+
+impl Sequence {
+    pub(crate) fn new(open: OpenSequence, runtime: Arc<Runtime>) -> Self {
+        Sequence { open, runtime }
+    }
+
+    /// Its id, for batches.
+    pub fn id(&self) -> SequenceId {
+        self.open.id()
+    }
+
+    /// Whose it is.
+    pub fn tenant(&self) -> &Tenant {
+        self.open.shared().tenant()
+    }
+
+    /// Committed tokens. Inline: no message.
+    pub fn len(&self) -> u32 {
+        self.open.shared().state().committed
+    }
+
+    /// Whether no token is committed.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// What the sequence holds. Inline: no message.
+    pub fn info(&self) -> SequenceInfo {
+        let state = self.open.shared().state();
+        let places = &self.runtime.views[self.id().shard() as usize].places;
+        let held = || state.blocks.iter().filter(|&&block| block != BlockId::DROPPED);
+        let sealed = |block: &&BlockId| places.get(**block).is_some_and(|place| place.sealed);
+        let sealed_blocks = held().filter(sealed).count() as u32;
+        SequenceInfo {
+            committed: state.committed,
+            staged: state.staged.clone(),
+            dropped: state.dropped(),
+            raw_blocks: held().count() as u32 - sealed_blocks,
+            sealed_blocks,
+        }
+    }
+
+    async fn one(&self, bytes: usize, build: impl FnOnce(&mut Inner)) -> Result<InnerOutcome, Error> {
+        self.runtime.one(bytes, build).await
+    }
+
+    /// Appends tokens to all layers, and returns how many are committed then.
+    ///
+    /// `keys` is `[layers, tokens, kv_heads, key_dim]`, `values` `[layers, tokens, kv_heads, value_dim]`, tokens being
+    /// `token_ids.len()`. The tensors are copied once a permit is had, before this future is next suspended.
+    ///
+    /// # Errors
+    /// Nothing has changed on any error: [`Error::Shape`], [`Error::ElementType`], [`Error::NotFinite`],
+    /// [`Error::Capacity`], [`Error::SequenceTooLong`], [`Error::StagedTokens`], and those of a lost shard or closed cache.
+    pub async fn append<T: Element>(
+        &self,
+        token_ids: &[u32],
+        keys: &[T],
+        values: &[T],
+    ) -> Result<u32, Error> {
+        self.append_with(None, token_ids, None, keys, values).await
+    }
+
+    /// [`Sequence::append`] that fails with [`Error::Position`] unless exactly `at` tokens are committed, and whose tokens
+    /// may carry more identity than their ids (the hash of an image whose placeholder ids are all alike).
+    ///
+    /// # Errors
+    /// As [`Sequence::append`].
+    pub async fn append_with<T: Element>(
+        &self,
+        at: Option<u32>,
+        token_ids: &[u32],
+        extra: Option<ExtraIdentity>,
+        keys: &[T],
+        values: &[T],
+    ) -> Result<u32, Error> {
+        let bytes = size_of_val(keys) + size_of_val(values);
+        let build =
+            |batch: &mut Inner| batch.append(self.id(), at, token_ids, extra, tensor(keys), tensor(values));
+        match self.one(bytes, build).await? {
+            InnerOutcome::Appended { committed } => Ok(committed),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Writes tokens of one layer behind what that layer holds, as a model computes them, and returns up to which token the
+    /// layer is staged then. `keys` is `[tokens, kv_heads, key_dim]`; how many tokens follows from its length.
+    ///
+    /// Reads of this layer by this handle see the tokens as soon as this returns; forks see them once they are committed.
+    ///
+    /// # Errors
+    /// As [`Sequence::append`], and [`Error::Layer`].
+    pub async fn stage<T: Element>(&self, layer: u32, keys: &[T], values: &[T]) -> Result<u32, Error> {
+        let bytes = size_of_val(keys) + size_of_val(values);
+        let per_token = self.runtime.layout.kv_heads * self.runtime.layout.key_dim;
+        let tokens = keys.len().div_ceil(per_token) as u32;
+        let build = |batch: &mut Inner| batch.stage(self.id(), layer, tokens, tensor(keys), tensor(values));
+        match self.one(bytes, build).await? {
+            InnerOutcome::Staged { staged } => Ok(staged),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Counts the first `token_ids.len()` staged tokens in and discards the other staged tokens: speculative decoding
+    /// stages its draft and commits what was accepted. Returns how many tokens are committed then.
+    ///
+    /// # Errors
+    /// [`Error::NotStaged`] if a layer lacks some of them; those of a lost shard or closed cache.
+    pub async fn commit(&self, token_ids: &[u32]) -> Result<u32, Error> {
+        self.commit_with(token_ids, None).await
+    }
+
+    /// [`Sequence::commit`] of tokens that carry more identity than their ids.
+    ///
+    /// # Errors
+    /// As [`Sequence::commit`].
+    pub async fn commit_with(&self, token_ids: &[u32], extra: Option<ExtraIdentity>) -> Result<u32, Error> {
+        match self.one(0, |batch| batch.commit(self.id(), token_ids, extra)).await? {
+            InnerOutcome::Committed { committed } => Ok(committed),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Reads tokens of one layer, decoded: keys `[tokens, kv_heads, key_dim]` and values `[tokens, kv_heads, value_dim]`.
+    ///
+    /// # Errors
+    /// [`Error::TokenRange`], [`Error::TokensDropped`], [`Error::Layer`], [`Error::ElementType`]; those of a lost shard or
+    /// closed cache.
+    pub async fn read<T: Element>(&self, layer: u32, tokens: Range<u32>) -> Result<(Vec<T>, Vec<T>), Error> {
+        crate::element::check_type::<T>(self.runtime.layout.element)?;
+        match self.one(0, |batch| batch.read(self.id(), layer, tokens)).await? {
+            InnerOutcome::Read(buffer) => KeysValues::new(buffer, self.runtime.layout).into_elements(),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Borrows a layer in place, without a copy or a message. The blocks stay where they are while the view lives; what is
+    /// appended meanwhile does not show in it.
+    ///
+    /// # Errors
+    /// [`Error::Layer`]; [`Error::ShardLost`]; [`Error::Unsupported`] where the device's memory cannot be borrowed.
+    pub fn view(&self, layer: u32) -> Result<View, Error> {
+        View::new(&self.runtime, self.open.shared(), layer)
+    }
+
+    /// A sequence with the same committed tokens, sharing their blocks until one of the two writes to them.
+    ///
+    /// # Errors
+    /// [`Error::TooManySequences`], [`Error::TooManyTokens`]; those of a lost shard or closed cache.
+    pub async fn fork(&self) -> Result<Sequence, Error> {
+        let mut forks = self.fork_many(1).await?;
+        forks.pop().ok_or(Error::Empty)
+    }
+
+    /// `count` forks at once.
+    ///
+    /// # Errors
+    /// As [`Sequence::fork`].
+    pub async fn fork_many(&self, count: u32) -> Result<Vec<Sequence>, Error> {
+        let outcome = self.one(0, |batch| batch.fork(self.id(), count)).await?;
+        match Outcome::new(outcome, &self.runtime)? {
+            Outcome::Forked(forks) => Ok(forks),
+            _ => Err(Error::Empty),
+        }
+    }
+
+    /// Cuts the sequence to its first `tokens` committed tokens, and discards what is staged.
+    ///
+    /// Tokens that remain of a block sealed into a lossy format are decoded when the next token is appended, and stay this
+    /// sequence's own from then on.
+    ///
+    /// # Errors
+    /// [`Error::TokenRange`], [`Error::TokensDropped`]; those of a lost shard or closed cache.
+    pub async fn truncate(&self, tokens: u32) -> Result<(), Error> {
+        self.one(0, |batch| batch.truncate(self.id(), tokens)).await.map(drop)
+    }
+
+    /// Closes the sequence and waits until its blocks are free.
+    ///
+    /// # Errors
+    /// [`Error::ClosedSequence`]; those of a lost shard or closed cache.
+    pub async fn close(self) -> Result<(), Error> {
+        self.one(0, |batch| batch.close(self.id())).await.map(drop)
+    }
+
+    /// How the cache stores sealed blocks.
+    pub fn sealed_format(&self) -> Format {
+        self.runtime.config.sealed_format()
+    }
+}
+
+/// An answer of the wrong kind: a defect of this crate, reported instead of a panic.
+pub(crate) fn unexpected(outcome: &InnerOutcome) -> Error {
+    tracing::error!(target: "kv_cache::runtime", ?outcome, "an operation was answered with another's outcome");
+    Error::Device("an operation was answered with another's outcome".into())
+}

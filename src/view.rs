@@ -1,0 +1,285 @@
+//! Looking at stored blocks in place: views for the CPU, block tables for attention kernels.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::f16;
+use kv_cache_actors::block::{BlockId, Place};
+use kv_cache_actors::device::ShardView;
+use kv_cache_actors::format::Int8Layout;
+use kv_cache_actors::sequence::{SequenceShared, SequenceState};
+use kv_cache_actors::slot::SlotPin;
+
+use crate::backend::Memory;
+use crate::backend::cpu::Slab;
+use crate::element::{Element, check_type};
+use crate::runtime::Runtime;
+use crate::{BlockLayout, ElementType, Error, Format, Plane, SequenceId};
+
+/// Finds where a block is and keeps it there.
+fn pin(shard: &ShardView, block: BlockId) -> Option<(Place, SlotPin)> {
+    // The caller holds the sequence's lock, so the block exists; it can only be moved under our eyes by sealing, once.
+    for _ in 0..1000 {
+        let place = shard.places.get(block)?;
+        if let Some(pin) = shard.slots.pin(place.slot, place.generation) {
+            return Some((place, pin));
+        }
+        std::thread::yield_now();
+    }
+    None
+}
+
+/// The tokens that a sequence still has, as ranges: sinks and window if some were dropped.
+fn kept(state: &SequenceState, visible: u32) -> impl Iterator<Item = Range<u32>> {
+    let dropped = state.dropped();
+    let (sinks, window) = match dropped.is_empty() {
+        true => (0..0, 0..visible),
+        false => (0..dropped.start, dropped.end..visible),
+    };
+    [sinks, window].into_iter().filter(|range| !range.is_empty())
+}
+
+fn check_layer(layout: &BlockLayout, layer: u32) -> Result<(), Error> {
+    match (layer as usize) < layout.layers {
+        true => Ok(()),
+        false => Err(Error::Layer { layer, layers: layout.layers as u32 }),
+    }
+}
+
+/// One layer of a sequence, borrowed in place. See [`Sequence::view`](crate::Sequence::view).
+#[derive(Debug)]
+pub struct View {
+    slab: Arc<Slab>,
+    layout: BlockLayout,
+    layer: usize,
+    pieces: Vec<Piece>,
+    _pins: Vec<SlotPin>,
+}
+
+#[derive(Debug)]
+struct Piece {
+    first_token: u32,
+    inside: Range<usize>,
+    offset: usize,
+    format: Format,
+}
+
+impl View {
+    pub(crate) fn new(runtime: &Runtime, shared: &SequenceShared, layer: u32) -> Result<View, Error> {
+        let layout = runtime.layout;
+        check_layer(&layout, layer)?;
+        let shard = shared.id().shard();
+        if let Some(lost) = runtime.supervisor.lost(shard) {
+            return Err(lost);
+        }
+        let Memory::Cpu(slab) = &runtime.memories[shard as usize];
+        let shard = &runtime.views[shard as usize];
+        let state = shared.state();
+        let mut view =
+            View { slab: slab.clone(), layout, layer: layer as usize, pieces: Vec::new(), _pins: Vec::new() };
+        for range in kept(&state, state.visible(layer as usize)) {
+            let mut first_token = range.start;
+            for (at, inside) in state.pieces(&layout, range) {
+                let count = inside.len() as u32;
+                let pinned = state.blocks.get(at).and_then(|&block| pin(shard, block));
+                let (place, pin) = pinned.ok_or(Error::ClosedSequence(shared.id()))?;
+                let offset = runtime.pool.offset_bytes(place.class, place.slot);
+                view.pieces.push(Piece { first_token, inside, offset, format: place.format });
+                view._pins.push(pin);
+                first_token += count;
+            }
+        }
+        Ok(view)
+    }
+
+    /// Tokens in the view.
+    pub fn tokens(&self) -> u32 {
+        self.pieces.iter().map(|piece| piece.inside.len() as u32).sum()
+    }
+
+    /// The blocks in order of their tokens.
+    pub fn blocks(&self) -> impl Iterator<Item = BlockView<'_>> {
+        self.pieces.iter().map(|piece| BlockView { view: self, piece })
+    }
+}
+
+/// One block of a [`View`].
+#[derive(Debug, Clone, Copy)]
+pub struct BlockView<'a> {
+    view: &'a View,
+    piece: &'a Piece,
+}
+
+/// Rows of one head of one block: `[tokens, dim]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Rows<'a, T> {
+    /// In the element type.
+    Raw(&'a [T]),
+    /// One code per element, one scale per token: `x = code * scale`.
+    Int8 {
+        /// `[tokens, dim]`.
+        codes: &'a [i8],
+        /// `[tokens]`.
+        scales: Scales<'a>,
+    },
+}
+
+/// Scales of an `int8` block.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Scales<'a> {
+    /// Of f16 elements.
+    F16(&'a [f16]),
+    /// Of bf16 and f32 elements.
+    F32(&'a [f32]),
+}
+
+impl<'a> BlockView<'a> {
+    /// Position of the first token.
+    pub fn first_token(&self) -> u32 {
+        self.piece.first_token
+    }
+
+    /// Tokens of the block in the view.
+    pub fn tokens(&self) -> u32 {
+        self.piece.inside.len() as u32
+    }
+
+    /// How the block is stored.
+    pub fn format(&self) -> Format {
+        self.piece.format
+    }
+
+    /// Keys of one head: rows of `key_dim` elements.
+    ///
+    /// # Errors
+    /// [`Error::ElementType`] if `T` is not the cache's element type; [`Error::Unsupported`] for a head that does not exist.
+    pub fn keys<T: Element>(&self, head: usize) -> Result<Rows<'a, T>, Error> {
+        self.rows(Plane::Key, head)
+    }
+
+    /// Values of one head: rows of `value_dim` elements.
+    ///
+    /// # Errors
+    /// As [`BlockView::keys`].
+    pub fn values<T: Element>(&self, head: usize) -> Result<Rows<'a, T>, Error> {
+        self.rows(Plane::Value, head)
+    }
+
+    fn rows<T: Element>(&self, plane: Plane, head: usize) -> Result<Rows<'a, T>, Error> {
+        let (view, layout) = (self.view, &self.view.layout);
+        check_type::<T>(layout.element)?;
+        if head >= layout.kv_heads {
+            return Err(Error::Unsupported {
+                what: "this head",
+                instead: "the geometry says how many there are",
+            });
+        }
+        let first = head * layout.block_tokens + self.piece.inside.start;
+        let rows = first..first + self.piece.inside.len();
+        let (slab, slot, dim) = (&view.slab, self.piece.offset, layout.dim(plane));
+        if self.piece.format == Format::Int8 {
+            let int8 = Int8Layout::new(layout);
+            let scale_bytes = layout.element.scale_bytes();
+            let codes = slot + int8.codes_at(layout, view.layer, plane);
+            let scales = slot + int8.scales_at(layout, view.layer, plane);
+            let codes = slab.pinned(codes + rows.start * dim..codes + rows.end * dim, view);
+            let scales =
+                slab.pinned(scales + rows.start * scale_bytes..scales + rows.end * scale_bytes, view);
+            let scales = match layout.element {
+                ElementType::F16 => Scales::F16(bytemuck::cast_slice(scales)),
+                ElementType::Bf16 | ElementType::F32 => Scales::F32(bytemuck::cast_slice(scales)),
+            };
+            return Ok(Rows::Int8 { codes: bytemuck::cast_slice(codes), scales });
+        }
+        let row = layout.row_bytes(plane);
+        let raw = slot + layout.plane_offset(view.layer, plane);
+        // Slots and planes begin at multiples of the element size, so the cast cannot fail.
+        Ok(Rows::Raw(bytemuck::cast_slice(slab.pinned(raw + rows.start * row..raw + rows.end * row, view))))
+    }
+}
+
+/// Where one layer of some sequences lies. See [`Cache::block_table`](crate::Cache::block_table).
+///
+/// A raw block holds `[K|V][kv_head][token][dim]` of a layer at its entry's offset: an attention kernel for HND pages reaches
+/// keys there and values [`BlockTable::value_offset_bytes`] further on.
+#[derive(Debug)]
+pub struct BlockTable {
+    /// Tokens in a block.
+    pub block_tokens: u32,
+    /// From a raw entry's keys to its values.
+    pub value_offset_bytes: usize,
+    /// Address of each shard's slab in its device's memory, by shard.
+    pub base_addresses: Vec<usize>,
+    /// A row per sequence asked for.
+    pub sequences: Vec<SequenceRows>,
+    _pins: Vec<SlotPin>,
+}
+
+/// One sequence of a [`BlockTable`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct SequenceRows {
+    /// The sequence.
+    pub sequence: SequenceId,
+    /// Committed tokens (and tokens staged for this layer), dropped ones included.
+    pub tokens: u32,
+    /// Tokens that were dropped.
+    pub dropped: Range<u32>,
+    /// Blocks in order; those of dropped tokens are left out.
+    pub blocks: Vec<BlockEntry>,
+}
+
+/// One block of a [`BlockTable`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockEntry {
+    /// Position of the block's first token.
+    pub first_token: u32,
+    /// How it is stored.
+    pub format: Format,
+    /// Where the block begins in the slab.
+    pub slot_offset_bytes: usize,
+    /// Where the layer's keys (raw elements, or codes) begin in the slab.
+    pub keys_offset_bytes: usize,
+}
+
+impl BlockTable {
+    pub(crate) fn new(runtime: &Runtime, ids: &[SequenceId], layer: u32) -> Result<BlockTable, Error> {
+        let layout = runtime.layout;
+        check_layer(&layout, layer)?;
+        let int8 = Int8Layout::new(&layout);
+        let base_addresses = runtime.memories.iter().map(|Memory::Cpu(slab)| slab.address()).collect();
+        let mut table = BlockTable {
+            block_tokens: layout.block_tokens as u32,
+            value_offset_bytes: layout.plane_bytes(Plane::Key),
+            base_addresses,
+            sequences: Vec::with_capacity(ids.len()),
+            _pins: Vec::new(),
+        };
+        for &id in ids {
+            let shared = runtime.directory.get(id).ok_or(Error::UnknownSequence(id))?;
+            let shard = &runtime.views[id.shard() as usize];
+            let state = shared.state();
+            let mut blocks = Vec::with_capacity(state.blocks.len());
+            for (at, &block) in
+                state.blocks.iter().enumerate().filter(|(_, block)| **block != BlockId::DROPPED)
+            {
+                let (place, pin) = pin(shard, block).ok_or(Error::ClosedSequence(id))?;
+                let slot_offset_bytes = runtime.pool.offset_bytes(place.class, place.slot);
+                let inside = match place.format {
+                    Format::Int8 => int8.codes_at(&layout, layer as usize, Plane::Key),
+                    _ => layout.plane_offset(layer as usize, Plane::Key),
+                };
+                blocks.push(BlockEntry {
+                    first_token: (at * layout.block_tokens) as u32,
+                    format: place.format,
+                    slot_offset_bytes,
+                    keys_offset_bytes: slot_offset_bytes + inside,
+                });
+                table._pins.push(pin);
+            }
+            let (tokens, dropped) = (state.visible(layer as usize), state.dropped());
+            table.sequences.push(SequenceRows { sequence: id, tokens, dropped, blocks });
+        }
+        Ok(table)
+    }
+}
