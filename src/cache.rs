@@ -158,7 +158,7 @@ impl Cache {
     /// left; [`Error::Closed`].
     pub async fn open(&self, tenant: impl Into<Tenant>, options: OpenOptions) -> Result<Sequence, Error> {
         let options = options.tenant(tenant);
-        match self.runtime.one(0, |batch| batch.open(options)).await? {
+        match self.runtime.one(0, 1, |batch| batch.open(options)).await? {
             InnerOutcome::Opened(open) => Ok(Sequence::new(open, self.runtime.clone())),
             other => Err(unexpected(&other)),
         }

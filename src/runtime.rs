@@ -11,7 +11,7 @@ use kv_cache_actors::directory::Directory;
 use kv_cache_actors::permit::{Amount, Permits};
 use kv_cache_actors::pool::PoolLayout;
 use kv_cache_actors::router::FaultInjector;
-use kv_cache_actors::submit::Submitter;
+use kv_cache_actors::submit::{Needs, Submitter};
 use kv_cache_actors::supervisor::Supervisor;
 use kv_cache_actors::tokens::TokenBudget;
 
@@ -25,7 +25,6 @@ use crate::{BlockLayout, Error};
 const SEALS_PER_LAUNCH: usize = 16;
 
 /// What every handle of a cache shares.
-#[derive(Debug)]
 pub(crate) struct Runtime {
     pub(crate) config: CacheConfig,
     pub(crate) layout: BlockLayout,
@@ -37,6 +36,13 @@ pub(crate) struct Runtime {
     pub(crate) memories: Vec<Memory>,
     pub(crate) tokens: TokenBudget,
     pub(crate) faults: FaultInjector,
+}
+
+/// Every handle prints it, so it says little.
+impl std::fmt::Debug for Runtime {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Runtime").field("shards", &self.views.len()).finish_non_exhaustive()
+    }
 }
 
 /// Opens everything. Blocks. The caller runs the router, and has to: nothing moves without it.
@@ -112,13 +118,16 @@ pub(crate) fn open(
 }
 
 impl Runtime {
-    /// Submits one operation that brings `bytes` bytes of tensors. They are copied by `build`, once a permit is had.
+    /// Submits one operation that carries `bytes` bytes in or out and opens `sequences` sequences. Tensors are copied by
+    /// `build`, once the permits are had.
     pub(crate) async fn one(
         &self,
-        bytes: usize,
+        bytes: u64,
+        sequences: usize,
         build: impl FnOnce(&mut Inner),
     ) -> Result<InnerOutcome, Error> {
-        let mut results = self.submitter.submit_one(bytes as u64, build).await?;
+        let needs = Needs { amount: Amount { jobs: 1, bytes }, sequences };
+        let mut results = self.submitter.submit_one(needs, build).await?;
         results.pop().unwrap_or(Err(Error::Empty))
     }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use kv_cache_actors::batch::{BatchCacheOperations as Inner, Outcome as InnerOutcome};
+use kv_cache_actors::batch::{BatchCacheOperations as Inner, Outcome as InnerOutcome, read_bytes};
 use kv_cache_actors::block::BlockId;
 use kv_cache_actors::sequence::OpenSequence;
 
@@ -88,10 +88,6 @@ impl Sequence {
         }
     }
 
-    async fn one(&self, bytes: usize, build: impl FnOnce(&mut Inner)) -> Result<InnerOutcome, Error> {
-        self.runtime.one(bytes, build).await
-    }
-
     /// Appends tokens to all layers, and returns how many are committed then.
     ///
     /// `keys` is `[layers, tokens, kv_heads, key_dim]`, `values` `[layers, tokens, kv_heads, value_dim]`, tokens being
@@ -122,10 +118,10 @@ impl Sequence {
         keys: &[T],
         values: &[T],
     ) -> Result<u32, Error> {
-        let bytes = size_of_val(keys) + size_of_val(values);
+        let bytes = (size_of_val(keys) + size_of_val(values)) as u64;
         let build =
             |batch: &mut Inner| batch.append(self.id(), at, token_ids, extra, tensor(keys), tensor(values));
-        match self.one(bytes, build).await? {
+        match self.runtime.one(bytes, 0, build).await? {
             InnerOutcome::Appended { committed } => Ok(committed),
             other => Err(unexpected(&other)),
         }
@@ -139,11 +135,11 @@ impl Sequence {
     /// # Errors
     /// As [`Sequence::append`], and [`Error::Layer`].
     pub async fn stage<T: Element>(&self, layer: u32, keys: &[T], values: &[T]) -> Result<u32, Error> {
-        let bytes = size_of_val(keys) + size_of_val(values);
+        let bytes = (size_of_val(keys) + size_of_val(values)) as u64;
         let per_token = self.runtime.layout.kv_heads * self.runtime.layout.key_dim;
         let tokens = keys.len().div_ceil(per_token) as u32;
         let build = |batch: &mut Inner| batch.stage(self.id(), layer, tokens, tensor(keys), tensor(values));
-        match self.one(bytes, build).await? {
+        match self.runtime.one(bytes, 0, build).await? {
             InnerOutcome::Staged { staged } => Ok(staged),
             other => Err(unexpected(&other)),
         }
@@ -163,7 +159,7 @@ impl Sequence {
     /// # Errors
     /// As [`Sequence::commit`].
     pub async fn commit_with(&self, token_ids: &[u32], extra: Option<ExtraIdentity>) -> Result<u32, Error> {
-        match self.one(0, |batch| batch.commit(self.id(), token_ids, extra)).await? {
+        match self.runtime.one(0, 0, |batch| batch.commit(self.id(), token_ids, extra)).await? {
             InnerOutcome::Committed { committed } => Ok(committed),
             other => Err(unexpected(&other)),
         }
@@ -176,7 +172,8 @@ impl Sequence {
     /// closed cache.
     pub async fn read<T: Element>(&self, layer: u32, tokens: Range<u32>) -> Result<(Vec<T>, Vec<T>), Error> {
         crate::element::check_type::<T>(self.runtime.layout.element)?;
-        match self.one(0, |batch| batch.read(self.id(), layer, tokens)).await? {
+        let bytes = read_bytes(&self.runtime.layout, &tokens, self.runtime.config.max_tokens);
+        match self.runtime.one(bytes, 0, |batch| batch.read(self.id(), layer, tokens)).await? {
             InnerOutcome::Read(buffer) => KeysValues::new(buffer, self.runtime.layout).into_elements(),
             other => Err(unexpected(&other)),
         }
@@ -205,7 +202,7 @@ impl Sequence {
     /// # Errors
     /// As [`Sequence::fork`].
     pub async fn fork_many(&self, count: u32) -> Result<Vec<Sequence>, Error> {
-        let outcome = self.one(0, |batch| batch.fork(self.id(), count)).await?;
+        let outcome = self.runtime.one(0, count as usize, |batch| batch.fork(self.id(), count)).await?;
         match Outcome::new(outcome, &self.runtime)? {
             Outcome::Forked(forks) => Ok(forks),
             _ => Err(Error::Empty),
@@ -220,7 +217,7 @@ impl Sequence {
     /// # Errors
     /// [`Error::TokenRange`], [`Error::TokensDropped`]; those of a lost shard or closed cache.
     pub async fn truncate(&self, tokens: u32) -> Result<(), Error> {
-        self.one(0, |batch| batch.truncate(self.id(), tokens)).await.map(drop)
+        self.runtime.one(0, 0, |batch| batch.truncate(self.id(), tokens)).await.map(drop)
     }
 
     /// Closes the sequence and waits until its blocks are free.
@@ -228,7 +225,7 @@ impl Sequence {
     /// # Errors
     /// [`Error::ClosedSequence`]; those of a lost shard or closed cache.
     pub async fn close(self) -> Result<(), Error> {
-        self.one(0, |batch| batch.close(self.id())).await.map(drop)
+        self.runtime.one(0, 0, |batch| batch.close(self.id())).await.map(drop)
     }
 
     /// How the cache stores sealed blocks.

@@ -5,7 +5,6 @@
 //! the caller's task.
 
 use std::ops::Range;
-use std::sync::Arc;
 
 use smallvec::SmallVec;
 
@@ -94,13 +93,15 @@ pub(crate) enum Operation {
     },
     /// Refused at the door; keeps its place so that results line up.
     Refused(Error),
+    /// Answered, or gone to another shard.
+    Gone,
 }
 
 impl Operation {
     /// The sequence it works on; none for opens and refusals.
     pub(crate) fn sequence(&self) -> Option<SequenceId> {
         match self {
-            Operation::Open { .. } | Operation::Refused(_) => None,
+            Operation::Open { .. } | Operation::Refused(_) | Operation::Gone => None,
             Operation::Append { sequence, .. }
             | Operation::Stage { sequence, .. }
             | Operation::Commit { sequence, .. }
@@ -158,7 +159,7 @@ pub struct BatchCacheOperations {
     pub(crate) operations: SmallVec<[Operation; 1]>,
     pub(crate) token_ids: SmallVec<[u32; 8]>,
     payload: Vec<u8>,
-    tenant: Option<Tenant>,
+    pub(crate) tenant: Option<Tenant>,
 }
 
 impl BatchCacheOperations {
@@ -280,20 +281,13 @@ impl BatchCacheOperations {
             .sum()
     }
 
-    /// Bytes that the batch carries in, and out once its reads are done.
-    pub fn bytes(&self, layout: &BlockLayout) -> u64 {
-        let token = layout.token_bytes(Plane::Key) + layout.token_bytes(Plane::Value);
-        let out: u64 = self
-            .operations
-            .iter()
-            .map(|operation| match operation {
-                Operation::Read { tokens, .. } => {
-                    u64::from(tokens.end.saturating_sub(tokens.start)) * token as u64
-                }
-                _ => 0,
-            })
-            .sum();
-        self.payload.len() as u64 + out
+    /// Bytes that the batch carries in, and out once its reads are done. Reads that the door will refuse carry nothing.
+    pub fn bytes(&self, layout: &BlockLayout, max_tokens: u32) -> u64 {
+        let reads = self.operations.iter().map(|operation| match operation {
+            Operation::Read { tokens, .. } => read_bytes(layout, tokens, max_tokens),
+            _ => 0,
+        });
+        self.payload.len() as u64 + reads.sum::<u64>()
     }
 
     /// The shard of the first operation that is on a sequence.
@@ -332,19 +326,18 @@ impl BatchCacheOperations {
         }
     }
 
-    /// Some of this batch's operations as a batch that shares its payload.
-    pub(crate) fn part(&self, operations: impl Iterator<Item = Operation>) -> BatchCacheOperations {
-        BatchCacheOperations {
-            operations: operations.collect(),
-            token_ids: self.token_ids.clone(),
-            payload: Vec::new(),
-            tenant: self.tenant.clone(),
-        }
+    pub(crate) fn take_payload(&mut self) -> Payload {
+        Payload { bytes: std::mem::take(&mut self.payload) }
     }
+}
 
-    pub(crate) fn take_payload(&mut self) -> Arc<Payload> {
-        Arc::new(Payload { bytes: std::mem::take(&mut self.payload) })
+/// Bytes that a read of `tokens` of one layer returns; 0 if the door refuses it.
+pub fn read_bytes(layout: &BlockLayout, tokens: &Range<u32>, max_tokens: u32) -> u64 {
+    if tokens.start > tokens.end || tokens.end > max_tokens {
+        return 0;
     }
+    let token = layout.token_bytes(Plane::Key) + layout.token_bytes(Plane::Value);
+    tokens.len() as u64 * token as u64
 }
 
 fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result<(), Error> {

@@ -5,6 +5,9 @@
 //! instead of a setting. One chunk belongs to sealed slots for good, so that sealing, which frees raw slots, can always begin.
 //! Nothing here touches a block's bytes.
 
+#[cfg(any(test, feature = "testing"))]
+mod audit;
+
 use std::collections::VecDeque;
 
 use crate::error::ConfigError;

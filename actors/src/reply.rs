@@ -1,10 +1,13 @@
 //! Replies: the promise that a submission is answered exactly once.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use tokio::sync::oneshot;
 
 use crate::batch::Results;
+use crate::device::Submission;
 use crate::error::Error;
 use crate::permit::Permit;
 use crate::sync::{Mutex, lock};
@@ -12,23 +15,52 @@ use crate::sync::{Mutex, lock};
 /// Answers one submission. Dropping it unanswered is noticed: the caller gets a typed error instead of waiting for ever.
 #[derive(Debug)]
 #[must_use = "a submission that is not answered leaves its caller with an error"]
-pub struct Reply(Option<oneshot::Sender<Results>>);
+pub struct Reply(Option<oneshot::Sender<Box<Submission>>>);
 
-/// Where the caller waits. Resolves to an error if the reply was dropped, which happens only when an actor has died.
-pub type Answer = oneshot::Receiver<Results>;
+/// Where the caller waits.
+///
+/// The submission itself comes back with its results in it: what the caller's thread allocated is freed there, and the
+/// actors free nothing.
+#[derive(Debug)]
+#[must_use = "whoever does not wait never learns what became of the submission"]
+pub struct Answer(oneshot::Receiver<Box<Submission>>);
+
+/// The reply was dropped, which happens only when an actor has died.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unanswered;
 
 impl Reply {
     /// A reply and the place to wait for it.
     pub fn new() -> (Reply, Answer) {
         let (sender, receiver) = oneshot::channel();
-        (Reply(Some(sender)), receiver)
+        (Reply(Some(sender)), Answer(receiver))
     }
 
     /// Answers. If the caller has gone, the results are dropped here: sequences among them close by themselves.
-    pub fn send(mut self, results: Results) {
+    pub(crate) fn send(mut self, submission: Box<Submission>) {
         if let Some(sender) = self.0.take() {
-            drop(sender.send(results));
+            drop(sender.send(submission));
         }
+    }
+}
+
+impl Answer {
+    /// The results if they are there, or [`Unanswered`] if they never will be.
+    pub fn try_take(&mut self) -> Option<Result<Results, Unanswered>> {
+        match self.0.try_recv() {
+            Ok(submission) => Some(Ok(submission.into_results())),
+            Err(oneshot::error::TryRecvError::Closed) => Some(Err(Unanswered)),
+            Err(oneshot::error::TryRecvError::Empty) => None,
+        }
+    }
+}
+
+impl Future for Answer {
+    type Output = Result<Results, Unanswered>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let answered = Pin::new(&mut self.0).poll(context);
+        answered.map(|answered| answered.map(|submission| submission.into_results()).map_err(|_| Unanswered))
     }
 }
 
@@ -51,16 +83,6 @@ pub(crate) enum ReplyTo {
     Nobody,
 }
 
-impl ReplyTo {
-    pub(crate) fn send(self, results: Results) {
-        match self {
-            ReplyTo::Whole(reply) => reply.send(results),
-            ReplyTo::Part(part) => part.send(results),
-            ReplyTo::Nobody => {}
-        }
-    }
-}
-
 /// Answers the operations of a split submission that one shard ran. If the shard dies first, they fail alone.
 #[derive(Debug)]
 pub(crate) struct PartReply {
@@ -74,7 +96,7 @@ impl PartReply {
         PartReply { join, places, shard }
     }
 
-    fn send(mut self, results: Results) {
+    pub(crate) fn send(mut self, results: Results) {
         self.join.put(&std::mem::take(&mut self.places), results);
     }
 }
@@ -123,7 +145,7 @@ impl Join {
             }
         };
         if let Some((reply, results)) = finished {
-            reply.send(results.into_iter().flatten().collect());
+            reply.send(Submission::answered(results.into()));
         }
     }
 }
@@ -139,9 +161,9 @@ mod tests {
         let (reply, mut answer) = Reply::new();
         let join = Join::new(3, reply, None);
         join.put(&[2, 0], smallvec![Err(Error::Empty), Ok(Outcome::Closed)]);
-        assert!(answer.try_recv().is_err(), "one part is missing");
+        assert!(answer.try_take().is_none(), "one part is missing");
         join.put(&[1], smallvec![Err(Error::NotFinite)]);
-        let results = answer.try_recv().unwrap();
+        let results = answer.try_take().unwrap().unwrap();
         assert!(matches!(results[..], [Ok(Outcome::Closed), Err(Error::NotFinite), Err(Error::Empty)]));
     }
 
@@ -149,6 +171,6 @@ mod tests {
     fn a_reply_dropped_unanswered_is_noticed() {
         let (reply, mut answer) = Reply::new();
         drop(reply);
-        assert!(matches!(answer.try_recv(), Err(oneshot::error::TryRecvError::Closed)));
+        assert_eq!(answer.try_take().unwrap().unwrap_err(), Unanswered);
     }
 }

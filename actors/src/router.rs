@@ -7,35 +7,25 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use smallvec::SmallVec;
 use tokio::sync::mpsc;
 
 use crate::batch::{BatchCacheOperations, Operation};
-use crate::device::{ShardSubmission, ShardView};
+use crate::device::{ShardView, Submission};
 use crate::error::Error;
 use crate::mailbox::{Control, DeviceSender};
 use crate::memory::DeviceLost;
 use crate::permit::Permit;
-use crate::reply::{Answer, Join, PartReply, Reply, ReplyTo};
+use crate::reply::{Answer, Reply};
 use crate::sequence::{CloseHook, SequenceId};
 use crate::supervisor::{ActorName, Exit, Supervisor};
 
 /// Messages taken at once.
 const DRAIN_MAX: usize = 4096;
 
-/// A batch on its way to the shards.
 #[derive(Debug)]
-pub(crate) struct Submission {
-    batch: BatchCacheOperations,
-    permit: Permit,
-    reply: Reply,
-    submitted_at: Instant,
-}
-
-#[derive(Debug)]
-// Boxing submissions would cost every caller an allocation to spare the rare close some bytes.
-#[allow(clippy::large_enum_variant)]
 enum Message {
-    Submit(Submission),
+    Submit(Box<Submission>),
     Close(SequenceId),
     Stop,
 }
@@ -47,20 +37,14 @@ pub struct RouterHandle(mpsc::UnboundedSender<Message>);
 impl RouterHandle {
     /// Sends a batch whose permits are attached already.
     ///
-    /// # Errors
-    /// [`Error::Closed`] with the batch if the router has ended.
-    pub fn submit(
-        &self,
-        batch: BatchCacheOperations,
-        permit: Permit,
-    ) -> Result<Answer, (Box<BatchCacheOperations>, Error)> {
+    /// If the router has ended, the submission is answered with [`Error::Closed`].
+    pub fn submit(&self, batch: BatchCacheOperations, permit: Permit) -> Answer {
         let (reply, answer) = Reply::new();
-        let submission = Submission { batch, permit, reply, submitted_at: Instant::now() };
-        match self.0.send(Message::Submit(submission)) {
-            Ok(()) => Ok(answer),
-            Err(mpsc::error::SendError(Message::Submit(back))) => Err((Box::new(back.batch), Error::Closed)),
-            Err(_) => Ok(answer),
+        let submission = Submission::new(batch, Some(permit), Some(reply), Some(Instant::now()));
+        if let Err(mpsc::error::SendError(Message::Submit(back))) = self.0.send(Message::Submit(submission)) {
+            back.refuse(&Error::Closed);
         }
+        answer
     }
 
     /// Ends the router, and with it the actors below once they have finished their work.
@@ -116,6 +100,15 @@ impl RouterActor {
         let mut messages = Vec::with_capacity(DRAIN_MAX);
         let mut stopping = false;
         while !stopping && receiver.recv_many(&mut messages, DRAIN_MAX).await > 0 {
+            // To the back of the executor's queue: tasks that are ready submit first, and one batch carries them all. On an
+            // idle executor this returns at once.
+            tokio::task::yield_now().await;
+            while let Ok(message) = receiver.try_recv() {
+                messages.push(message);
+                if messages.len() >= DRAIN_MAX {
+                    break;
+                }
+            }
             self.observe();
             for message in messages.drain(..) {
                 match message {
@@ -152,9 +145,7 @@ impl RouterActor {
                     tracing::error!(target: "kv_cache::router", shard = number, "a shard's lane was full");
                 }
                 for submission in error.into_inner() {
-                    let count = submission.batch.len();
-                    drop(submission.permit);
-                    submission.reply.send((0..count).map(|_| Err(lost.clone())).collect());
+                    submission.refuse(&lost);
                 }
             }
         }
@@ -188,7 +179,7 @@ struct Load {
 #[derive(Debug)]
 struct RouterCore {
     loads: Vec<Load>,
-    outboxes: Vec<Vec<ShardSubmission>>,
+    outboxes: Vec<Vec<Box<Submission>>>,
     deterministic: bool,
 }
 
@@ -232,59 +223,35 @@ impl RouterCore {
         }
     }
 
-    fn submit(&mut self, submission: Submission) {
-        let Submission { mut batch, permit, reply, submitted_at } = submission;
-        let payload = batch.take_payload();
-        let submitted_at = Some(submitted_at);
-        let shards = self.outboxes.len();
-        let targets = batch
-            .operations
-            .iter()
-            .map(|operation| self.target(operation))
-            .collect::<smallvec::SmallVec<[usize; 8]>>();
-        let Some(first) = targets.first().copied() else {
-            drop(permit);
-            reply.send(Default::default());
-            return;
-        };
-        if targets.iter().all(|target| *target == first) {
-            let reply = ReplyTo::Whole(reply);
-            let permit = Some(permit);
-            self.outboxes[first].push(ShardSubmission { batch, payload, permit, reply, submitted_at });
+    fn submit(&mut self, submission: Box<Submission>) {
+        if self.outboxes.len() == 1 {
+            // One shard: nothing to place, and nothing to count.
+            if submission.operations().is_empty() {
+                submission.send();
+            } else {
+                self.outboxes[0].push(submission);
+            }
             return;
         }
-        let join = Join::new(batch.len(), reply, Some(permit));
-        let mut operations: Vec<_> = batch.operations.drain(..).map(Some).collect();
-        for shard in 0..shards {
-            let places: Vec<usize> = (0..operations.len()).filter(|&at| targets[at] == shard).collect();
-            if places.is_empty() {
-                continue;
+        let targets: SmallVec<[usize; 8]> =
+            submission.operations().iter().map(|operation| self.target(operation)).collect();
+        match targets.first().copied() {
+            None => submission.send(),
+            Some(first) if targets.iter().all(|target| *target == first) => {
+                self.outboxes[first].push(submission)
             }
-            let part = batch.part(places.iter().filter_map(|&at| operations[at].take()));
-            let reply = ReplyTo::Part(PartReply::new(join.clone(), places, shard as u16));
-            let payload = payload.clone();
-            self.outboxes[shard].push(ShardSubmission {
-                batch: part,
-                payload,
-                permit: None,
-                reply,
-                submitted_at,
-            });
+            Some(_) => {
+                for (shard, part) in submission.split(&targets, self.outboxes.len()) {
+                    self.outboxes[shard].push(part);
+                }
+            }
         }
     }
 
     fn close(&mut self, id: SequenceId) {
         let mut batch = BatchCacheOperations::new();
         batch.close(id);
-        let target = self.target(&batch.operations[0]);
-        let payload = batch.take_payload();
-        self.outboxes[target].push(ShardSubmission {
-            batch,
-            payload,
-            permit: None,
-            reply: ReplyTo::Nobody,
-            submitted_at: None,
-        });
+        self.submit(Submission::new(batch, None, None, None));
     }
 }
 

@@ -98,6 +98,12 @@ impl SlotTable {
         self.states[slot.id.0 as usize].pins() != 0
     }
 
+    /// The generation of a slot, by number.
+    #[cfg(all(any(test, feature = "testing"), not(loom)))]
+    pub(crate) fn generation(&self, slot: usize) -> u32 {
+        (self.states[slot].0.load(Ordering::Relaxed) >> 32) as u32
+    }
+
     /// A slot that nobody has used yet. Called once per slot by the pool.
     pub(crate) fn first(&self, slot: SlotId) -> VacantSlot {
         VacantSlot { id: slot, generation: Generation(0) }

@@ -1,6 +1,8 @@
 //! The caller's side of a submission: check at the door, take permits, send, wait.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use crate::batch::{BatchCacheOperations, Results};
 use crate::error::Error;
@@ -27,6 +29,15 @@ pub struct Submitter {
     pub supervisor: Arc<Supervisor>,
 }
 
+/// The permits that a batch needs.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Needs {
+    /// Operations, and the bytes that they carry in and out.
+    pub amount: Amount,
+    /// Sequences that they open.
+    pub sequences: usize,
+}
+
 /// A batch that was not submitted, whole, and why.
 pub type Refused = (Box<BatchCacheOperations>, Error);
 
@@ -39,85 +50,105 @@ impl Submitter {
     /// # Errors
     /// [`Error::BatchTooLarge`], [`Error::TooManySequences`], [`Error::Closed`]; and [`Error::ShardLost`] if the shard
     /// died with the batch. What goes wrong with one operation is in its result.
-    pub async fn submit(&self, mut batch: BatchCacheOperations) -> Result<Results, Error> {
-        let (amount, sequences) = self.check(&mut batch)?;
-        let permit = self.permits.acquire(amount).await?;
-        self.send(batch, permit, sequences).map_err(|(_, error)| error)?.await
+    pub async fn submit(&self, batch: BatchCacheOperations) -> Result<Results, Error> {
+        // Boxed while it waits: a future is as large as what it holds, and servers hold many of them.
+        let batch = Box::new(batch);
+        let needs = self.needs(&batch);
+        let sequences = self.sequences_for(needs.sequences)?;
+        let permit = self.permits.acquire(needs.amount).await?;
+        self.send(*batch, permit, sequences).await
     }
 
-    /// [`Submitter::submit`] of a batch of one operation that is built, and `bytes` of tensors copied, once a permit is had:
-    /// however many callers wait, what they hold is theirs.
+    /// [`Submitter::submit`] of a batch of one operation that is built once its permits are had: however many callers wait,
+    /// what they hold is theirs, and small.
     ///
     /// # Errors
     /// As [`Submitter::submit`].
     pub async fn submit_one(
         &self,
-        bytes: u64,
+        needs: Needs,
         build: impl FnOnce(&mut BatchCacheOperations),
     ) -> Result<Results, Error> {
-        if bytes == 0 {
-            let mut batch = BatchCacheOperations::new();
-            build(&mut batch);
-            return self.submit(batch).await;
-        }
-        let permit = self.permits.acquire(Amount { jobs: 1, bytes }).await?;
+        let sequences = self.sequences_for(needs.sequences)?;
+        let permit = self.permits.acquire(needs.amount).await?;
+        // Everything large lives inside this call and not across an await.
+        let waiting = self.build_and_send(permit, sequences, build);
+        waiting.await
+    }
+
+    fn build_and_send(
+        &self,
+        permit: Permit,
+        sequences: Option<Permit>,
+        build: impl FnOnce(&mut BatchCacheOperations),
+    ) -> Waiting {
         let mut batch = BatchCacheOperations::new();
         build(&mut batch);
-        batch.check(&self.layout, self.max_tokens);
-        self.send(batch, permit, None).map_err(|(_, error)| error)?.await
+        self.send(batch, permit, sequences)
     }
 
     /// Submits if permits are free now, and otherwise gives the batch back with the reason.
     ///
     /// # Errors
     /// [`Error::Overloaded`], and those of [`Submitter::submit`].
-    pub fn try_submit(
-        &self,
-        mut batch: BatchCacheOperations,
-    ) -> Result<impl Future<Output = Result<Results, Error>> + use<>, Refused> {
-        let checked = self.check(&mut batch);
-        match checked.and_then(|(amount, sequences)| Ok((self.permits.try_acquire(amount)?, sequences))) {
-            Ok((permit, sequences)) => self.send(batch, permit, sequences),
+    pub fn try_submit(&self, batch: BatchCacheOperations) -> Result<Waiting, Refused> {
+        let needs = self.needs(&batch);
+        let permits = self
+            .sequences_for(needs.sequences)
+            .and_then(|sequences| Ok((sequences, self.permits.try_acquire(needs.amount)?)));
+        match permits {
+            Ok((sequences, permit)) => Ok(self.send(batch, permit, sequences)),
             Err(error) => Err((Box::new(batch), error)),
         }
     }
 
-    /// Refuses bad operations in place, and says what permits the batch needs.
-    fn check(&self, batch: &mut BatchCacheOperations) -> Result<(Amount, Option<Permit>), Error> {
-        batch.check(&self.layout, self.max_tokens);
-        let amount = Amount { jobs: batch.len() as u64, bytes: batch.bytes(&self.layout) };
-        let needed = batch.sequences_to_open();
-        if needed == 0 {
-            return Ok((amount, None));
-        }
-        let sequences =
-            self.sequences.try_acquire(Amount { jobs: needed as u64, bytes: 0 }).map_err(|error| {
-                let max_sequences = self.sequences.limit().jobs as usize;
-                if error == Error::Closed { error } else { Error::TooManySequences { needed, max_sequences } }
-            })?;
-        Ok((amount, Some(sequences)))
+    fn needs(&self, batch: &BatchCacheOperations) -> Needs {
+        let amount = Amount { jobs: batch.len() as u64, bytes: batch.bytes(&self.layout, self.max_tokens) };
+        Needs { amount, sequences: batch.sequences_to_open() }
     }
 
-    fn send(
-        &self,
-        mut batch: BatchCacheOperations,
-        permit: Permit,
-        sequences: Option<Permit>,
-    ) -> Result<impl Future<Output = Result<Results, Error>> + use<>, Refused> {
+    /// Permits for sequences to open. Never waits for them: they come back when sequences close, whenever that is.
+    fn sequences_for(&self, needed: usize) -> Result<Option<Permit>, Error> {
+        if needed == 0 {
+            return Ok(None);
+        }
+        let permit = self.sequences.try_acquire(Amount { jobs: needed as u64, bytes: 0 });
+        permit.map(Some).map_err(|error| {
+            let max_sequences = self.sequences.limit().jobs as usize;
+            if error == Error::Closed { error } else { Error::TooManySequences { needed, max_sequences } }
+        })
+    }
+
+    fn send(&self, mut batch: BatchCacheOperations, permit: Permit, sequences: Option<Permit>) -> Waiting {
         if let Some(sequences) = sequences {
             batch.attach_sequence_permits(sequences);
         }
+        batch.check(&self.layout, self.max_tokens);
         batch.attach_read_buffers(&self.layout);
         let shard = batch.first_shard();
-        let answer: Answer = self.router.submit(batch, permit)?;
-        let supervisor = self.supervisor.clone();
-        Ok(async move {
-            answer.await.map_err(|_| {
+        let answer = self.router.submit(batch, permit);
+        Waiting { answer, shard, supervisor: self.supervisor.clone() }
+    }
+}
+
+/// The results of a batch that was submitted, to be awaited. Dropping it drops the results, not the work.
+#[derive(Debug)]
+#[must_use = "the operations take effect either way, but only this says how"]
+pub struct Waiting {
+    answer: Answer,
+    shard: Option<u16>,
+    supervisor: Arc<Supervisor>,
+}
+
+impl Future for Waiting {
+    type Output = Result<Results, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.answer).poll(context).map(|answer| {
+            answer.map_err(|_| {
                 // The reply was dropped: its shard is lost, or the router has ended.
-                shard
-                    .and_then(|shard| supervisor.lost(shard))
-                    .or_else(|| supervisor.any_lost())
-                    .unwrap_or(Error::Closed)
+                let lost = self.shard.and_then(|shard| self.supervisor.lost(shard));
+                lost.or_else(|| self.supervisor.any_lost()).unwrap_or(Error::Closed)
             })
         })
     }

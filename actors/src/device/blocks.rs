@@ -110,6 +110,16 @@ impl BlockStore {
         &mut self.blocks[id.0 as usize]
     }
 
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn try_get(&self, id: BlockId) -> Option<&Block> {
+        self.blocks.get(id.0 as usize)
+    }
+
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn iter(&self) -> impl Iterator<Item = (BlockId, &Block)> {
+        self.blocks.iter().map(|(number, block)| (BlockId(number as u32), block))
+    }
+
     pub(super) fn key(&self, id: BlockId) -> Option<BlockKey> {
         self.blocks.get(id.0 as usize)?.key
     }

@@ -10,6 +10,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Instant;
 
 use slab::Slab;
 use smallvec::SmallVec;
@@ -24,7 +25,7 @@ use crate::geometry::{BlockLayout, Geometry};
 use crate::memory::{Flight, LaneKind, Launch, Purpose, ReadBuffer};
 use crate::permit::Permit;
 use crate::pool::{Pool, PoolLayout};
-use crate::reply::ReplyTo;
+use crate::reply::{Join, PartReply, Reply, ReplyTo};
 use crate::sequence::{CloseHook, SequenceId, SequenceShared, Tenant};
 use crate::stats::CoreCounters;
 use crate::tokens::TokenBudget;
@@ -58,24 +59,123 @@ pub struct CoreConfig {
     pub secret: HashSecret,
 }
 
-/// A submission, or the part of one that runs on this shard.
+/// A submission, or the part of one that runs on this shard: what a caller asked for, and on its way back, what became of it.
+///
+/// It is written once, in the caller's task; from there to the answer only its box moves.
 #[derive(Debug)]
-pub struct ShardSubmission {
-    pub(crate) batch: BatchCacheOperations,
-    pub(crate) payload: Arc<Payload>,
-    pub(crate) permit: Option<Permit>,
-    pub(crate) reply: ReplyTo,
-    /// When it was submitted; the core only carries it.
-    pub(crate) submitted_at: Option<std::time::Instant>,
+pub struct Submission {
+    operations: SmallVec<[Operation; 1]>,
+    token_ids: SmallVec<[u32; 8]>,
+    tenant: Option<Tenant>,
+    payload: Arc<Payload>,
+    results: SmallVec<[Option<Result<Outcome, Error>>; 1]>,
+    pub(super) unanswered: usize,
+    permit: Option<Permit>,
+    reply: ReplyTo,
+    submitted_at: Option<Instant>,
+}
+
+impl Submission {
+    /// A whole batch. `submitted_at` is only carried.
+    pub fn new(
+        mut batch: BatchCacheOperations,
+        permit: Option<Permit>,
+        reply: Option<Reply>,
+        submitted_at: Option<Instant>,
+    ) -> Box<Submission> {
+        let payload = Arc::new(batch.take_payload());
+        let BatchCacheOperations { operations, token_ids, tenant, .. } = batch;
+        let reply = reply.map_or(ReplyTo::Nobody, ReplyTo::Whole);
+        let unanswered = operations.len();
+        let results = std::iter::repeat_with(|| None).take(unanswered).collect();
+        Box::new(Submission {
+            operations,
+            token_ids,
+            tenant,
+            payload,
+            results,
+            unanswered,
+            permit,
+            reply,
+            submitted_at,
+        })
+    }
+
+    /// Splits it by shard, given the shard of each operation. The last part that is answered answers the whole.
+    pub(crate) fn split(mut self, targets: &[usize], shards: usize) -> Vec<(usize, Box<Submission>)> {
+        let ReplyTo::Whole(reply) = std::mem::replace(&mut self.reply, ReplyTo::Nobody) else {
+            return Vec::new();
+        };
+        let join = Join::new(self.operations.len(), reply, self.permit.take());
+        let mut parts = Vec::new();
+        for shard in 0..shards {
+            let places: Vec<usize> = (0..targets.len()).filter(|&at| targets[at] == shard).collect();
+            if places.is_empty() {
+                continue;
+            }
+            let take = |&at: &usize| std::mem::replace(&mut self.operations[at], Operation::Gone);
+            let operations: SmallVec<_> = places.iter().map(take).collect();
+            let part = Submission {
+                unanswered: operations.len(),
+                results: std::iter::repeat_with(|| None).take(operations.len()).collect(),
+                operations,
+                token_ids: self.token_ids.clone(),
+                tenant: self.tenant.clone(),
+                payload: self.payload.clone(),
+                permit: None,
+                reply: ReplyTo::Part(PartReply::new(join.clone(), places, shard as u16)),
+                submitted_at: self.submitted_at,
+            };
+            parts.push((shard, Box::new(part)));
+        }
+        parts
+    }
+
+    pub(crate) fn operations(&self) -> &[Operation] {
+        &self.operations
+    }
+
+    /// When it was submitted.
+    pub(crate) fn submitted_at(&self) -> Option<Instant> {
+        self.submitted_at
+    }
+
+    /// Answers every operation that has no answer yet with `error`, gives the permit back, then replies.
+    pub(crate) fn refuse(mut self: Box<Self>, error: &Error) {
+        for result in self.results.iter_mut().filter(|result| result.is_none()) {
+            *result = Some(Err(error.clone()));
+        }
+        self.send();
+    }
+
+    /// Gives the permit back, then replies: whoever has the answer finds the permit free.
+    pub fn send(mut self: Box<Self>) {
+        drop(self.permit.take());
+        match std::mem::replace(&mut self.reply, ReplyTo::Nobody) {
+            ReplyTo::Whole(reply) => reply.send(self),
+            ReplyTo::Part(part) => part.send(self.into_results()),
+            ReplyTo::Nobody => {}
+        }
+    }
+
+    /// Results without operations, to answer the caller of a split submission with.
+    pub(crate) fn answered(results: SmallVec<[Option<Result<Outcome, Error>>; 1]>) -> Box<Submission> {
+        let mut submission = Submission::new(BatchCacheOperations::new(), None, None, None);
+        submission.results = results;
+        submission
+    }
+
+    /// The results, in the operations' order.
+    pub(crate) fn into_results(self) -> Results {
+        self.results.into_iter().flatten().collect()
+    }
 }
 
 /// What comes into the core.
 #[derive(Debug)]
-// Boxing the large variant would cost the device thread an allocation per submission.
-#[allow(clippy::large_enum_variant)]
 pub enum Event {
     /// Operations to carry out.
-    Submission(ShardSubmission),
+    Submission(Box<Submission>),
     /// A lane has finished a launch, or failed it.
     Launched(Launch),
     /// Time to seal full blocks.
@@ -87,44 +187,12 @@ pub enum Event {
 pub struct Effects {
     /// Work for the lanes, in order for each lane.
     pub launches: Vec<(LaneKind, Launch)>,
-    /// Submissions that are complete.
-    pub answers: Vec<Completed>,
+    /// Submissions that are complete, to be sent.
+    pub answers: Vec<Box<Submission>>,
     /// Sequences that have opened.
     pub opened: Vec<Arc<SequenceShared>>,
     /// Sequences that have closed.
     pub closed: Vec<SequenceId>,
-}
-
-/// A complete submission.
-#[derive(Debug)]
-pub struct Completed {
-    reply: ReplyTo,
-    results: Results,
-    permit: Option<Permit>,
-    /// When it was submitted.
-    pub submitted_at: Option<std::time::Instant>,
-}
-
-impl Completed {
-    /// Gives the permit back, then answers: whoever has the answer finds the permit free.
-    pub fn send(self) {
-        drop(self.permit);
-        self.reply.send(self.results);
-    }
-}
-
-/// A submission some of whose operations are not answered yet.
-#[derive(Debug)]
-struct Pending {
-    operations: SmallVec<[Option<Operation>; 1]>,
-    results: SmallVec<[Option<Result<Outcome, Error>>; 1]>,
-    unanswered: usize,
-    tenant: Option<Tenant>,
-    token_ids: SmallVec<[u32; 8]>,
-    payload: Arc<Payload>,
-    permit: Option<Permit>,
-    reply: ReplyTo,
-    submitted_at: Option<std::time::Instant>,
 }
 
 /// One operation of a pending submission.
@@ -143,12 +211,12 @@ pub struct DeviceCore {
     /// Generation of the next sequence at each table entry.
     generations: Vec<u32>,
     tenants: HashMap<Tenant, u32>,
-    pending: Slab<Pending>,
+    pub(super) pending: Slab<Box<Submission>>,
     /// Operations not looked at yet, in submission order.
-    ready: VecDeque<OpRef>,
-    building: [Option<Launch>; 3],
+    pub(super) ready: VecDeque<OpRef>,
+    pub(super) building: [Option<Launch>; 3],
     spare: Vec<Launch>,
-    in_flight: usize,
+    pub(super) in_flight: usize,
     pub(super) counters: CoreCounters,
     on_drop: DebugHook,
 }
@@ -235,23 +303,10 @@ impl DeviceCore {
         }
     }
 
-    fn accept(&mut self, submission: ShardSubmission) {
-        let ShardSubmission { mut batch, payload, permit, reply, submitted_at } = submission;
-        let operations: SmallVec<[_; 1]> = batch.operations.drain(..).map(Some).collect();
-        let count = operations.len();
-        let pending = Pending {
-            results: std::iter::repeat_with(|| None).take(count).collect(),
-            unanswered: count,
-            tenant: batch.tenant().cloned(),
-            token_ids: std::mem::take(&mut batch.token_ids),
-            operations,
-            payload,
-            permit,
-            reply,
-            submitted_at,
-        };
-        let submission = self.pending.insert(pending);
+    fn accept(&mut self, submission: Box<Submission>) {
+        let count = submission.operations.len();
         self.counters.operations += count as u64;
+        let submission = self.pending.insert(submission);
         self.ready.extend((0..count).map(|index| OpRef { submission, index }));
     }
 
@@ -269,7 +324,7 @@ impl DeviceCore {
                 }
             }
             self.ready.pop_front();
-            let id = self.pending[op.submission].operations[op.index].as_ref().and_then(Operation::sequence);
+            let id = self.pending[op.submission].operations[op.index].sequence();
             match id.map(|id| self.find(id, op)) {
                 // An operation on no sequence.
                 None => self.start(op, None, effects),
@@ -307,46 +362,48 @@ impl DeviceCore {
     }
 
     fn start(&mut self, op: OpRef, sequence: Option<usize>, effects: &mut Effects) {
-        let pending = &mut self.pending[op.submission];
-        let Some(operation) = pending.operations[op.index].take() else { return };
-        // Launched operations need their token ids again when they land; they go back to their place below.
-        let progress = match (operation, sequence) {
-            (Operation::Refused(error), _) => Progress::Done(Err(error)),
-            (Operation::Open { options, permit }, _) => Progress::Done(self.open(*options, permit, effects)),
-            (Operation::Append { sequence: id, at, ids, extra, tensors }, Some(index)) => {
-                let progress = self.plan_append(op, index, at, ids.len() as u32, &tensors);
-                let again = Operation::Append { sequence: id, at, ids, extra, tensors };
-                self.pending[op.submission].operations[op.index] = Some(again);
-                progress
+        let submission = &mut self.pending[op.submission];
+        let progress = match (&mut submission.operations[op.index], sequence) {
+            (Operation::Refused(error), _) => Progress::Done(Err(error.clone())),
+            (Operation::Open { options, permit }, _) => {
+                let (options, permit) = (std::mem::take(&mut **options), permit.take());
+                Progress::Done(self.open(options, permit, effects))
             }
-            (Operation::Stage { sequence: id, layer, tokens, tensors }, Some(index)) => {
-                let progress = self.plan_stage(op, index, layer, tokens, &tensors);
-                let again = Operation::Stage { sequence: id, layer, tokens, tensors };
-                self.pending[op.submission].operations[op.index] = Some(again);
-                progress
+            // What flies stays in its place: landing needs it again.
+            (Operation::Append { at, ids, tensors, .. }, Some(index)) => {
+                let (at, tokens, tensors) = (*at, ids.len() as u32, tensors.clone());
+                self.plan_append(op, index, at, tokens, &tensors)
+            }
+            (Operation::Stage { layer, tokens, tensors, .. }, Some(index)) => {
+                let (layer, tokens, tensors) = (*layer, *tokens, tensors.clone());
+                self.plan_stage(op, index, layer, tokens, &tensors)
+            }
+            (Operation::Read { layer, tokens, buffer, .. }, Some(index)) => {
+                let (layer, tokens, buffer) = (*layer, tokens.clone(), buffer.take());
+                self.plan_read(op, index, layer, &tokens, buffer)
             }
             (Operation::Commit { ids, extra, .. }, Some(index)) => {
-                let token_ids = SmallVec::<[u32; 8]>::from_slice(&pending.token_ids[ids]);
-                Progress::Done(self.commit_staged(index, &token_ids, extra.as_deref().copied()))
-            }
-            (Operation::Read { sequence: id, layer, tokens, buffer }, Some(index)) => {
-                let progress = self.plan_read(op, index, layer, &tokens, buffer);
-                let again = Operation::Read { sequence: id, layer, tokens, buffer: None };
-                self.pending[op.submission].operations[op.index] = Some(again);
-                progress
+                let token_ids = SmallVec::<[u32; 8]>::from_slice(&submission.token_ids[ids.clone()]);
+                let extra = extra.as_deref().copied();
+                Progress::Done(self.commit_staged(index, &token_ids, extra))
             }
             (Operation::Fork { count, permit, .. }, Some(index)) => {
+                let (count, permit) = (*count, permit.take());
                 Progress::Done(self.fork(index, count, permit, effects))
             }
-            (Operation::Truncate { tokens, .. }, Some(index)) => Progress::Done(self.truncate(index, tokens)),
-            (Operation::Close { sequence: id }, Some(index)) => {
+            (Operation::Truncate { tokens, .. }, Some(index)) => {
+                let tokens = *tokens;
+                Progress::Done(self.truncate(index, tokens))
+            }
+            (Operation::Close { sequence }, Some(index)) => {
+                let id = *sequence;
                 for parked in self.close(index, effects) {
                     self.answer(parked, Err(Error::ClosedSequence(id)), effects);
                 }
                 Progress::Done(Ok(Outcome::Closed))
             }
             // `find` has answered every operation whose sequence does not exist.
-            (_, None) => return,
+            (_, None) | (Operation::Gone, _) => return,
         };
         match progress {
             Progress::Done(result) => self.answer(op, result, effects),
@@ -363,14 +420,11 @@ impl DeviceCore {
         if let Err(error) = &result {
             self.counters.errors[error.kind() as usize] += 1;
         }
-        let pending = &mut self.pending[op.submission];
-        pending.operations[op.index] = None;
-        pending.results[op.index] = Some(result);
-        pending.unanswered -= 1;
-        if pending.unanswered == 0 {
-            let Pending { results, permit, reply, submitted_at, .. } = self.pending.remove(op.submission);
-            let results = results.into_iter().flatten().collect();
-            effects.answers.push(Completed { reply, results, permit, submitted_at });
+        let submission = &mut self.pending[op.submission];
+        submission.results[op.index] = Some(result);
+        submission.unanswered -= 1;
+        if submission.unanswered == 0 {
+            effects.answers.push(self.pending.remove(op.submission));
         }
     }
 
@@ -411,24 +465,22 @@ impl DeviceCore {
         landed: Result<Option<ReadBuffer>, Error>,
         effects: &mut Effects,
     ) {
-        let pending = &mut self.pending[op.submission];
+        let submission = &self.pending[op.submission];
         // A read leaves nothing behind but the sequence that it kept busy.
-        let (id, result) = match pending.operations[op.index].take() {
-            Some(Operation::Append { sequence, ids, extra, .. }) => {
-                let token_ids = SmallVec::<[u32; 8]>::from_slice(&pending.token_ids[ids]);
-                let extra = extra.as_deref().copied();
-                (sequence, self.land_append(sequence.index(), landed.map(drop), &token_ids, extra))
+        let (id, result) = match &submission.operations[op.index] {
+            Operation::Append { sequence, ids, extra, .. } => {
+                let (id, extra) = (*sequence, extra.as_deref().copied());
+                let token_ids = SmallVec::<[u32; 8]>::from_slice(&submission.token_ids[ids.clone()]);
+                (id, self.land_append(id.index(), landed.map(drop), &token_ids, extra))
             }
-            Some(Operation::Stage { sequence, layer, tokens, .. }) => {
-                (sequence, self.land_stage(sequence.index(), landed.map(drop), layer, tokens))
+            Operation::Stage { sequence, layer, tokens, .. } => {
+                let (id, layer, tokens) = (*sequence, *layer, *tokens);
+                (id, self.land_stage(id.index(), landed.map(drop), layer, tokens))
             }
-            Some(Operation::Read { sequence, .. }) => {
-                let result = landed.and_then(|output| {
-                    output
-                        .map(Outcome::Read)
-                        .ok_or_else(|| Error::Device("a read came back without its buffer".into()))
-                });
-                (sequence, result)
+            Operation::Read { sequence, .. } => {
+                let missing = || Error::Device("a read came back without its buffer".into());
+                let result = landed.and_then(|output| output.map(Outcome::Read).ok_or_else(missing));
+                (*sequence, result)
             }
             _ => return,
         };

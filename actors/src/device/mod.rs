@@ -3,6 +3,8 @@
 //! It waits for submissions and finished launches, lets [`DeviceCore`] decide, and carries the effects out. It may block
 //! on its mailbox and, downwards, on the transfer actor's; it never blocks on anything above it.
 
+#[cfg(any(test, feature = "testing"))]
+mod audit;
 mod blocks;
 mod core;
 mod plan;
@@ -12,8 +14,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::Instant;
 
+#[cfg(any(test, feature = "testing"))]
+pub use self::audit::Holdings;
 pub use self::blocks::BlockStore;
-pub use self::core::{Completed, CoreConfig, DeviceCore, Effects, Event, ShardSubmission};
+pub use self::core::{CoreConfig, DeviceCore, Effects, Event, Submission};
 use crate::block::Places;
 use crate::directory::Directory;
 use crate::mailbox::{Control, DeviceMailbox, TRANSFERS_MAX, TransferSender, Wake};
@@ -136,7 +140,7 @@ impl<L: Lane> DeviceActor<L> {
     }
 
     /// Carries out submissions, with all those that have queued up behind them, as one batch.
-    fn serve(&mut self, first: Vec<ShardSubmission>) -> Result<(), DeviceLost> {
+    fn serve(&mut self, first: Vec<Box<Submission>>) -> Result<(), DeviceLost> {
         let started = Instant::now();
         let mut operations = 0;
         let mut submissions = 0;
@@ -144,8 +148,8 @@ impl<L: Lane> DeviceActor<L> {
         while let Some(arrived) = next {
             let mut stats = self.stats.lock();
             for submission in &arrived {
-                operations += submission.batch.len() as u64;
-                if let Some(submitted) = submission.submitted_at {
+                operations += submission.operations().len() as u64;
+                if let Some(submitted) = submission.submitted_at() {
                     stats
                         .queue_wait
                         .record_ns(started.saturating_duration_since(submitted).as_nanos() as u64);

@@ -16,23 +16,44 @@ use crate::memory::{AppendStep, LaneKind, ReadBuffer, ReadStep, Step};
 use crate::permit::Permit;
 use crate::sequence::{OpenOptions, SINK_TOKENS, SequenceShared, SequenceState, pieces};
 
-/// The device thread's part of a sequence.
+/// The device thread's part of a sequence. With many sequences open every step misses the caches for it: what a step does
+/// not need lies elsewhere.
 #[derive(Debug)]
 pub(super) struct SequenceEntry {
     pub(super) shared: Arc<SequenceShared>,
-    pub(super) tenant: u32,
-    /// Parent key of the first block.
-    root: BlockKey,
-    /// Raw blocks set aside and not used yet.
-    reserved: usize,
-    /// Positions that carry more identity than their token id.
-    extra: Vec<(u32, ExtraIdentity)>,
     /// An operation is in flight.
     pub(super) busy: bool,
     /// Operations that wait for it, in order.
     pub(super) parked: VecDeque<OpRef>,
+    pub(super) rest: Box<Rest>,
+}
+
+/// What is needed once per block or less.
+#[derive(Debug)]
+pub(super) struct Rest {
+    pub(super) tenant: u32,
+    /// Parent key of the first block.
+    root: BlockKey,
+    /// Raw blocks set aside and not used yet.
+    pub(super) reserved: usize,
+    /// Positions that carry more identity than their token id.
+    extra: Vec<(u32, ExtraIdentity)>,
     /// The right to be open, given back when the entry goes.
     _permit: Option<Permit>,
+}
+
+impl SequenceEntry {
+    fn new(shared: Arc<SequenceShared>, rest: Rest) -> Self {
+        SequenceEntry { shared, busy: false, parked: VecDeque::new(), rest: Box::new(rest) }
+    }
+}
+
+#[cfg(any(test, feature = "testing"))]
+impl SequenceEntry {
+    /// Blocks that it holds and does not list.
+    pub(super) fn held_blocks(&self) -> impl Iterator<Item = BlockId> {
+        std::iter::empty()
+    }
 }
 
 /// A block that a write must not touch, and the private copy that takes its place.
@@ -57,15 +78,9 @@ impl DeviceCore {
             self.config.keep_ratio.map_or_else(|| "none".into(), |ratio| format!("truncation:{ratio}"));
         let root = BlockKey::root(&self.config.secret, &self.config.geometry, &dropping, &options);
         let tenant = self.tenant_number(&options.tenant);
-        let make = |id| SequenceEntry {
-            shared: SequenceShared::new(id, options.tenant, SequenceState::default()),
-            tenant,
-            root,
-            reserved,
-            extra: Vec::new(),
-            busy: false,
-            parked: VecDeque::new(),
-            _permit: permit,
+        let make = |id| {
+            let shared = SequenceShared::new(id, options.tenant, SequenceState::default());
+            SequenceEntry::new(shared, Rest { tenant, root, reserved, extra: Vec::new(), _permit: permit })
         };
         Ok(Outcome::Opened(self.register(make, effects)))
     }
@@ -89,24 +104,23 @@ impl DeviceCore {
                 window_start: state.window_start,
             }
         };
-        let (tenant, root, name) = (parent.tenant, parent.root, parent.shared.tenant().clone());
-        let extra: Vec<_> = parent.extra.iter().copied().filter(|&(at, _)| at < state.committed).collect();
+        let (tenant, root, name) = (parent.rest.tenant, parent.rest.root, parent.shared.tenant().clone());
+        let extra: Vec<_> =
+            parent.rest.extra.iter().copied().filter(|&(at, _)| at < state.committed).collect();
         self.config.token_budget.take(u64::from(state.committed) * u64::from(count))?;
         let mut forks = Vec::with_capacity(count as usize);
         for _ in 0..count {
             for &block in state.blocks.iter().filter(|&&block| block != BlockId::DROPPED) {
                 self.blocks.retain(block);
             }
-            let make = |id| SequenceEntry {
-                shared: SequenceShared::new(id, name.clone(), state.clone()),
+            let rest = Rest {
                 tenant,
                 root,
                 reserved: 0,
                 extra: extra.clone(),
-                busy: false,
-                parked: VecDeque::new(),
                 _permit: permit.as_mut().and_then(|all| all.split(1)),
             };
+            let make = |id| SequenceEntry::new(SequenceShared::new(id, name.clone(), state.clone()), rest);
             forks.push(self.register(make, effects));
         }
         self.counters.forks += u64::from(count);
@@ -120,7 +134,7 @@ impl DeviceCore {
         for block in state.blocks {
             self.blocks.release(block);
         }
-        self.blocks.pool_mut().unreserve_raw(entry.reserved);
+        self.blocks.pool_mut().unreserve_raw(entry.rest.reserved);
         self.config.token_budget.give_back(u64::from(state.committed));
         effects.closed.push(entry.shared.id());
         entry.parked
@@ -141,7 +155,7 @@ impl DeviceCore {
         if tokens <= dropped.start {
             state.window_start = 0;
         }
-        entry.extra.retain(|&(at, _)| at < tokens);
+        entry.rest.extra.retain(|&(at, _)| at < tokens);
         self.config.token_budget.give_back(u64::from(visible - tokens));
         state.committed = tokens;
         state.staged = Vec::new();
@@ -285,8 +299,8 @@ impl DeviceCore {
             }
         }
         let needed = replace.len() + touched.end.saturating_sub(existing);
-        let reserved = self.sequences[index].reserved.min(needed);
         if needed > 0 {
+            let reserved = self.sequences[index].rest.reserved.min(needed);
             let free = self.blocks.raw_available(needed - reserved);
             if needed - reserved > free {
                 return Err(Error::Capacity {
@@ -295,11 +309,14 @@ impl DeviceCore {
                     evictable: 0,
                 });
             }
-            self.sequences[index].reserved -= reserved;
+            self.sequences[index].rest.reserved -= reserved;
             self.blocks.pool_mut().unreserve_raw(reserved);
         }
-        let tenant = self.sequences[index].tenant;
         let mut prepared = Prepared::default();
+        if needed == 0 {
+            return Ok(prepared);
+        }
+        let tenant = self.sequences[index].rest.tenant;
         for Replacement { index: at, from } in replace {
             let (source, format) = (self.blocks.offset(from), self.blocks.format(from));
             // Decoded bytes are not what the model computed: they never pass as the clean block.
@@ -334,14 +351,15 @@ impl DeviceCore {
 
     /// Whether a write may go straight into the block.
     fn is_writable(&mut self, id: BlockId) -> bool {
-        let pinned = self.blocks.is_pinned(id);
-        let block = self.blocks.get_mut(id);
+        let block = self.blocks.get(id);
         if block.refs > 1 || block.state != BlockState::Open {
             return false;
         }
         // A view taken before tokens were cut off still shows them, and the write would change them under its eyes.
-        block.rewound &= pinned;
-        !block.rewound
+        if block.rewound && !self.blocks.is_pinned(id) {
+            self.blocks.get_mut(id).rewound = false;
+        }
+        !self.blocks.get(id).rewound
     }
 
     /// Lets go of what a failed write had taken.
@@ -427,7 +445,7 @@ impl DeviceCore {
         let start = state.committed;
         let mut done = 0;
         if let Some(extra) = extra {
-            self.sequences[index].extra.extend((start..start + tokens).map(|at| (at, extra)));
+            self.sequences[index].rest.extra.extend((start..start + tokens).map(|at| (at, extra)));
         }
         for (at, inside) in pieces(layout.block_tokens, start..start + tokens) {
             let id = state.blocks[at];
@@ -450,13 +468,13 @@ impl DeviceCore {
     fn next_key(&self, index: usize, state: &SequenceState, at: usize) -> Option<BlockKey> {
         let entry = &self.sequences[index];
         let parent = match at.checked_sub(1) {
-            None => entry.root,
+            None => entry.rest.root,
             Some(before) if state.blocks[before] == BlockId::DROPPED => return None,
             Some(before) => self.blocks.key(state.blocks[before])?,
         };
         let block_tokens = self.config.layout.block_tokens as u32;
         let inside = at as u32 * block_tokens..(at as u32 + 1) * block_tokens;
-        let extra = entry.extra.iter().copied().filter(|(position, _)| inside.contains(position));
+        let extra = entry.rest.extra.iter().copied().filter(|(position, _)| inside.contains(position));
         let extra = extra.map(|(position, identity)| (position - inside.start, identity));
         Some(BlockKey::child(&self.config.secret, parent, self.blocks.token_ids(state.blocks[at]), extra))
     }

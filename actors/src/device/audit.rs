@@ -1,0 +1,132 @@
+//! What must hold of a device core at all times, checked the slow way. For tests.
+
+use std::collections::{HashMap, HashSet};
+
+use super::core::DeviceCore;
+use crate::block::{BlockId, BlockState};
+use crate::pool::SizeClass;
+
+/// What a core holds. All zeros once everything is closed and nothing is in flight.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Holdings {
+    /// Open sequences.
+    pub sequences: usize,
+    /// Blocks.
+    pub blocks: usize,
+    /// Slots taken, quarantined ones included.
+    pub slots: usize,
+    /// Slots freed while somebody looks at them.
+    pub quarantined: usize,
+    /// Raw slots set aside.
+    pub reserved: usize,
+    /// Submissions not answered.
+    pub submissions: usize,
+    /// Operations not looked at yet.
+    pub ready: usize,
+    /// Launches with the lanes.
+    pub in_flight: usize,
+    /// Launches being built.
+    pub building: usize,
+    /// Committed tokens.
+    pub tokens: u64,
+}
+
+impl DeviceCore {
+    /// What it holds now.
+    pub fn holdings(&self) -> Holdings {
+        let pool = self.blocks.pool();
+        Holdings {
+            sequences: self.sequences.len(),
+            blocks: self.blocks.len(),
+            slots: pool.used(SizeClass::Raw) + pool.used(SizeClass::Sealed),
+            quarantined: pool.quarantined(),
+            reserved: pool.reserved_raw(),
+            submissions: self.pending.len(),
+            ready: self.ready.len(),
+            in_flight: self.in_flight,
+            building: self.building.iter().flatten().count(),
+            tokens: self.sequences.iter().map(|(_, entry)| u64::from(entry.shared.state().committed)).sum(),
+        }
+    }
+
+    /// Frees the slots that nobody looks at any more, as the next operation that needs one would.
+    pub fn reclaim(&mut self) {
+        self.blocks.reclaim();
+    }
+
+    /// Recounts everything that the core keeps count of.
+    ///
+    /// # Errors
+    /// What does not add up.
+    pub fn audit(&self) -> Result<(), String> {
+        self.blocks.pool().audit()?;
+        let layout = self.config.layout;
+        let mut holders: HashMap<BlockId, u32> = HashMap::new();
+        let (mut reserved, mut waiting) = (0, self.ready.len());
+        for (_, entry) in &self.sequences {
+            let id = entry.shared.id();
+            let state = entry.shared.state();
+            reserved += entry.rest.reserved;
+            waiting += entry.parked.len() + usize::from(entry.busy);
+            if !entry.busy && !entry.parked.is_empty() {
+                return Err(format!("{id}: operations are parked, but none is in flight"));
+            }
+            if !entry.busy && state.blocks.len() != layout.blocks_for(state.end() as usize) {
+                return Err(format!("{id}: {} blocks for {} tokens", state.blocks.len(), state.end()));
+            }
+            let dropped = state.blocks.iter().filter(|block| **block == BlockId::DROPPED).count();
+            if dropped * layout.block_tokens > state.dropped().len() {
+                return Err(format!("{id}: {dropped} blocks dropped for tokens {:?}", state.dropped()));
+            }
+            let taken = entry.held_blocks().chain(state.blocks.iter().copied());
+            for block in taken.filter(|block| *block != BlockId::DROPPED) {
+                *holders.entry(block).or_default() += 1;
+                let found = self.blocks.try_get(block).ok_or_else(|| format!("{id}: {block:?} is gone"))?;
+                if found.tenant != entry.rest.tenant {
+                    return Err(format!("{id}: {block:?} belongs to tenant {}", found.tenant));
+                }
+            }
+        }
+        let mut slots = HashSet::new();
+        let (mut raw, mut sealed, mut sealing) = (0, 0, 0);
+        for (id, block) in self.blocks.iter() {
+            let seals = u32::from(block.state == BlockState::Sealing);
+            sealing += seals as usize;
+            let held = holders.get(&id).copied().unwrap_or(0) + seals;
+            if block.refs != held {
+                return Err(format!("{id:?}: {} references, {held} holders", block.refs));
+            }
+            if !slots.insert(block.slot.id()) || self.blocks.pool().is_free(block.slot.id().0 as usize) {
+                return Err(format!("{id:?}: {:?} has another owner", block.slot));
+            }
+            let place = self.blocks.place(id).ok_or_else(|| format!("{id:?} has no place"))?;
+            if (place.slot, place.generation) != (block.slot.id(), block.slot.generation()) {
+                return Err(format!("{id:?}: published at {place:?}, is in {:?}", block.slot));
+            }
+            match block.class {
+                SizeClass::Raw => raw += 1,
+                SizeClass::Sealed => sealed += 1,
+            }
+            if block.private && block.key.is_some() {
+                return Err(format!("{id:?} is private and has a key"));
+            }
+        }
+        // The target slots of seals in flight are owned by their flights.
+        let held = self.blocks.pool().held();
+        if held != [raw, sealed + sealing] {
+            return Err(format!(
+                "slots held: {held:?}; blocks hold {raw} and {sealed}, {sealing} are sealing"
+            ));
+        }
+        let unanswered: usize = self.pending.iter().map(|(_, pending)| pending.unanswered).sum();
+        for (what, counted, kept) in [
+            ("reserved slots", reserved, self.blocks.pool().reserved_raw()),
+            ("operations", waiting, unanswered),
+        ] {
+            if counted != kept {
+                return Err(format!("{what}: {counted} counted, {kept} kept"));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,79 @@
+//! What must hold of a pool at all times, checked the slow way. For tests.
+
+use super::{Pool, SizeClass};
+
+impl Pool {
+    /// The generation of a slot, by number.
+    pub fn generation(&self, slot: usize) -> u32 {
+        self.table.generation(slot)
+    }
+
+    /// Raw slots set aside.
+    pub fn reserved_raw(&self) -> usize {
+        self.reserved_raw
+    }
+
+    /// Slots taken and not given back, and not in quarantine either, by class.
+    pub fn held(&self) -> [usize; 2] {
+        let quarantined = |class| self.quarantine.iter().filter(|(c, _)| *c == class).count();
+        [SizeClass::Raw, SizeClass::Sealed].map(|class| self.used(class) - quarantined(class))
+    }
+
+    /// Whether `slot` is vacant, or freed and still looked at.
+    pub fn is_free(&self, slot: usize) -> bool {
+        self.vacant[slot].is_some() || self.quarantine.iter().any(|(_, held)| held.id().0 as usize == slot)
+    }
+
+    /// Recounts everything that the pool keeps count of.
+    ///
+    /// # Errors
+    /// What does not add up.
+    pub fn audit(&self) -> Result<(), String> {
+        let per_chunk = self.layout.slot_ids_per_chunk();
+        let (mut vacant_raw, mut taken) = (0, 0);
+        for (index, chunk) in self.chunks.iter().enumerate() {
+            let slots = chunk.class.map_or(0, |class| self.layout.slots_per_chunk(class));
+            for bit in 0..per_chunk {
+                let vacant = self.vacant[index * per_chunk + bit].is_some();
+                let listed = chunk.vacant >> bit & 1 == 1;
+                if bit < slots && vacant != listed {
+                    return Err(format!("chunk {index} slot {bit}: vacant is {vacant}, its bit {listed}"));
+                }
+                if bit >= slots && (listed || !vacant) {
+                    return Err(format!("chunk {index} slot {bit} is past the {slots} slots of its class"));
+                }
+                taken += usize::from(!vacant);
+            }
+            if chunk.class == Some(SizeClass::Raw) {
+                vacant_raw += chunk.vacant.count_ones() as usize;
+            }
+            let at_its_place = match (chunk.class, chunk.listed_at) {
+                (Some(class), Some(at)) => {
+                    self.with_vacancy[class as usize].get(at) == Some(&(index as u32)) && chunk.vacant != 0
+                }
+                (Some(_), None) => chunk.vacant == 0,
+                (None, listed) => listed.is_none() && self.stock.contains(&(index as u32)),
+            };
+            if !at_its_place {
+                return Err(format!("chunk {index} is not where it belongs: {chunk:?}"));
+            }
+        }
+        let in_stock = self.chunks.iter().filter(|chunk| chunk.class.is_none()).count();
+        let listed: usize = self.with_vacancy.iter().map(Vec::len).sum();
+        let with_vacancy = self.chunks.iter().filter(|chunk| chunk.vacant != 0).count();
+        for (what, counted, kept) in [
+            ("vacant raw slots", vacant_raw, self.vacant_raw),
+            ("chunks in stock", in_stock, self.stock.len()),
+            ("chunks with vacancies", with_vacancy, listed),
+            ("slots taken", taken, self.used[0] + self.used[1]),
+        ] {
+            if counted != kept {
+                return Err(format!("{what}: {counted} counted, {kept} kept"));
+            }
+        }
+        if self.reserved_raw > self.raw_vacant() {
+            return Err(format!("{} raw slots reserved, {} vacant", self.reserved_raw, self.raw_vacant()));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,234 @@
+//! What the simulated device watches for: rows read that nobody wrote, and lanes that get into each other's way.
+//!
+//! **Watermarks.** Every `(layer, token)` of a raw slot, and every sealed slot as a whole, is marked when it is written and
+//! unmarked when the slot changes hands. Reading, sealing or copying out an unmarked one is a violation, whatever its bytes.
+//!
+//! **Hazards.** Between lanes anything goes, so two launches on different lanes that are both under way must not touch the
+//! same rows unless both only read them. A launch counts as under way until its completion is *reported*: before that the
+//! core cannot know. (On a real device the same is a data race; here it is found whichever way the race would have gone.)
+
+use std::ops::Range;
+
+use crate::format::Format;
+use crate::geometry::BlockLayout;
+use crate::memory::{LaneKind, Step};
+use crate::pool::{PoolLayout, SizeClass};
+
+/// Watermarks and accesses under way of one simulated device.
+#[derive(Debug)]
+pub struct Tracker {
+    layout: BlockLayout,
+    pool: PoolLayout,
+    /// Per raw slot, layer and token.
+    raw_written: Vec<bool>,
+    /// Per sealed slot.
+    sealed_written: Vec<bool>,
+    /// Generations of the slots when last looked at.
+    generations: Vec<u32>,
+    /// Accesses under way, per chunk.
+    under_way: Vec<Vec<Access>>,
+}
+
+/// Rows of one slot that a launch reads or writes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Access {
+    lane: LaneKind,
+    launch: u64,
+    write: bool,
+    slot: Range<usize>,
+    raw: bool,
+    layers: Range<usize>,
+    tokens: Range<usize>,
+}
+
+fn overlap(a: &Range<usize>, b: &Range<usize>) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
+impl Access {
+    fn collides(&self, other: &Access) -> bool {
+        if self.lane == other.lane || !(self.write || other.write) || !overlap(&self.slot, &other.slot) {
+            return false;
+        }
+        // Different cuts of the same bytes: rows do not line up.
+        let same_rows = self.raw && other.raw && self.slot == other.slot;
+        !same_rows || overlap(&self.layers, &other.layers) && overlap(&self.tokens, &other.tokens)
+    }
+}
+
+impl Tracker {
+    /// A tracker of a fresh slab.
+    pub fn new(layout: BlockLayout, pool: PoolLayout) -> Self {
+        let slots = pool.slot_ids();
+        Tracker {
+            raw_written: vec![false; slots * layout.layers * layout.block_tokens],
+            sealed_written: vec![false; slots],
+            generations: vec![0; slots],
+            under_way: vec![Vec::new(); pool.chunks],
+            layout,
+            pool,
+        }
+    }
+
+    /// Tells of the generation of every slot: the content of those that changed hands is void.
+    pub fn observe(&mut self, generation_of: impl Fn(usize) -> u32) {
+        let rows = self.layout.layers * self.layout.block_tokens;
+        for slot in 0..self.generations.len() {
+            let now = generation_of(slot);
+            if self.generations[slot] != now {
+                self.generations[slot] = now;
+                self.raw_written[slot * rows..(slot + 1) * rows].fill(false);
+                self.sealed_written[slot] = false;
+            }
+        }
+    }
+
+    fn slot_of(&self, class: SizeClass, offset: usize) -> usize {
+        let chunk = offset / self.pool.chunk_bytes;
+        let inside = offset % self.pool.chunk_bytes;
+        assert_eq!(inside % self.pool.slot_bytes(class), 0, "offset {offset} is no {class:?} slot");
+        let index = inside / self.pool.slot_bytes(class);
+        assert!(index < self.pool.slots_per_chunk(class), "offset {offset} lies past the slots of its chunk");
+        chunk * self.pool.slot_ids_per_chunk() + index
+    }
+
+    fn class_of(&self, format: Format) -> SizeClass {
+        match format == Format::Raw || !self.pool.has_sealed_class {
+            true => SizeClass::Raw,
+            false => SizeClass::Sealed,
+        }
+    }
+
+    fn rows(&mut self, offset: usize, layer: usize, tokens: Range<usize>) -> &mut [bool] {
+        let slot = self.slot_of(SizeClass::Raw, offset);
+        let first = (slot * self.layout.layers + layer) * self.layout.block_tokens;
+        &mut self.raw_written[first + tokens.start..first + tokens.end]
+    }
+
+    fn whole(&mut self, offset: usize) -> &mut [bool] {
+        let rows = self.layout.layers * self.layout.block_tokens;
+        let slot = self.slot_of(SizeClass::Raw, offset);
+        &mut self.raw_written[slot * rows..(slot + 1) * rows]
+    }
+
+    /// A step takes effect now.
+    ///
+    /// # Panics
+    /// If it reads what nobody has written.
+    pub fn execute(&mut self, step: &Step) {
+        match step {
+            Step::Zero { slot_offset } => self.whole(*slot_offset).fill(false),
+            Step::Copy { from_offset, to_offset } => {
+                let marks = self.whole(*from_offset).to_vec();
+                self.whole(*to_offset).copy_from_slice(&marks);
+            }
+            Step::Reopen { format, from_offset, to_offset } => {
+                self.check_sealed(*format, *from_offset, step);
+                self.whole(*to_offset).fill(true);
+            }
+            Step::Append(append) => {
+                for layer in append.layers.clone() {
+                    self.rows(append.slot_offset, layer, append.tokens.clone()).fill(true);
+                }
+            }
+            Step::Seal { from_offset, to_offset, .. } => {
+                assert!(
+                    self.whole(*from_offset).iter().all(|w| *w),
+                    "sealed before it was written: {step:?}"
+                );
+                let slot = self.slot_of(SizeClass::Sealed, *to_offset);
+                self.sealed_written[slot] = true;
+            }
+            Step::Read(read) => match self.class_of(read.format) {
+                SizeClass::Raw => assert!(
+                    self.rows(read.slot_offset, read.layer, read.tokens.clone()).iter().all(|w| *w),
+                    "read before it was written: {read:?}"
+                ),
+                SizeClass::Sealed => self.check_sealed(read.format, read.slot_offset, step),
+            },
+        }
+    }
+
+    fn check_sealed(&self, format: Format, offset: usize, step: &Step) {
+        let slot = self.slot_of(self.class_of(format), offset);
+        assert!(self.sealed_written[slot], "read before it was sealed: {step:?}");
+    }
+
+    /// A launch is under way from now on.
+    ///
+    /// # Panics
+    /// If a launch under way on another lane touches what it touches, and one of them writes.
+    pub fn begin(&mut self, lane: LaneKind, launch: u64, steps: &[Step]) {
+        for step in steps {
+            let whole = 0..self.layout.layers;
+            let all = 0..self.layout.block_tokens;
+            let (raw, sealed) = (SizeClass::Raw, SizeClass::Sealed);
+            match step {
+                Step::Zero { slot_offset } => self.access(lane, launch, true, raw, *slot_offset, whole, all),
+                Step::Copy { from_offset, to_offset } => {
+                    self.access(lane, launch, false, raw, *from_offset, whole.clone(), all.clone());
+                    self.access(lane, launch, true, raw, *to_offset, whole, all);
+                }
+                Step::Reopen { from_offset, to_offset, .. } => {
+                    self.access(lane, launch, false, sealed, *from_offset, whole.clone(), all.clone());
+                    self.access(lane, launch, true, raw, *to_offset, whole, all);
+                }
+                Step::Append(append) => {
+                    let (layers, tokens) = (append.layers.clone(), append.tokens.clone());
+                    self.access(lane, launch, true, raw, append.slot_offset, layers, tokens);
+                }
+                Step::Seal { from_offset, to_offset, .. } => {
+                    self.access(lane, launch, false, raw, *from_offset, whole.clone(), all.clone());
+                    self.access(lane, launch, true, sealed, *to_offset, whole, all);
+                }
+                Step::Read(read) => {
+                    let (layers, tokens) = (read.layer..read.layer + 1, read.tokens.clone());
+                    let class = self.class_of(read.format);
+                    self.access(lane, launch, false, class, read.slot_offset, layers, tokens);
+                }
+            }
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn access(
+        &mut self,
+        lane: LaneKind,
+        launch: u64,
+        write: bool,
+        class: SizeClass,
+        offset: usize,
+        layers: Range<usize>,
+        tokens: Range<usize>,
+    ) {
+        let slot = offset..offset + self.pool.slot_bytes(class);
+        let access = Access { lane, launch, write, slot, raw: class == SizeClass::Raw, layers, tokens };
+        let others = &mut self.under_way[offset / self.pool.chunk_bytes];
+        if let Some(other) = others.iter().find(|other| access.collides(other)) {
+            panic!("lanes in each other's way: {access:?} was launched while {other:?} is under way");
+        }
+        others.push(access);
+    }
+
+    /// The completion of a launch was reported.
+    pub fn end(&mut self, launch: u64, steps: &[Step]) {
+        for step in steps {
+            let (a, b) = match step {
+                Step::Zero { slot_offset } => (*slot_offset, None),
+                Step::Copy { from_offset, to_offset }
+                | Step::Reopen { from_offset, to_offset, .. }
+                | Step::Seal { from_offset, to_offset, .. } => (*from_offset, Some(*to_offset)),
+                Step::Append(append) => (append.slot_offset, None),
+                Step::Read(read) => (read.slot_offset, None),
+            };
+            for offset in [Some(a), b].into_iter().flatten() {
+                self.under_way[offset / self.pool.chunk_bytes].retain(|access| access.launch != launch);
+            }
+        }
+    }
+
+    /// Accesses under way.
+    pub fn accesses(&self) -> usize {
+        self.under_way.iter().map(Vec::len).sum()
+    }
+}
