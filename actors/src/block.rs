@@ -141,6 +141,10 @@ pub(crate) struct Block {
     pub(crate) private: bool,
     /// Tokens were cut off it since it was written: a view may still show the bytes that the next write replaces.
     pub(crate) rewound: bool,
+    /// A write to it is in flight: it must stay where it is.
+    pub(crate) writing: bool,
+    /// It is being copied to another slot: whoever wants to write copies it himself.
+    pub(crate) moving: bool,
     pub(crate) key: Option<BlockKey>,
 }
 

@@ -197,6 +197,8 @@ pub(crate) enum Purpose {
     Operation { submission: usize, index: usize },
     /// Sealing this block into this slot.
     Seal { block: BlockId, slot: FilledSlot },
+    /// Moving this raw block to this slot.
+    Move { block: BlockId, slot: FilledSlot },
 }
 
 /// Elements in host memory, typed by width so that no copy is needed to hand them out as what they are.

@@ -2,7 +2,10 @@
 //!
 //! The slab is cut into equal chunks. A chunk serves raw slots or sealed slots, whichever is wanted when it is taken, and
 //! goes back to the common stock once all its slots are vacant: the split between raw and sealed blocks follows the load
-//! instead of a setting. One chunk belongs to sealed slots for good, so that sealing, which frees raw slots, can always begin.
+//! instead of a setting.
+//!
+//! Sealing frees raw slots, so it must never starve for want of a whole vacant chunk: raw slots worth one chunk (the *moving
+//! room*) are out of everybody's reach, which is exactly enough to empty the emptiest raw chunk into the others.
 //! Nothing here touches a block's bytes.
 
 #[cfg(any(test, feature = "testing"))]
@@ -20,6 +23,9 @@ pub const SLOT_ALIGN_BYTES: usize = 128;
 
 /// Slots of a chunk are kept in one 64-bit set.
 const CHUNK_SLOTS_MAX: usize = 64;
+
+/// The least raw blocks that make a cache: one chunk for sealed slots, one as moving room, one to use.
+const BLOCKS_MIN: usize = 3;
 
 /// The two sizes of slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -49,27 +55,30 @@ impl PoolLayout {
     /// Cuts `budget_bytes` for blocks of `layout` sealed into `format`.
     ///
     /// # Errors
-    /// [`ConfigError::Invalid`] with the bytes that are missing if not even two chunks of one block fit.
+    /// [`ConfigError::Invalid`] with the bytes that are missing if not even three chunks of one block fit.
     pub fn plan(layout: &BlockLayout, format: Format, budget_bytes: u64) -> Result<Self, ConfigError> {
         let raw_slot_bytes = layout.raw_bytes().next_multiple_of(SLOT_ALIGN_BYTES);
         let sealed_slot_bytes = format.block_bytes(layout).next_multiple_of(SLOT_ALIGN_BYTES);
         let has_sealed_class = format != Format::Raw;
         let budget = usize::try_from(budget_bytes).unwrap_or(usize::MAX);
-        if budget < 2 * raw_slot_bytes {
+        if budget < BLOCKS_MIN * raw_slot_bytes {
             return Err(ConfigError::invalid(
                 "memory_bytes_per_device",
                 budget_bytes,
-                format!("{} bytes are missing for two blocks", 2 * raw_slot_bytes - budget),
+                format!(
+                    "{} bytes are missing for {BLOCKS_MIN} raw blocks",
+                    BLOCKS_MIN * raw_slot_bytes - budget
+                ),
             ));
         }
         // Few slots a chunk keep fragmentation low, many keep the waste at a sealed chunk's end low:
-        // the smallest chunk within 1 % of the best waste, of those that leave at least 16 chunks.
+        // the smallest chunk within 1 % of the best waste, of those that leave at least 32 chunks: two of them are not for raw blocks.
         let waste = |slots: usize| {
             let chunk = slots * raw_slot_bytes;
             let used = (chunk / sealed_slot_bytes).min(CHUNK_SLOTS_MAX) * sealed_slot_bytes;
             (chunk - used) as f64 / chunk as f64
         };
-        let slots_max = (budget / raw_slot_bytes / 16).clamp(1, CHUNK_SLOTS_MAX);
+        let slots_max = (budget / raw_slot_bytes / 32).clamp(1, CHUNK_SLOTS_MAX);
         let least = (1..=slots_max).map(waste).fold(f64::INFINITY, f64::min);
         let slots = match has_sealed_class {
             true => (1..=slots_max).find(|&n| waste(n) <= least + 0.01).unwrap_or(1),
@@ -89,6 +98,11 @@ impl PoolLayout {
     /// Bytes of the whole slab.
     pub fn slab_bytes(&self) -> usize {
         self.chunks * self.chunk_bytes
+    }
+
+    /// Raw slots that are kept vacant, so that a raw chunk can always be emptied into the others.
+    pub fn moving_room(&self) -> usize {
+        if self.has_sealed_class { self.slots_per_chunk(SizeClass::Raw) } else { 0 }
     }
 
     /// Slots of `class` in a chunk.
@@ -143,6 +157,8 @@ struct Chunk {
     vacant: u64,
     /// Where this chunk stands in its class's list of chunks with vacancies.
     listed_at: Option<usize>,
+    /// Being emptied to serve sealed slots: none of its slots is given out, and none counts as vacant.
+    draining: bool,
 }
 
 /// A slot taken from the pool.
@@ -167,6 +183,7 @@ pub struct Pool {
     vacant_raw: usize,
     used: [usize; 2],
     reserved_raw: usize,
+    draining: Option<u32>,
 }
 
 impl Pool {
@@ -174,7 +191,9 @@ impl Pool {
     pub fn new(layout: PoolLayout) -> Self {
         let table = SlotTable::new(layout.slot_ids());
         let mut pool = Pool {
-            chunks: (0..layout.chunks).map(|_| Chunk { class: None, vacant: 0, listed_at: None }).collect(),
+            chunks: (0..layout.chunks)
+                .map(|_| Chunk { class: None, vacant: 0, listed_at: None, draining: false })
+                .collect(),
             stock: (0..layout.chunks as u32).rev().collect(),
             with_vacancy: [Vec::new(), Vec::new()],
             vacant: (0..layout.slot_ids()).map(|id| Some(table.first(SlotId(id as u32)))).collect(),
@@ -183,6 +202,7 @@ impl Pool {
             vacant_raw: 0,
             used: [0; 2],
             reserved_raw: 0,
+            draining: None,
             layout,
             table,
         };
@@ -202,9 +222,14 @@ impl Pool {
         &self.table
     }
 
-    /// Raw slots that can be taken without touching reservations.
+    /// Raw slots that can be taken without touching reservations or the moving room.
     pub fn raw_available(&self) -> usize {
-        self.raw_vacant().saturating_sub(self.reserved_raw)
+        self.raw_vacant().saturating_sub(self.reserved_raw + self.layout.moving_room())
+    }
+
+    /// Whether a chunk's worth of raw slots can be given up to sealed ones without breaking a reservation.
+    fn can_give_up_chunk(&self) -> bool {
+        self.raw_vacant() >= self.reserved_raw + self.layout.slots_per_chunk(SizeClass::Raw)
     }
 
     fn raw_vacant(&self) -> usize {
@@ -244,7 +269,7 @@ impl Pool {
     /// Takes a sealed slot for `tenant`, never at the cost of a raw slot that is reserved.
     pub(crate) fn take_sealed(&mut self, tenant: u32) -> Option<FilledSlot> {
         let needs_chunk = self.with_vacancy[SizeClass::Sealed as usize].is_empty();
-        if needs_chunk && self.raw_available() < self.layout.slots_per_chunk(SizeClass::Raw) {
+        if needs_chunk && !self.can_give_up_chunk() {
             return None;
         }
         // Sealing overwrites the whole block, so nothing of another tenant's survives in it.
@@ -278,9 +303,20 @@ impl Pool {
         Some(Allocated { slot, must_zero })
     }
 
+    /// The bytes of a slot are not what its owner was to write: they may be of whoever had it before.
+    pub(crate) fn spoil(&mut self, slot: SlotId) {
+        self.residue[slot.0 as usize] = Residue::Mixed;
+    }
+
     /// Gives a chunk of the stock to `class`.
     fn open_chunk(&mut self, class: SizeClass) {
-        let Some(index) = self.stock.pop() else { return };
+        if let Some(index) = self.stock.pop() {
+            self.assign(index, class);
+        }
+    }
+
+    /// Makes a chunk whose slots are all vacant serve `class`.
+    fn assign(&mut self, index: u32, class: SizeClass) {
         let slots = self.layout.slots_per_chunk(class);
         let first = index as usize * self.layout.slot_ids_per_chunk();
         let residue = &mut self.residue[first..first + self.layout.slot_ids_per_chunk()];
@@ -294,6 +330,45 @@ impl Pool {
             self.vacant_raw += slots;
         }
         self.list(index);
+    }
+
+    /// Chooses the raw chunk with the fewest blocks to be emptied for sealed slots, if the other chunks have room for what
+    /// is in it. One at a time.
+    pub(crate) fn start_draining(&mut self) -> bool {
+        if self.draining.is_some() || !self.can_give_up_chunk() {
+            return false;
+        }
+        let slots = self.layout.slots_per_chunk(SizeClass::Raw);
+        let vacancies = |index: u32| self.chunks[index as usize].vacant.count_ones() as usize;
+        let listed = self.with_vacancy[SizeClass::Raw as usize].iter().copied();
+        let Some(index) = listed.max_by_key(|&index| vacancies(index)) else { return false };
+        let vacant = vacancies(index);
+        if self.raw_vacant() - vacant < slots - vacant {
+            return false;
+        }
+        self.unlist(index);
+        self.chunks[index as usize].draining = true;
+        self.draining = Some(index);
+        self.vacant_raw -= vacant;
+        true
+    }
+
+    /// Whether a chunk is being emptied.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.is_some()
+    }
+
+    /// The slots of the chunk that is being emptied that are not vacant.
+    pub(crate) fn draining(&self) -> impl Iterator<Item = SlotId> + use<> {
+        let slots = self.layout.slots_per_chunk(SizeClass::Raw);
+        let (first, taken) = match self.draining {
+            None => (0, 0),
+            Some(index) => {
+                let all = if slots == 64 { u64::MAX } else { (1 << slots) - 1 };
+                (index as usize * self.layout.slot_ids_per_chunk(), all & !self.chunks[index as usize].vacant)
+            }
+        };
+        (0..slots).filter(move |bit| taken >> bit & 1 == 1).map(move |bit| SlotId((first + bit) as u32))
     }
 
     fn list(&mut self, index: u32) {
@@ -336,26 +411,35 @@ impl Pool {
         let (index, bit) = (id / self.layout.slot_ids_per_chunk(), id % self.layout.slot_ids_per_chunk());
         self.vacant[id] = Some(vacant);
         self.used[class as usize] -= 1;
+        let slots = self.layout.slots_per_chunk(class);
+        let chunk = &mut self.chunks[index];
+        chunk.vacant |= 1 << bit;
+        let all_vacant = chunk.vacant.count_ones() as usize == slots;
+        let index = index as u32;
+        if chunk.draining {
+            if all_vacant {
+                self.chunks[index as usize].draining = false;
+                self.draining = None;
+                self.assign(index, SizeClass::Sealed);
+            }
+            return;
+        }
         if class == SizeClass::Raw {
             self.vacant_raw += 1;
         }
-        let chunk = &mut self.chunks[index];
-        chunk.vacant |= 1 << bit;
-        let slots = self.layout.slots_per_chunk(class);
-        if chunk.listed_at.is_none() {
-            self.list(index as u32);
+        if self.chunks[index as usize].listed_at.is_none() {
+            self.list(index);
         }
-        let all_vacant = self.chunks[index].vacant.count_ones() as usize == slots;
-        // The last chunk with sealed vacancies stays: sealing must be able to begin when raw slots have taken the rest.
+        // The last chunk with sealed vacancies stays: the next block to seal need not wait for another.
         let keeps = class == SizeClass::Sealed && self.with_vacancy[class as usize].len() == 1;
         if all_vacant && !keeps {
-            self.unlist(index as u32);
-            self.chunks[index].class = None;
-            self.chunks[index].vacant = 0;
+            self.unlist(index);
+            self.chunks[index as usize].class = None;
+            self.chunks[index as usize].vacant = 0;
             if class == SizeClass::Raw {
                 self.vacant_raw -= slots;
             }
-            self.stock.push(index as u32);
+            self.stock.push(index);
         }
     }
 }
@@ -374,8 +458,8 @@ mod tests {
     fn all_slots_come_back_and_the_split_follows_the_load() {
         let mut pool = pool(64);
         let whole = pool.raw_available();
-        let raw: Vec<_> = std::iter::from_fn(|| pool.take_raw(0)).collect();
-        assert_eq!(raw.len(), whole);
+        let raw: Vec<_> = (0..whole).map(|_| pool.take_raw(0).unwrap()).collect();
+        assert_eq!(pool.raw_available(), 0);
         let sealed = pool.take_sealed(0).expect("one chunk is kept for sealing");
         for taken in raw {
             pool.free(SizeClass::Raw, taken.slot);
@@ -429,17 +513,42 @@ mod tests {
         let all = pool.raw_available();
         assert!(pool.reserve_raw(all));
         assert!(!pool.reserve_raw(1));
-        let sealed = std::iter::from_fn(|| pool.take_sealed(0)).count();
-        assert_eq!(sealed, pool.layout.slots_per_chunk(SizeClass::Sealed), "only the chunk kept for sealing");
+        let sealed: Vec<_> = std::iter::from_fn(|| pool.take_sealed(0)).collect();
+        let per_chunk = pool.layout.slots_per_chunk(SizeClass::Sealed);
+        assert_eq!(sealed.len(), 2 * per_chunk, "the chunk kept for sealing, and the moving room");
+        sealed.into_iter().for_each(|slot| pool.free(SizeClass::Sealed, slot));
         pool.unreserve_raw(all);
         assert_eq!(pool.raw_available(), all);
+    }
+
+    #[test]
+    fn the_emptiest_chunk_can_always_be_emptied() {
+        let mut pool = pool(640);
+        let mut raw: Vec<_> = (0..pool.raw_available()).map(|_| pool.take_raw(0).unwrap().slot).collect();
+        while pool.take_sealed(0).is_some() {}
+        // A vacancy here and there: as many as a chunk has slots, but no chunk is vacant.
+        let per_chunk = pool.layout.slots_per_chunk(SizeClass::Raw);
+        for turn in 0..per_chunk {
+            let slot = raw.swap_remove((turn * 37) % raw.len());
+            pool.free(SizeClass::Raw, slot);
+        }
+        assert!(pool.take_sealed(0).is_none());
+        assert!(pool.start_draining());
+        for slot in pool.draining().collect::<Vec<_>>() {
+            let to = pool.take_raw(0).expect("the others have room").slot;
+            let at = raw.iter().position(|held| held.id() == slot).expect("nothing else is in the chunk");
+            let from = std::mem::replace(&mut raw[at], to);
+            pool.free(SizeClass::Raw, from);
+        }
+        assert!(pool.take_sealed(0).is_some());
+        assert!(!pool.start_draining(), "what is reserved or in use is not given up");
     }
 
     #[test]
     fn a_budget_that_does_not_fit_says_what_is_missing() {
         let layout = Geometry::new(2, 2, 64, ElementType::F16).layout().unwrap();
         let error = PoolLayout::plan(&layout, Format::Int8, 1000).unwrap_err().to_string();
-        let missing = 2 * layout.raw_bytes() - 1000;
+        let missing = BLOCKS_MIN * layout.raw_bytes() - 1000;
         assert!(error.contains("memory_bytes_per_device") && error.contains(&missing.to_string()), "{error}");
     }
 }

@@ -27,6 +27,8 @@ pub struct CoreCounters {
     pub seal_failures: u64,
     /// Times that sealing stopped for lack of a sealed slot.
     pub seal_stalls: u64,
+    /// Raw blocks moved to make a chunk vacant for sealed slots.
+    pub blocks_moved: u64,
     /// Sequences made by forking.
     pub forks: u64,
     /// Blocks copied because somebody else still needed them as they were.
@@ -68,6 +70,7 @@ impl CoreCounters {
             seals,
             seal_failures,
             seal_stalls,
+            blocks_moved,
             forks,
             copies_on_write,
             slots_zeroed,
@@ -91,6 +94,7 @@ impl CoreCounters {
         self.seals += seals;
         self.seal_failures += seal_failures;
         self.seal_stalls += seal_stalls;
+        self.blocks_moved += blocks_moved;
         self.forks += forks;
         self.copies_on_write += copies_on_write;
         self.slots_zeroed += slots_zeroed;

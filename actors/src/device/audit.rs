@@ -17,6 +17,8 @@ pub struct Holdings {
     pub slots: usize,
     /// Slots freed while somebody looks at them.
     pub quarantined: usize,
+    /// Blocks being sealed.
+    pub sealing: usize,
     /// Raw slots set aside.
     pub reserved: usize,
     /// Submissions not answered.
@@ -40,6 +42,7 @@ impl DeviceCore {
             blocks: self.blocks.len(),
             slots: pool.used(SizeClass::Raw) + pool.used(SizeClass::Sealed),
             quarantined: pool.quarantined(),
+            sealing: self.blocks.iter().filter(|(_, block)| block.state == BlockState::Sealing).count(),
             reserved: pool.reserved_raw(),
             submissions: self.pending.len(),
             ready: self.ready.len(),
@@ -88,11 +91,12 @@ impl DeviceCore {
             }
         }
         let mut slots = HashSet::new();
-        let (mut raw, mut sealed, mut sealing) = (0, 0, 0);
+        let (mut raw, mut sealed, mut sealing, mut moving) = (0, 0, 0, 0);
         for (id, block) in self.blocks.iter() {
             let seals = u32::from(block.state == BlockState::Sealing);
             sealing += seals as usize;
-            let held = holders.get(&id).copied().unwrap_or(0) + seals;
+            moving += usize::from(block.moving);
+            let held = holders.get(&id).copied().unwrap_or(0) + seals + u32::from(block.moving);
             if block.refs != held {
                 return Err(format!("{id:?}: {} references, {held} holders", block.refs));
             }
@@ -111,9 +115,9 @@ impl DeviceCore {
                 return Err(format!("{id:?} is private and has a key"));
             }
         }
-        // The target slots of seals in flight are owned by their flights.
+        // The target slots of seals and moves in flight are owned by their flights.
         let held = self.blocks.pool().held();
-        if held != [raw, sealed + sealing] {
+        if held != [raw + moving, sealed + sealing] {
             return Err(format!(
                 "slots held: {held:?}; blocks hold {raw} and {sealed}, {sealing} are sealing"
             ));

@@ -9,7 +9,7 @@ use crate::format::Format;
 use crate::geometry::BlockLayout;
 use crate::memory::{Flight, Purpose, Step};
 use crate::pool::{Pool, SizeClass};
-use crate::slot::{FilledSlot, SlotPin};
+use crate::slot::{FilledSlot, SlotId, SlotPin};
 use crate::stats::CoreCounters;
 
 /// Blocks and the slots that they are in.
@@ -27,6 +27,8 @@ pub struct BlockStore {
     epochs: Vec<u32>,
     /// No sealed slot could be had; nothing changes until a slot is freed.
     seal_stalled: bool,
+    /// The block in each slot.
+    owners: Vec<BlockId>,
     /// Blocks per state that the statistics tell apart.
     sealed_blocks: u64,
 }
@@ -53,6 +55,26 @@ impl SealPlan {
     }
 }
 
+/// A move that has its slot.
+#[derive(Debug)]
+pub(crate) struct MovePlan {
+    block: BlockId,
+    slot: FilledSlot,
+    from_offset: usize,
+    to_offset: usize,
+}
+
+impl MovePlan {
+    pub(super) fn step(&self) -> Step {
+        Step::Copy { from_offset: self.from_offset, to_offset: self.to_offset }
+    }
+
+    pub(super) fn into_flight(self) -> Flight {
+        let purpose = Purpose::Move { block: self.block, slot: self.slot };
+        Flight { purpose, payload: None, output: None, finite: true, pins: Vec::new() }
+    }
+}
+
 /// A new raw block.
 pub(super) struct NewBlock {
     pub(super) id: BlockId,
@@ -73,6 +95,7 @@ impl BlockStore {
             to_seal: VecDeque::new(),
             epochs: vec![0; blocks],
             seal_stalled: false,
+            owners: vec![BlockId::DROPPED; blocks],
             sealed_blocks: 0,
             pool,
         }
@@ -152,6 +175,12 @@ impl BlockStore {
         self.pool.raw_available()
     }
 
+    /// Gives back raw slots that were set aside: sealing may have had to wait for them.
+    pub(super) fn unreserve(&mut self, slots: usize) {
+        self.pool.unreserve_raw(slots);
+        self.seal_stalled &= slots == 0;
+    }
+
     /// A new raw block, held once. The caller has made sure that there is a slot for it.
     pub(super) fn create(&mut self, tenant: u32, private: bool) -> NewBlock {
         let taken =
@@ -165,8 +194,12 @@ impl BlockStore {
             tenant,
             private,
             rewound: false,
+            writing: false,
+            moving: false,
             key: None,
         }) as u32);
+        let slot = self.get(id).slot.id();
+        self.owners[slot.0 as usize] = id;
         self.places.publish(id, self.get(id));
         NewBlock { id, offset, must_zero: taken.must_zero }
     }
@@ -193,6 +226,12 @@ impl BlockStore {
         self.free_slot(block.class, block.slot);
     }
 
+    /// The block's slot may hold anything, another tenant's bytes included: a launch that was to overwrite it has failed.
+    pub(super) fn spoil(&mut self, id: BlockId) {
+        let slot = self.get(id).slot.id();
+        self.pool.spoil(slot);
+    }
+
     fn free_slot(&mut self, class: SizeClass, slot: FilledSlot) {
         self.pool.free(class, slot);
         self.seal_stalled = false;
@@ -202,6 +241,13 @@ impl BlockStore {
     pub(super) fn reclaim(&mut self) {
         if self.pool.quarantined() > 0 {
             self.pool.reclaim();
+            self.seal_stalled = false;
+        }
+    }
+
+    /// Writes have landed: blocks that had to stay where they were may be moved now.
+    pub(super) fn resume_draining(&mut self) {
+        if self.pool.is_draining() {
             self.seal_stalled = false;
         }
     }
@@ -254,11 +300,15 @@ impl BlockStore {
     /// The next full block with a slot to seal it into.
     pub(super) fn next_seal(&mut self, counters: &mut CoreCounters) -> Option<SealPlan> {
         while let Some(&(id, epoch)) = self.to_seal.front() {
-            let waits = self.epochs[id.0 as usize] == epoch
-                && self.blocks.get(id.0 as usize).is_some_and(|block| block.state == BlockState::Full);
-            if !waits {
+            let block = self.blocks.get(id.0 as usize).filter(|_| self.epochs[id.0 as usize] == epoch);
+            if block.is_none_or(|block| block.state != BlockState::Full) {
                 self.to_seal.pop_front();
                 continue;
+            }
+            if block.is_some_and(|block| block.moving) {
+                // It comes first again once it has landed.
+                self.seal_stalled = true;
+                return None;
             }
             let tenant = self.get(id).tenant;
             let Some(slot) = self.pool.take_sealed(tenant) else {
@@ -278,6 +328,46 @@ impl BlockStore {
         None
     }
 
+    /// When sealing has stalled: the next block to move out of a raw chunk that is to serve sealed slots, and where to.
+    pub(super) fn next_move(&mut self, counters: &mut CoreCounters) -> Option<MovePlan> {
+        if self.to_seal.is_empty() || !self.seal_stalled {
+            return None;
+        }
+        self.pool.start_draining();
+        let movable = |&slot: &SlotId| {
+            let owner = self.blocks.get(self.owners[slot.0 as usize].0 as usize);
+            let block = owner.filter(|block| block.slot.id() == slot && block.class == SizeClass::Raw);
+            block.is_some_and(|block| !block.writing && !block.moving && block.state != BlockState::Sealing)
+        };
+        let from = self.pool.draining().find(movable)?;
+        let id = self.owners[from.0 as usize];
+        let tenant = self.get(id).tenant;
+        let slot = self.pool.take_raw(tenant)?.slot;
+        counters.blocks_moved += 1;
+        let from_offset = self.offset(id);
+        let to_offset = self.pool.layout().offset_bytes(SizeClass::Raw, slot.id());
+        let block = self.get_mut(id);
+        block.moving = true;
+        // The flight holds it, as a seal does.
+        block.refs += 1;
+        Some(MovePlan { block: id, slot, from_offset, to_offset })
+    }
+
+    /// Takes back a move, and says whether the device carried it out.
+    pub(super) fn land_move(&mut self, id: BlockId, slot: FilledSlot, moved: bool) {
+        self.get_mut(id).moving = false;
+        if moved {
+            self.owners[slot.id().0 as usize] = id;
+            let old = std::mem::replace(&mut self.get_mut(id).slot, slot);
+            self.places.publish(id, self.get(id));
+            self.free_slot(SizeClass::Raw, old);
+        } else {
+            self.pool.spoil(slot.id());
+            self.free_slot(SizeClass::Raw, slot);
+        }
+        self.release(id);
+    }
+
     /// Takes back a seal: `Some(finite)` if the device carried it out.
     pub(super) fn land_seal(
         &mut self,
@@ -290,6 +380,7 @@ impl BlockStore {
             Some(true) => {
                 counters.seals += 1;
                 self.sealed_blocks += 1;
+                self.owners[slot.id().0 as usize] = id;
                 let block = self.get_mut(id);
                 block.state = BlockState::Sealed;
                 block.class = SizeClass::Sealed;
@@ -308,6 +399,7 @@ impl BlockStore {
                 counters.seal_failures += 1;
                 self.get_mut(id).state = BlockState::Full;
                 self.to_seal.push_back((id, self.epochs[id.0 as usize]));
+                self.pool.spoil(slot.id());
                 self.free_slot(SizeClass::Sealed, slot);
             }
         }

@@ -230,6 +230,14 @@ impl std::fmt::Debug for DebugHook {
     }
 }
 
+impl Drop for DeviceCore {
+    /// A shard that is lost takes its sequences with it; the tokens are free for the other shards.
+    fn drop(&mut self) {
+        let tokens = self.sequences.iter().map(|(_, entry)| u64::from(entry.shared.state().committed)).sum();
+        self.config.token_budget.give_back(tokens);
+    }
+}
+
 /// What became of an operation that was looked at.
 pub(super) enum Progress {
     /// It is answered.
@@ -451,6 +459,7 @@ impl DeviceCore {
                     let sealed = error.is_none().then_some(finite);
                     self.blocks.land_seal(block, slot, sealed, &mut self.counters);
                 }
+                Purpose::Move { block, slot } => self.blocks.land_move(block, slot, error.is_none()),
             }
         }
         launch.steps.clear();
@@ -535,6 +544,12 @@ impl DeviceCore {
             let flight = launch.flights.len();
             launch.steps.push(seal.step(flight));
             launch.flights.push(seal.into_flight());
+        }
+        // Sealing has stalled for want of a vacant chunk: empty one. It goes on when the moves have landed.
+        while let Some(plan) = self.blocks.next_move(&mut self.counters) {
+            let launch = Self::building(&mut self.building, &mut self.spare, LaneKind::Compute);
+            launch.steps.push(plan.step());
+            launch.flights.push(plan.into_flight());
         }
     }
 

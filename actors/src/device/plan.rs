@@ -23,6 +23,8 @@ pub(super) struct SequenceEntry {
     pub(super) shared: Arc<SequenceShared>,
     /// An operation is in flight.
     pub(super) busy: bool,
+    /// Blocks that a write in flight writes to.
+    writing: SmallVec<[BlockId; 2]>,
     /// Operations that wait for it, in order.
     pub(super) parked: VecDeque<OpRef>,
     pub(super) rest: Box<Rest>,
@@ -36,15 +38,39 @@ pub(super) struct Rest {
     root: BlockKey,
     /// Raw blocks set aside and not used yet.
     pub(super) reserved: usize,
+    /// Of those, how many the write in flight has taken.
+    reserved_in_flight: usize,
+    /// Copies that the write in flight makes, by the place of the block that they will replace. Until the write has landed
+    /// the sequence keeps what it had: readers see it, a failed write falls back to it, and no other writer gets at it.
+    replacing: SmallVec<[(usize, BlockId); 1]>,
     /// Positions that carry more identity than their token id.
     extra: Vec<(u32, ExtraIdentity)>,
     /// The right to be open, given back when the entry goes.
     _permit: Option<Permit>,
 }
 
+impl Rest {
+    fn new(
+        tenant: u32,
+        root: BlockKey,
+        reserved: usize,
+        extra: Vec<(u32, ExtraIdentity)>,
+        permit: Option<Permit>,
+    ) -> Self {
+        let replacing = SmallVec::new();
+        Rest { tenant, root, reserved, reserved_in_flight: 0, replacing, extra, _permit: permit }
+    }
+}
+
 impl SequenceEntry {
     fn new(shared: Arc<SequenceShared>, rest: Rest) -> Self {
-        SequenceEntry { shared, busy: false, parked: VecDeque::new(), rest: Box::new(rest) }
+        SequenceEntry {
+            shared,
+            busy: false,
+            writing: SmallVec::new(),
+            parked: VecDeque::new(),
+            rest: Box::new(rest),
+        }
     }
 }
 
@@ -52,7 +78,7 @@ impl SequenceEntry {
 impl SequenceEntry {
     /// Blocks that it holds and does not list.
     pub(super) fn held_blocks(&self) -> impl Iterator<Item = BlockId> {
-        std::iter::empty()
+        self.rest.replacing.iter().map(|(_, block)| *block)
     }
 }
 
@@ -80,7 +106,7 @@ impl DeviceCore {
         let tenant = self.tenant_number(&options.tenant);
         let make = |id| {
             let shared = SequenceShared::new(id, options.tenant, SequenceState::default());
-            SequenceEntry::new(shared, Rest { tenant, root, reserved, extra: Vec::new(), _permit: permit })
+            SequenceEntry::new(shared, Rest::new(tenant, root, reserved, Vec::new(), permit))
         };
         Ok(Outcome::Opened(self.register(make, effects)))
     }
@@ -93,16 +119,14 @@ impl DeviceCore {
         effects: &mut Effects,
     ) -> Result<Outcome, Error> {
         let parent = &self.sequences[index];
-        let state = {
+        let (shows_staged, state) = {
             let state = parent.shared.state();
+            let partial = state.committed as usize % self.config.layout.block_tokens != 0;
+            let shows_staged = partial && state.end() > state.committed;
             // Staged tokens are the owner's alone.
             let blocks = state.blocks[..self.config.layout.blocks_for(state.committed as usize)].to_vec();
-            SequenceState {
-                committed: state.committed,
-                staged: Vec::new(),
-                blocks,
-                window_start: state.window_start,
-            }
+            let (committed, window_start) = (state.committed, state.window_start);
+            (shows_staged, SequenceState { committed, staged: Vec::new(), blocks, window_start })
         };
         let (tenant, root, name) = (parent.rest.tenant, parent.rest.root, parent.shared.tenant().clone());
         let extra: Vec<_> =
@@ -113,15 +137,14 @@ impl DeviceCore {
             for &block in state.blocks.iter().filter(|&&block| block != BlockId::DROPPED) {
                 self.blocks.retain(block);
             }
-            let rest = Rest {
-                tenant,
-                root,
-                reserved: 0,
-                extra: extra.clone(),
-                _permit: permit.as_mut().and_then(|all| all.split(1)),
-            };
+            let permit = permit.as_mut().and_then(|all| all.split(1));
+            let rest = Rest::new(tenant, root, 0, extra.clone(), permit);
             let make = |id| SequenceEntry::new(SequenceShared::new(id, name.clone(), state.clone()), rest);
             forks.push(self.register(make, effects));
+        }
+        if shows_staged && let Some(&tail) = state.blocks.last() {
+            // Whoever is left with it writes where a view of the staged tokens may still look.
+            self.blocks.get_mut(tail).rewound = true;
         }
         self.counters.forks += u64::from(count);
         Ok(Outcome::Forked(forks))
@@ -134,7 +157,7 @@ impl DeviceCore {
         for block in state.blocks {
             self.blocks.release(block);
         }
-        self.blocks.pool_mut().unreserve_raw(entry.rest.reserved);
+        self.blocks.unreserve(entry.rest.reserved);
         self.config.token_budget.give_back(u64::from(state.committed));
         effects.closed.push(entry.shared.id());
         entry.parked
@@ -249,16 +272,19 @@ impl DeviceCore {
             Ok(steps) => steps,
             Err(error) => return Progress::Done(Err(error)),
         };
-        // Pins before the flight is borrowed: copies read blocks that others may let go of meanwhile.
+        // Pins before the flight is borrowed: sealing may move a block that a copy reads.
         let pins: SmallVec<[_; 1]> =
             prepared.pinned.iter().filter_map(|&block| self.blocks.pin(block)).collect();
-        for block in prepared.pinned {
-            self.blocks.release(block);
-        }
         let block_tokens = self.config.layout.block_tokens;
-        let slots: SmallVec<[usize; 4]> = pieces(block_tokens, start..end)
-            .map(|(block, _)| self.blocks.offset(state.blocks[block]))
-            .collect();
+        let replacing = &self.sequences[index].rest.replacing;
+        let written = |at| replacing.iter().find(|(place, _)| *place == at).map_or(state.blocks[at], |r| r.1);
+        let writing: SmallVec<[BlockId; 2]> =
+            pieces(block_tokens, start..end).map(|(at, _)| written(at)).collect();
+        for &block in &writing {
+            self.blocks.get_mut(block).writing = true;
+        }
+        let slots: SmallVec<[usize; 4]> = writing.iter().map(|&block| self.blocks.offset(block)).collect();
+        self.sequences[index].writing = writing;
         let (launch, flight) = self.flight(lane, op, None);
         launch.flights[flight].pins.extend(pins);
         launch.steps.extend(prepared.steps);
@@ -309,7 +335,9 @@ impl DeviceCore {
                     evictable: 0,
                 });
             }
-            self.sequences[index].rest.reserved -= reserved;
+            let rest = &mut self.sequences[index].rest;
+            rest.reserved -= reserved;
+            rest.reserved_in_flight = reserved;
             self.blocks.pool_mut().unreserve_raw(reserved);
         }
         let mut prepared = Prepared::default();
@@ -317,6 +345,7 @@ impl DeviceCore {
             return Ok(prepared);
         }
         let tenant = self.sequences[index].rest.tenant;
+        let mut after_private = state.blocks.last().is_some_and(|&id| self.is_private(id));
         for Replacement { index: at, from } in replace {
             let (source, format) = (self.blocks.offset(from), self.blocks.format(from));
             // Decoded bytes are not what the model computed: they never pass as the clean block.
@@ -328,14 +357,14 @@ impl DeviceCore {
                 format => Step::Reopen { format, from_offset: source, to_offset: new.offset },
             });
             self.blocks.copy_token_ids(from, new.id);
-            state.blocks[at] = new.id;
+            self.sequences[index].rest.replacing.push((at, new.id));
+            after_private = private;
             prepared.pinned.push(from);
             self.counters.copies_on_write += 1;
         }
         for _ in existing..touched.end {
-            let after_private = state.blocks.last().is_some_and(|&id| self.is_private(id));
-            let dropped = state.window_start > SINK_TOKENS;
-            let new = self.blocks.create(tenant, after_private || dropped);
+            after_private |= state.window_start > SINK_TOKENS;
+            let new = self.blocks.create(tenant, after_private);
             if new.must_zero {
                 prepared.steps.push(Step::Zero { slot_offset: new.offset });
                 self.counters.slots_zeroed += 1;
@@ -352,7 +381,7 @@ impl DeviceCore {
     /// Whether a write may go straight into the block.
     fn is_writable(&mut self, id: BlockId) -> bool {
         let block = self.blocks.get(id);
-        if block.refs > 1 || block.state != BlockState::Open {
+        if block.refs > 1 || block.moving || block.state != BlockState::Open {
             return false;
         }
         // A view taken before tokens were cut off still shows them, and the write would change them under its eyes.
@@ -362,11 +391,50 @@ impl DeviceCore {
         !self.blocks.get(id).rewound
     }
 
-    /// Lets go of what a failed write had taken.
-    fn abandon_write(&mut self, index: usize) {
-        let shared = self.sequences[index].shared.clone();
+    /// A write has landed, one way or the other: its blocks may be moved again.
+    fn end_write(&mut self, index: usize) {
+        for block in self.sequences[index].writing.drain(..) {
+            self.blocks.get_mut(block).writing = false;
+        }
+        self.blocks.resume_draining();
+    }
+
+    /// A write has landed: its copies take their places.
+    fn keep_write(&mut self, index: usize) {
+        self.end_write(index);
+        let entry = &mut self.sequences[index];
+        entry.rest.reserved_in_flight = 0;
+        if entry.rest.replacing.is_empty() {
+            return;
+        }
+        let replacing = std::mem::take(&mut entry.rest.replacing);
+        let shared = entry.shared.clone();
         let mut state = shared.state();
-        self.release_tail(&mut state, false);
+        for (at, new) in replacing {
+            self.blocks.release(std::mem::replace(&mut state.blocks[at], new));
+        }
+    }
+
+    /// Lets go of what a failed write had taken: the sequence has what it had.
+    fn abandon_write(&mut self, index: usize, error: &Error) {
+        self.end_write(index);
+        let entry = &mut self.sequences[index];
+        let shared = entry.shared.clone();
+        let mut state = shared.state();
+        let keep = self.config.layout.blocks_for(state.end() as usize);
+        let copies = std::mem::take(&mut entry.rest.replacing).into_iter().map(|(_, copy)| copy);
+        for block in copies.chain(state.blocks.drain(keep..)) {
+            if matches!(error, Error::Device(_)) {
+                // Nobody knows how far it came: the slot may still hold what was there before.
+                self.blocks.spoil(block);
+            }
+            self.blocks.release(block);
+        }
+        // What was promised is promised again, unless somebody looks at the slots that came back.
+        let reserved = std::mem::take(&mut entry.rest.reserved_in_flight);
+        if self.blocks.pool_mut().reserve_raw(reserved) {
+            entry.rest.reserved += reserved;
+        }
     }
 
     pub(super) fn land_append(
@@ -376,12 +444,13 @@ impl DeviceCore {
         token_ids: &[u32],
         extra: Option<ExtraIdentity>,
     ) -> Result<Outcome, Error> {
-        if let Err(error) = landed {
-            self.abandon_write(index);
+        let tokens = token_ids.len() as u64;
+        if let Err(error) = landed.and_then(|()| self.config.token_budget.take(tokens)) {
+            self.abandon_write(index, &error);
             return Err(error);
         }
-        let committed = self.commit(index, token_ids, extra).inspect_err(|_| self.abandon_write(index))?;
-        Ok(Outcome::Appended { committed })
+        self.keep_write(index);
+        Ok(Outcome::Appended { committed: self.commit(index, token_ids, extra) })
     }
 
     pub(super) fn land_stage(
@@ -392,9 +461,10 @@ impl DeviceCore {
         tokens: u32,
     ) -> Result<Outcome, Error> {
         if let Err(error) = landed {
-            self.abandon_write(index);
+            self.abandon_write(index, &error);
             return Err(error);
         }
+        self.keep_write(index);
         let shared = &self.sequences[index].shared;
         let mut state = shared.state();
         if state.staged.is_empty() {
@@ -423,23 +493,18 @@ impl DeviceCore {
             }
             state.end() - state.committed
         };
-        let committed = self.commit(index, token_ids, extra)?;
+        self.config.token_budget.take(u64::from(tokens))?;
+        let committed = self.commit(index, token_ids, extra);
         let mut state = shared.state();
         state.staged = Vec::new();
         self.release_tail(&mut state, most_staged > tokens);
         Ok(Outcome::Committed { committed })
     }
 
-    /// Counts tokens in whose keys and values are in place in every layer.
-    fn commit(
-        &mut self,
-        index: usize,
-        token_ids: &[u32],
-        extra: Option<ExtraIdentity>,
-    ) -> Result<u32, Error> {
+    /// Counts tokens in whose keys and values are in place in every layer. The caller has taken them from the budget.
+    fn commit(&mut self, index: usize, token_ids: &[u32], extra: Option<ExtraIdentity>) -> u32 {
         let layout = self.config.layout;
         let tokens = token_ids.len() as u32;
-        self.config.token_budget.take(u64::from(tokens))?;
         let shared = self.sequences[index].shared.clone();
         let mut state = shared.state();
         let start = state.committed;
@@ -449,6 +514,8 @@ impl DeviceCore {
         }
         for (at, inside) in pieces(layout.block_tokens, start..start + tokens) {
             let id = state.blocks[at];
+            // Computed from fewer tokens than there are ids: no key says which.
+            self.blocks.get_mut(id).private |= state.window_start > SINK_TOKENS;
             self.blocks.set_token_ids(id, inside.start, &token_ids[done..done + inside.len()]);
             done += inside.len();
             if inside.end == layout.block_tokens {
@@ -461,7 +528,7 @@ impl DeviceCore {
         if let Some(ratio) = self.config.keep_ratio {
             self.drop_tokens(&mut state, ratio);
         }
-        Ok(state.committed)
+        state.committed
     }
 
     /// The key of a block that has just become full; none behind a private block.

@@ -44,14 +44,14 @@ impl Pool {
                 }
                 taken += usize::from(!vacant);
             }
-            if chunk.class == Some(SizeClass::Raw) {
+            if chunk.class == Some(SizeClass::Raw) && !chunk.draining {
                 vacant_raw += chunk.vacant.count_ones() as usize;
             }
             let at_its_place = match (chunk.class, chunk.listed_at) {
                 (Some(class), Some(at)) => {
                     self.with_vacancy[class as usize].get(at) == Some(&(index as u32)) && chunk.vacant != 0
                 }
-                (Some(_), None) => chunk.vacant == 0,
+                (Some(_), None) => chunk.vacant == 0 || chunk.draining,
                 (None, listed) => listed.is_none() && self.stock.contains(&(index as u32)),
             };
             if !at_its_place {

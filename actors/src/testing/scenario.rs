@@ -1,1 +1,107 @@
-//! x
+//! Settings of a simulated cache: small ones to write a test with, and random ones.
+
+use super::Rng;
+use crate::block::HashSecret;
+use crate::device::CoreConfig;
+use crate::format::Format;
+use crate::geometry::{ElementType, Geometry};
+use crate::pool::PoolLayout;
+use crate::tokens::TokenBudget;
+
+/// What a simulated cache is made of, and how a run treats it.
+#[derive(Debug, Clone)]
+pub struct Setup {
+    /// What is cached; f32.
+    pub geometry: Geometry,
+    /// Format of sealed blocks.
+    pub format: Format,
+    /// Raw blocks that the slab holds.
+    pub blocks: u64,
+    /// Longest sequence.
+    pub max_tokens: u32,
+    /// Tokens of all sequences together.
+    pub max_total_tokens: u64,
+    /// Appends and reads of at least this many bytes go over a copy lane.
+    pub copy_lane_min_bytes: usize,
+    /// Blocks sealed in one launch.
+    pub seals_per_launch: usize,
+    /// One operation at a time.
+    pub deterministic: bool,
+    /// Share of tokens kept, if some are dropped.
+    pub keep_ratio: Option<f32>,
+}
+
+impl Setup {
+    /// One layer, one head of 4 elements, 4 tokens a block, 64 blocks, everything on the compute lane.
+    pub fn small(format: Format) -> Self {
+        Setup {
+            geometry: geometry(1, 1, 4, 4).block_tokens(4),
+            format,
+            blocks: 64,
+            max_tokens: 64,
+            max_total_tokens: u64::MAX,
+            copy_lane_min_bytes: usize::MAX,
+            seals_per_launch: 4,
+            deterministic: false,
+            keep_ratio: None,
+        }
+    }
+
+    /// Anything that a user could configure, in small.
+    pub fn random(rng: &mut Rng) -> Self {
+        let block_tokens = rng.pick(&[1, 4, 4, 4, 8, 32]);
+        let (key_dim, value_dim) = rng.pick(&[(4, 4), (3, 5), (6, 2), (8, 7)]);
+        let geometry =
+            geometry(rng.between(1, 3), rng.between(1, 2), key_dim, value_dim).block_tokens(block_tokens);
+        let token_bytes = geometry.layout().map_or(0, |layout| layout.raw_bytes() / layout.block_tokens);
+        // Small pools run out of room all the time, larger ones share more.
+        let blocks = match block_tokens {
+            32 => rng.between(8, 48),
+            _ => rng.between(12, 140),
+        };
+        Setup {
+            format: rng.pick(&[Format::Raw, Format::Int8, Format::Int8]),
+            blocks: blocks.into(),
+            max_tokens: rng.pick(&[3, 6, 10]) * block_tokens + rng.between(0, 3),
+            max_total_tokens: match rng.one_in(4) {
+                true => u64::from(blocks * block_tokens / 2),
+                false => u64::MAX,
+            },
+            copy_lane_min_bytes: token_bytes * rng.pick(&[0, 1, 2, 4, 1000]),
+            seals_per_launch: rng.pick(&[1, 2, 8]),
+            deterministic: rng.one_in(6),
+            keep_ratio: rng.one_in(4).then(|| rng.pick(&[0.1, 0.5, 0.8])),
+            geometry,
+        }
+    }
+
+    /// The core's configuration, and the token budget in it.
+    ///
+    /// # Panics
+    /// If the settings cannot work.
+    pub fn config(&self) -> CoreConfig {
+        let layout = self.geometry.layout().expect("a geometry that works");
+        let slot = layout.raw_bytes().next_multiple_of(crate::pool::SLOT_ALIGN_BYTES) as u64;
+        CoreConfig {
+            shard: 0,
+            geometry: self.geometry.clone(),
+            layout,
+            pool: PoolLayout::plan(&layout, self.format, self.blocks * slot).expect("a budget that works"),
+            sealed_format: self.format,
+            max_tokens: self.max_tokens,
+            token_budget: TokenBudget::new(self.max_total_tokens),
+            copy_lane_min_bytes: self.copy_lane_min_bytes,
+            seals_per_launch: self.seals_per_launch,
+            deterministic: self.deterministic,
+            keep_ratio: self.keep_ratio,
+            secret: HashSecret([7; 32]),
+        }
+    }
+}
+
+/// A geometry of f32 elements.
+pub fn geometry(layers: u32, kv_heads: u32, key_dim: u32, value_dim: u32) -> Geometry {
+    let mut geometry = Geometry::new(layers, kv_heads, key_dim, ElementType::F32).model("simulated");
+    geometry.groups[0].value_dim = value_dim;
+    geometry
+}
