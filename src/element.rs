@@ -13,7 +13,7 @@ mod sealed {
     impl Sealed for f32 {}
 }
 
-/// A key or value element: [`f16`], [`bf16`] or [`f32`].
+/// A key or value element: [`half::f16`], [`half::bf16`] or `f32`.
 pub trait Element: bytemuck::Pod + Send + Sync + sealed::Sealed {
     /// The type's name in a geometry.
     const TYPE: ElementType;

@@ -4,7 +4,7 @@
 //!
 //! A request flows downwards only: a handle takes a permit and sends to the [`router`], which hands each shard one batch;
 //! the [`device`] actor of the shard decides ([`device::DeviceCore`]) and launches work on lanes of the [`memory`] port, large
-//! copies by way of its [`transfer`] actor; a finished launch climbs back once, as the reply.
+//! copies by way of its transfer actor; a finished launch climbs back once, as the reply.
 #![cfg_attr(not(loom), forbid(unsafe_code))]
 
 pub mod assembly;

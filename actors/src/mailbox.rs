@@ -10,7 +10,7 @@
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, never, select_biased};
 
-use crate::device::Submission;
+use crate::device::Submissions;
 use crate::memory::{DeviceLost, Doorbell, LaneKind, Launch};
 use crate::sync::Arc;
 
@@ -37,7 +37,7 @@ pub(crate) enum Wake {
     TransferEnded,
     /// A lane has made progress.
     Doorbell,
-    Submissions(Vec<Box<Submission>>),
+    Submissions(Submissions),
     /// Nobody can send submissions any more.
     Closed,
 }
@@ -45,7 +45,7 @@ pub(crate) enum Wake {
 /// The receiving side of a device actor.
 pub(crate) struct DeviceMailbox {
     control: Receiver<Control>,
-    data: Receiver<Vec<Box<Submission>>>,
+    data: Receiver<Submissions>,
     landed: Receiver<Launch>,
     doorbell: Receiver<()>,
     ring: Sender<()>,
@@ -55,7 +55,7 @@ pub(crate) struct DeviceMailbox {
 #[derive(Debug, Clone)]
 pub(crate) struct DeviceSender {
     pub(crate) control: Sender<Control>,
-    pub(crate) data: Sender<Vec<Box<Submission>>>,
+    pub(crate) data: Sender<Submissions>,
 }
 
 /// The sending side of the transfer actor.
@@ -124,7 +124,7 @@ impl DeviceMailbox {
     }
 
     /// More submissions if there are any, without a look at the other lanes.
-    pub(crate) fn try_next_submissions(&mut self) -> Option<Vec<Box<Submission>>> {
+    pub(crate) fn try_next_submissions(&mut self) -> Option<Submissions> {
         self.data.try_recv().ok()
     }
 

@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 use tokio::sync::mpsc;
 
 use crate::batch::{BatchCacheOperations, Operation};
-use crate::device::{ShardView, Submission};
+use crate::device::{ShardView, Submission, Submissions};
 use crate::error::Error;
 use crate::mailbox::{Control, DeviceSender};
 use crate::memory::DeviceLost;
@@ -179,7 +179,7 @@ struct Load {
 #[derive(Debug)]
 struct RouterCore {
     loads: Vec<Load>,
-    outboxes: Vec<Vec<Box<Submission>>>,
+    outboxes: Vec<Submissions>,
     deterministic: bool,
 }
 

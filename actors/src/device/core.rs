@@ -75,6 +75,10 @@ pub struct Submission {
     submitted_at: Option<Instant>,
 }
 
+/// Submissions on their way. Boxed, because they are written once and only their boxes move.
+#[allow(clippy::vec_box)]
+pub type Submissions = Vec<Box<Submission>>;
+
 impl Submission {
     /// A whole batch. `submitted_at` is only carried.
     pub fn new(
@@ -188,7 +192,7 @@ pub struct Effects {
     /// Work for the lanes, in order for each lane.
     pub launches: Vec<(LaneKind, Launch)>,
     /// Submissions that are complete, to be sent.
-    pub answers: Vec<Box<Submission>>,
+    pub answers: Submissions,
     /// Sequences that have opened.
     pub opened: Vec<Arc<SequenceShared>>,
     /// Sequences that have closed.

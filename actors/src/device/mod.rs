@@ -17,7 +17,7 @@ use std::time::Instant;
 #[cfg(any(test, feature = "testing"))]
 pub use self::audit::Holdings;
 pub use self::blocks::BlockStore;
-pub use self::core::{CoreConfig, DeviceCore, Effects, Event, Submission};
+pub use self::core::{CoreConfig, DeviceCore, Effects, Event, Submission, Submissions};
 use crate::block::Places;
 use crate::directory::Directory;
 use crate::mailbox::{Control, DeviceMailbox, TRANSFERS_MAX, TransferSender, Wake};
@@ -140,7 +140,7 @@ impl<L: Lane> DeviceActor<L> {
     }
 
     /// Carries out submissions, with all those that have queued up behind them, as one batch.
-    fn serve(&mut self, first: Vec<Box<Submission>>) -> Result<(), DeviceLost> {
+    fn serve(&mut self, first: Submissions) -> Result<(), DeviceLost> {
         let started = Instant::now();
         let mut operations = 0;
         let mut submissions = 0;

@@ -121,7 +121,7 @@ impl DeviceCore {
         let parent = &self.sequences[index];
         let (shows_staged, state) = {
             let state = parent.shared.state();
-            let partial = state.committed as usize % self.config.layout.block_tokens != 0;
+            let partial = !(state.committed as usize).is_multiple_of(self.config.layout.block_tokens);
             let shows_staged = partial && state.end() > state.committed;
             // Staged tokens are the owner's alone.
             let blocks = state.blocks[..self.config.layout.blocks_for(state.committed as usize)].to_vec();
@@ -193,7 +193,7 @@ impl DeviceCore {
         for block in state.blocks.drain(keep..) {
             self.blocks.release(block);
         }
-        let partial = state.committed as usize % layout.block_tokens != 0;
+        let partial = !(state.committed as usize).is_multiple_of(layout.block_tokens);
         if rewound && partial {
             let tail = state.blocks[layout.blocks_for(state.committed as usize) - 1];
             let block = self.blocks.get_mut(tail);
