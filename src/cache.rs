@@ -218,7 +218,7 @@ impl Cache {
     /// blocks stay where they are while the table lives.
     ///
     /// # Errors
-    /// [`Error::Layer`], [`Error::UnknownSequence`].
+    /// [`Error::Layer`], [`Error::ClosedSequence`], [`Error::ShardLost`].
     pub fn block_table(&self, sequences: &[&Sequence], layer: u32) -> Result<BlockTable, Error> {
         let ids: Vec<SequenceId> = sequences.iter().map(|sequence| sequence.id()).collect();
         BlockTable::new(&self.runtime, &ids, layer)

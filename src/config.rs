@@ -5,6 +5,7 @@ use std::path::Path;
 use kv_cache_actors::error::ConfigError;
 use kv_cache_actors::format::Format;
 use kv_cache_actors::geometry::{BlockLayout, Geometry};
+use kv_cache_actors::permit::Amount;
 use kv_cache_actors::pool::PoolLayout;
 use kv_cache_actors::sequence::SINK_TOKENS;
 use serde::{Deserialize, Serialize};
@@ -286,7 +287,11 @@ impl CacheConfig {
             false => Ok(()),
         };
         at_most("max_sequences", self.max_sequences, 1 << 20)?;
-        at_most("max_jobs_in_flight", self.max_jobs_in_flight, 1 << 22)?;
+        at_most("max_jobs_in_flight", self.max_jobs_in_flight, Amount::MAX.jobs as usize)?;
+        if self.max_bytes_in_flight > Amount::MAX.bytes {
+            let fix = format!("use at most {}", Amount::MAX.bytes);
+            return Err(ConfigError::invalid("max_bytes_in_flight", self.max_bytes_in_flight, fix));
+        }
         let ratio = self.compression.ratio;
         if self.compression.enabled && !(ratio > 0.0 && ratio <= 1.0) {
             return Err(ConfigError::invalid("compression.ratio", ratio, "use a share above 0 and up to 1"));

@@ -183,7 +183,7 @@ impl Sequence {
     /// appended meanwhile does not show in it.
     ///
     /// # Errors
-    /// [`Error::Layer`]; [`Error::ShardLost`]; [`Error::Unsupported`] where the device's memory cannot be borrowed.
+    /// [`Error::Layer`]; [`Error::ClosedSequence`]; [`Error::ShardLost`]; [`Error::Unsupported`] where the device's memory cannot be borrowed.
     pub fn view(&self, layer: u32) -> Result<View, Error> {
         View::new(&self.runtime, self.open.shared(), layer)
     }

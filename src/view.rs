@@ -75,6 +75,9 @@ impl View {
         let Memory::Cpu(slab) = &runtime.memories[shard as usize];
         let shard = &runtime.views[shard as usize];
         let state = shared.state();
+        if state.blocks.is_empty() && runtime.directory.get(shared.id()).is_none() {
+            return Err(Error::ClosedSequence(shared.id()));
+        }
         let mut view =
             View { slab: slab.clone(), layout, layer: layer as usize, pieces: Vec::new(), _pins: Vec::new() };
         for range in kept(&state, state.visible(layer as usize)) {
@@ -256,7 +259,10 @@ impl BlockTable {
             _pins: Vec::new(),
         };
         for &id in ids {
-            let shared = runtime.directory.get(id).ok_or(Error::UnknownSequence(id))?;
+            if let Some(lost) = runtime.supervisor.lost(id.shard()) {
+                return Err(lost);
+            }
+            let shared = runtime.directory.get(id).ok_or(Error::ClosedSequence(id))?;
             let shard = &runtime.views[id.shard() as usize];
             let state = shared.state();
             let mut blocks = Vec::with_capacity(state.blocks.len());

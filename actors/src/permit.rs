@@ -9,9 +9,13 @@ use std::future::poll_fn;
 use std::task::{Context, Poll, Waker};
 
 use crate::error::Error;
-use crate::sync::{Arc, Mutex, lock};
+use crate::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
 
 /// A budget of operations (`jobs`) and bytes.
+///
+/// Taking and giving back is one compare-and-swap while nobody waits: every operation of a cache passes here twice, on two
+/// threads, and a lock would put one of them to sleep. Whoever has to wait sets a flag in the same word, which sends
+/// everybody to the queue behind the lock until it is empty.
 #[derive(Debug, Clone)]
 pub struct Permits {
     shared: Arc<Shared>,
@@ -20,6 +24,8 @@ pub struct Permits {
 #[derive(Debug)]
 struct Shared {
     limit: Amount,
+    /// What is taken, and the flags.
+    word: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -32,10 +38,27 @@ pub struct Amount {
     pub bytes: u64,
 }
 
+impl Amount {
+    /// The most that a budget can have: what fits in one word beside two flags.
+    pub const MAX: Amount = Amount { jobs: (1 << 22) - 1, bytes: BYTES };
+
+    fn word(self) -> u64 {
+        self.jobs << JOBS_AT | self.bytes
+    }
+}
+
+/// `closed | waited for | jobs (22 bits) | bytes (40 bits)`.
+const CLOSED: u64 = 1 << 63;
+const WAITED_FOR: u64 = 1 << 62;
+const JOBS_AT: u32 = 40;
+const BYTES: u64 = (1 << JOBS_AT) - 1;
+
+fn used(word: u64) -> Amount {
+    Amount { jobs: (word & !(CLOSED | WAITED_FOR)) >> JOBS_AT, bytes: word & BYTES }
+}
+
 #[derive(Debug, Default)]
 struct State {
-    used: Amount,
-    closed: bool,
     next_ticket: u64,
     /// Tickets not yet granted, in arrival order. Those who gave up are skipped when they reach the front, which is
     /// therefore always somebody who waits.
@@ -51,45 +74,73 @@ struct Waiter {
     waker: Option<Waker>,
 }
 
-impl State {
-    fn fits(&self, limit: Amount, amount: Amount) -> bool {
-        self.used.jobs + amount.jobs <= limit.jobs && self.used.bytes + amount.bytes <= limit.bytes
+impl Shared {
+    /// Takes `amount` if it fits, and returns the word that decided. With `obey`, flags refuse it.
+    fn take(&self, amount: Amount, obey: u64) -> Result<(), u64> {
+        let mut word = self.word.load(Ordering::Acquire);
+        loop {
+            let used = used(word);
+            let fits =
+                used.jobs + amount.jobs <= self.limit.jobs && used.bytes + amount.bytes <= self.limit.bytes;
+            if word & obey != 0 || !fits {
+                return Err(word);
+            }
+            match self.word.compare_exchange_weak(
+                word,
+                word + amount.word(),
+                Ordering::AcqRel,
+                Ordering::Acquire,
+            ) {
+                Ok(_) => return Ok(()),
+                Err(now) => word = now,
+            }
+        }
     }
 
-    fn take(&mut self, amount: Amount) {
-        self.used.jobs += amount.jobs;
-        self.used.bytes += amount.bytes;
+    fn give_back(&self, amount: Amount) {
+        let before = self.word.fetch_sub(amount.word(), Ordering::AcqRel);
+        if before & WAITED_FOR != 0 {
+            let wake = self.grant(&mut lock(&self.state));
+            // Outside of the lock: a waker may run arbitrary code.
+            wake.into_iter().for_each(Waker::wake);
+        }
     }
 
     /// Grants from the front as long as the front fits, and returns whom to wake.
-    fn grant(&mut self, limit: Amount) -> Vec<Waker> {
+    ///
+    /// Whoever waits has set the flag before it looked at what is taken, and whoever gives back looks at the flag in the
+    /// same step: one of the two sees the other. The flag goes when nobody is left to wait.
+    fn grant(&self, state: &mut State) -> Vec<Waker> {
         let mut wake = Vec::new();
-        while let Some(ticket) = self.queue.front() {
-            let Some(waiter) = self.waiters.get(ticket) else {
-                self.queue.pop_front();
+        while let Some(ticket) = state.queue.front() {
+            let Some(waiter) = state.waiters.get_mut(ticket) else {
+                state.queue.pop_front();
                 continue;
             };
-            let amount = waiter.amount;
-            if !self.fits(limit, amount) {
+            if self.take(waiter.amount, 0).is_err() {
                 break;
             }
-            self.take(amount);
-            if let Some(waiter) = self.queue.pop_front().and_then(|ticket| self.waiters.get_mut(&ticket)) {
-                waiter.granted = true;
-                wake.extend(waiter.waker.take());
-            }
+            waiter.granted = true;
+            wake.extend(waiter.waker.take());
+            state.queue.pop_front();
         }
-        if self.used == Amount::default() {
-            wake.append(&mut self.idle);
+        if used(self.word.load(Ordering::Acquire)) == Amount::default() {
+            wake.append(&mut state.idle);
+        }
+        if state.queue.is_empty() && state.idle.is_empty() {
+            self.word.fetch_and(!WAITED_FOR, Ordering::AcqRel);
         }
         wake
     }
 }
 
 impl Permits {
-    /// A budget of `limit`.
+    /// A budget of `limit`, or of [`Amount::MAX`] where that is less.
     pub fn new(limit: Amount) -> Self {
-        Permits { shared: Arc::new(Shared { limit, state: Mutex::new(State::default()) }) }
+        let limit =
+            Amount { jobs: limit.jobs.min(Amount::MAX.jobs), bytes: limit.bytes.min(Amount::MAX.bytes) };
+        let shared = Shared { limit, word: AtomicU64::new(0), state: Mutex::new(State::default()) };
+        Permits { shared: Arc::new(shared) }
     }
 
     /// The whole budget.
@@ -99,7 +150,7 @@ impl Permits {
 
     /// What is taken.
     pub fn used(&self) -> Amount {
-        lock(&self.shared.state).used
+        used(self.shared.word.load(Ordering::Acquire))
     }
 
     fn check_size(&self, amount: Amount) -> Result<(), Error> {
@@ -111,27 +162,29 @@ impl Permits {
         Ok(())
     }
 
+    fn permit(&self, amount: Amount) -> Permit {
+        Permit { shared: self.shared.clone(), amount }
+    }
+
     /// Takes `amount` now, or says why not. Never overtakes somebody who waits.
     ///
     /// # Errors
     /// [`Error::BatchTooLarge`], [`Error::Closed`], [`Error::Overloaded`].
     pub fn try_acquire(&self, amount: Amount) -> Result<Permit, Error> {
         self.check_size(amount)?;
-        let limit = self.shared.limit;
-        let mut state = lock(&self.shared.state);
-        if state.closed {
-            return Err(Error::Closed);
+        match self.shared.take(amount, CLOSED | WAITED_FOR) {
+            Ok(()) => Ok(self.permit(amount)),
+            Err(word) if word & CLOSED != 0 => Err(Error::Closed),
+            Err(word) => {
+                let (limit, used) = (self.shared.limit, used(word));
+                Err(Error::Overloaded {
+                    jobs: amount.jobs,
+                    bytes: amount.bytes,
+                    jobs_free: limit.jobs - used.jobs,
+                    bytes_free: limit.bytes - used.bytes,
+                })
+            }
         }
-        if !state.queue.is_empty() || !state.fits(limit, amount) {
-            return Err(Error::Overloaded {
-                jobs: amount.jobs,
-                bytes: amount.bytes,
-                jobs_free: limit.jobs - state.used.jobs,
-                bytes_free: limit.bytes - state.used.bytes,
-            });
-        }
-        state.take(amount);
-        Ok(Permit { shared: self.shared.clone(), amount })
     }
 
     /// Waits for `amount`. Dropping the future gives up the place in the queue, and the permit if it was granted meanwhile.
@@ -151,7 +204,7 @@ impl Permits {
     pub fn close(&self) {
         let wake: Vec<Waker> = {
             let mut state = lock(&self.shared.state);
-            state.closed = true;
+            self.shared.word.fetch_or(CLOSED, Ordering::AcqRel);
             state.waiters.values_mut().filter_map(|waiter| waiter.waker.take()).collect()
         };
         wake.into_iter().for_each(Waker::wake);
@@ -161,29 +214,17 @@ impl Permits {
     pub async fn idle(&self) {
         poll_fn(|context| {
             let mut state = lock(&self.shared.state);
-            if state.used == Amount::default() {
+            let word = self.shared.word.fetch_or(WAITED_FOR, Ordering::AcqRel);
+            if used(word) == Amount::default() {
+                if state.queue.is_empty() && state.idle.is_empty() {
+                    self.shared.word.fetch_and(!WAITED_FOR, Ordering::AcqRel);
+                }
                 return Poll::Ready(());
             }
             state.idle.push(context.waker().clone());
             Poll::Pending
         })
         .await;
-    }
-}
-
-impl Shared {
-    fn give_back(&self, amount: Amount) {
-        let wake = {
-            let mut state = lock(&self.state);
-            state.used.jobs -= amount.jobs;
-            state.used.bytes -= amount.bytes;
-            if state.queue.is_empty() && state.idle.is_empty() {
-                return;
-            }
-            state.grant(self.limit)
-        };
-        // Outside of the lock: a waker may run arbitrary code.
-        wake.into_iter().for_each(Waker::wake);
     }
 }
 
@@ -195,27 +236,44 @@ struct Place {
 }
 
 impl Place {
+    fn permit(&mut self) -> Poll<Result<Permit, Error>> {
+        self.ticket = None;
+        Poll::Ready(Ok(Permit { shared: self.shared.clone(), amount: self.amount }))
+    }
+
     fn poll(&mut self, context: &mut Context<'_>) -> Poll<Result<Permit, Error>> {
         let shared = self.shared.clone();
         let mut state = lock(&shared.state);
+        // Before looking at what is taken: see `grant`.
+        let closed = shared.word.fetch_or(WAITED_FOR, Ordering::AcqRel) & CLOSED != 0;
         let Some(ticket) = self.ticket else {
-            if state.closed {
+            if closed {
+                let wake = shared.grant(&mut state);
+                drop(state);
+                wake.into_iter().for_each(Waker::wake);
                 return Poll::Ready(Err(Error::Closed));
-            }
-            // A permit may have come back between `try_acquire` and here.
-            if state.queue.is_empty() && state.fits(shared.limit, self.amount) {
-                state.take(self.amount);
-                return Poll::Ready(Ok(Permit { shared: self.shared.clone(), amount: self.amount }));
             }
             let ticket = state.next_ticket;
             state.next_ticket += 1;
-            let waker = Some(context.waker().clone());
             state.queue.push_back(ticket);
-            state.waiters.insert(ticket, Waiter { amount: self.amount, granted: false, waker });
+            state.waiters.insert(ticket, Waiter { amount: self.amount, granted: false, waker: None });
             self.ticket = Some(ticket);
-            return Poll::Pending;
+            // It may fit by now: then it is granted at once.
+            let wake = shared.grant(&mut state);
+            let answer = match state.waiters.get_mut(&ticket) {
+                Some(waiter) if !waiter.granted => {
+                    waiter.waker = Some(context.waker().clone());
+                    Poll::Pending
+                }
+                _ => {
+                    state.waiters.remove(&ticket);
+                    self.permit()
+                }
+            };
+            drop(state);
+            wake.into_iter().for_each(Waker::wake);
+            return answer;
         };
-        let closed = state.closed;
         let Some(waiter) = state.waiters.get_mut(&ticket) else { return Poll::Ready(Err(Error::Closed)) };
         if !waiter.granted && !closed {
             waiter.waker = Some(context.waker().clone());
@@ -224,11 +282,10 @@ impl Place {
         let granted = waiter.granted;
         state.waiters.remove(&ticket);
         self.ticket = None;
-        if granted {
-            Poll::Ready(Ok(Permit { shared: self.shared.clone(), amount: self.amount }))
-        } else {
-            Poll::Ready(Err(Error::Closed))
-        }
+        let wake = shared.grant(&mut state);
+        drop(state);
+        wake.into_iter().for_each(Waker::wake);
+        if granted { self.permit() } else { Poll::Ready(Err(Error::Closed)) }
     }
 }
 
@@ -239,11 +296,10 @@ impl Drop for Place {
             let mut state = lock(&self.shared.state);
             let Some(waiter) = state.waiters.remove(&ticket) else { return };
             if waiter.granted {
-                state.used.jobs -= self.amount.jobs;
-                state.used.bytes -= self.amount.bytes;
+                self.shared.word.fetch_sub(self.amount.word(), Ordering::AcqRel);
             }
             // Also when it was not granted: it may have stood before others that fit.
-            state.grant(self.shared.limit)
+            self.shared.grant(&mut state)
         };
         wake.into_iter().for_each(Waker::wake);
     }

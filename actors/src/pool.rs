@@ -256,6 +256,17 @@ impl Pool {
         fits
     }
 
+    /// Sets slots aside that were set aside a moment ago, and taken and freed since: what was promised then holds, also where
+    /// a new reservation would be refused. False if the slots are not vacant (somebody looks at them).
+    #[must_use]
+    pub(crate) fn reserve_raw_again(&mut self, slots: usize) -> bool {
+        let fits = self.raw_vacant() >= self.reserved_raw + slots;
+        if fits {
+            self.reserved_raw += slots;
+        }
+        fits
+    }
+
     /// Gives back what [`Pool::reserve_raw`] set aside.
     pub fn unreserve_raw(&mut self, slots: usize) {
         self.reserved_raw -= slots;

@@ -206,10 +206,8 @@ impl RouterCore {
             Operation::Open { .. } => self.place(),
             other => {
                 let shard = other.sequence().map_or(0, |id| id.shard() as usize);
-                match other {
-                    Operation::Fork { count, .. } => self.add(shard, i64::from(*count)),
-                    Operation::Close { .. } => self.add(shard, -1),
-                    _ => {}
+                if let Operation::Fork { count, .. } = other {
+                    self.add(shard, i64::from(*count));
                 }
                 // An id that no shard gave out is answered by any shard as unknown.
                 if shard < self.loads.len() { shard } else { 0 }
@@ -249,6 +247,8 @@ impl RouterCore {
     }
 
     fn close(&mut self, id: SequenceId) {
+        // Every handle is dropped once, however often its sequence is closed by hand before.
+        self.add(id.shard() as usize, -1);
         let mut batch = BatchCacheOperations::new();
         batch.close(id);
         self.submit(Submission::new(batch, None, None, None));

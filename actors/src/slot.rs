@@ -5,7 +5,7 @@
 //! succeeds only while the generation that the reader saw still holds, and a slot is claimed for reuse only at zero
 //! pins. That one rule keeps "freed" from ever meaning "readable as somebody else's".
 
-use crate::sync::{Arc, AtomicU64, Ordering};
+use crate::sync::lock_free::{Arc, AtomicU64, Ordering};
 
 /// Number of a slot in its slab. Which bytes it names depends on the size class of its chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -99,7 +99,7 @@ impl SlotTable {
     }
 
     /// The generation of a slot, by number.
-    #[cfg(all(any(test, feature = "testing"), not(loom)))]
+    #[cfg(any(test, feature = "testing"))]
     pub(crate) fn generation(&self, slot: usize) -> u32 {
         (self.states[slot].0.load(Ordering::Relaxed) >> 32) as u32
     }

@@ -144,12 +144,21 @@ impl Future for Waiting {
     type Output = Result<Results, Error>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.answer).poll(context).map(|answer| {
-            answer.map_err(|_| {
+        Pin::new(&mut self.answer).poll(context).map(|answer| match answer {
+            Ok(mut results) => {
+                // Parts of a batch that died with their shard know no more than that: here stands why.
+                for result in &mut results {
+                    if let Err(Error::ShardLost { shard, .. }) = result {
+                        *result = Err(self.supervisor.lost(*shard).unwrap_or(Error::Closed));
+                    }
+                }
+                Ok(results)
+            }
+            Err(_) => {
                 // The reply was dropped: its shard is lost, or the router has ended.
                 let lost = self.shard.and_then(|shard| self.supervisor.lost(shard));
-                lost.or_else(|| self.supervisor.any_lost()).unwrap_or(Error::Closed)
-            })
+                Err(lost.or_else(|| self.supervisor.any_lost()).unwrap_or(Error::Closed))
+            }
         })
     }
 }

@@ -1,26 +1,30 @@
 //! The synchronisation primitives that the model checkers swap.
 //!
 //! Everything in this crate that shares memory between threads imports its primitives from here: `std` in a normal
-//! build, `loom` under `--cfg loom` (lock-free [`crate::slot`] states) and `shuttle` under `--cfg shuttle` (permits,
-//! mailboxes, replies). Channels of other crates are not modelled; a claim about interleavings covers this module only.
+//! build, `shuttle` under `--cfg shuttle` (permits, replies, slots), and for the lock-free [`crate::slot`] states `loom`
+//! under `--cfg loom`. Channels of other crates are not modelled; a claim about interleavings covers this module only.
 
-#[cfg(loom)]
-pub(crate) use loom::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
-};
 #[cfg(shuttle)]
 pub(crate) use shuttle::sync::{
     Arc, Mutex, MutexGuard,
     atomic::{AtomicU64, Ordering},
 };
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(shuttle))]
 pub(crate) use std::sync::{
     Arc, Mutex, MutexGuard,
     atomic::{AtomicU64, Ordering},
 };
-#[cfg(loom)]
-pub(crate) use std::sync::{Mutex, MutexGuard};
+
+/// What lock-free code is made of. Loom's primitives work only inside its models, so nothing else gets them.
+pub(crate) mod lock_free {
+    #[cfg(not(loom))]
+    pub(crate) use super::{Arc, AtomicU64, Ordering};
+    #[cfg(loom)]
+    pub(crate) use loom::sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    };
+}
 
 /// Locks `mutex`, also after a holder panicked.
 ///

@@ -163,7 +163,31 @@ impl BlockStore {
         self.pool.table().pin(slot.id(), slot.generation())
     }
 
-    pub(super) fn is_pinned(&self, id: BlockId) -> bool {
+    /// Loads what a write to the block will need.
+    pub(super) fn touch(&self, id: BlockId) -> u32 {
+        let Some(block) = self.blocks.get(id.0 as usize) else { return 0 };
+        block.refs.wrapping_add(self.token_ids[id.0 as usize * self.block_tokens])
+    }
+
+    /// Whether the block has no key and never will.
+    pub(super) fn is_private(&self, id: BlockId) -> bool {
+        id == BlockId::DROPPED || self.get(id).private
+    }
+
+    /// Whether a write may go straight into the block.
+    pub(super) fn is_writable(&mut self, id: BlockId) -> bool {
+        let block = self.get(id);
+        if block.refs > 1 || block.moving || block.state != BlockState::Open {
+            return false;
+        }
+        // A view taken before tokens were cut off still shows them, and the write would change them under its eyes.
+        if block.rewound && !self.is_pinned(id) {
+            self.get_mut(id).rewound = false;
+        }
+        !self.get(id).rewound
+    }
+
+    fn is_pinned(&self, id: BlockId) -> bool {
         self.pool.table().is_pinned(&self.get(id).slot)
     }
 

@@ -16,7 +16,7 @@ use slab::Slab;
 use smallvec::SmallVec;
 
 use super::blocks::BlockStore;
-use super::plan::SequenceEntry;
+use super::plan::{SequenceEntry, WriteTarget};
 use crate::batch::{BatchCacheOperations, Operation, Outcome, Payload, Results};
 use crate::block::{BlockId, BlockKey, HashSecret};
 use crate::error::Error;
@@ -284,7 +284,12 @@ impl DeviceCore {
 
     /// Whether full blocks wait to be sealed and could be now.
     pub fn wants_to_seal(&self) -> bool {
-        self.blocks.wants_to_seal()
+        self.may_seal() && self.blocks.wants_to_seal()
+    }
+
+    /// In deterministic mode seals wait for each other too: which slots they find vacant must not depend on the device's pace.
+    fn may_seal(&self) -> bool {
+        !self.config.deterministic || self.is_quiet()
     }
 
     /// Launches that lanes have not finished.
@@ -297,7 +302,8 @@ impl DeviceCore {
         match event {
             Event::Submission(submission) => self.accept(submission),
             Event::Launched(launch) => self.land(launch, effects),
-            Event::Seal => self.seal_some(),
+            Event::Seal if self.may_seal() => self.seal_some(),
+            Event::Seal => {}
         }
         self.pump(effects);
     }
@@ -366,7 +372,10 @@ impl DeviceCore {
                 Some(tenant) if tenant != entry.shared.tenant() => Err(Error::TenantMismatch(id)),
                 _ => Ok(index),
             },
-            _ if self.generations.get(index).is_some_and(|&next| id.generation() < next) => {
+            // An id of a shard that does not exist comes here as well.
+            _ if id.shard() == self.config.shard
+                && self.generations.get(index).is_some_and(|&next| id.generation() < next) =>
+            {
                 Err(Error::ClosedSequence(id))
             }
             _ => Err(Error::UnknownSequence(id)),
@@ -384,11 +393,11 @@ impl DeviceCore {
             // What flies stays in its place: landing needs it again.
             (Operation::Append { at, ids, tensors, .. }, Some(index)) => {
                 let (at, tokens, tensors) = (*at, ids.len() as u32, tensors.clone());
-                self.plan_append(op, index, at, tokens, &tensors)
+                self.plan_write(op, index, WriteTarget::AllLayers { at }, tokens, &tensors)
             }
             (Operation::Stage { layer, tokens, tensors, .. }, Some(index)) => {
                 let (layer, tokens, tensors) = (*layer, *tokens, tensors.clone());
-                self.plan_stage(op, index, layer, tokens, &tensors)
+                self.plan_write(op, index, WriteTarget::Layer(layer), tokens, &tensors)
             }
             (Operation::Read { layer, tokens, buffer, .. }, Some(index)) => {
                 let (layer, tokens, buffer) = (*layer, tokens.clone(), buffer.take());

@@ -115,7 +115,14 @@ impl<L: Lane> DeviceActor<L> {
                     continue;
                 }
                 None if closed && self.core.in_flight() == 0 => return Ok(()),
-                None => self.mailbox.next(),
+                None => {
+                    // Readers may have let go of slots since they were freed: that shall show before this waits.
+                    if self.core.blocks().pool().quarantined() > 0 {
+                        self.core.blocks.reclaim();
+                        self.publish(0, 0, Instant::now());
+                    }
+                    self.mailbox.next()
+                }
             };
             match wake {
                 Wake::Control(Control::Lost(lost)) => return Err(lost),
@@ -157,6 +164,7 @@ impl<L: Lane> DeviceActor<L> {
             }
             drop(stats);
             submissions += arrived.len();
+            self.core.warm(&arrived);
             for submission in arrived {
                 self.core.apply(Event::Submission(submission), &mut self.effects);
             }

@@ -6,15 +6,17 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::core::{DeviceCore, Effects, OpRef, Progress};
-use crate::batch::{Outcome, TensorSpans};
-use crate::block::{BlockId, BlockKey, BlockState, ExtraIdentity};
+use super::blocks::BlockStore;
+use super::core::{CoreConfig, DeviceCore, Effects, OpRef, Progress, Submissions};
+use crate::batch::{Operation, Outcome, TensorSpans};
+use crate::block::{BlockId, BlockKey, ExtraIdentity};
 use crate::error::Error;
 use crate::format::Format;
 use crate::geometry::Plane;
 use crate::memory::{AppendStep, LaneKind, ReadBuffer, ReadStep, Step};
 use crate::permit::Permit;
 use crate::sequence::{OpenOptions, SINK_TOKENS, SequenceShared, SequenceState, pieces};
+use crate::stats::CoreCounters;
 
 /// The device thread's part of a sequence. With many sequences open every step misses the caches for it: what a step does
 /// not need lies elsewhere.
@@ -25,6 +27,10 @@ pub(super) struct SequenceEntry {
     pub(super) busy: bool,
     /// Blocks that a write in flight writes to.
     writing: SmallVec<[BlockId; 2]>,
+    /// The write in flight has taken blocks: `rest` says which.
+    took_blocks: bool,
+    /// The block written last: what [`DeviceCore::warm`] fetches ahead.
+    tail: BlockId,
     /// Operations that wait for it, in order.
     pub(super) parked: VecDeque<OpRef>,
     pub(super) rest: Box<Rest>,
@@ -68,6 +74,8 @@ impl SequenceEntry {
             shared,
             busy: false,
             writing: SmallVec::new(),
+            took_blocks: false,
+            tail: BlockId::DROPPED,
             parked: VecDeque::new(),
             rest: Box::new(rest),
         }
@@ -82,12 +90,6 @@ impl SequenceEntry {
     }
 }
 
-/// A block that a write must not touch, and the private copy that takes its place.
-struct Replacement {
-    index: usize,
-    from: BlockId,
-}
-
 impl DeviceCore {
     pub(super) fn open(
         &mut self,
@@ -97,7 +99,7 @@ impl DeviceCore {
     ) -> Result<Outcome, Error> {
         let reserved = self.config.layout.blocks_for(options.reserve_tokens as usize);
         let free = self.blocks.raw_available(reserved);
-        if !self.blocks.pool_mut().reserve_raw(reserved) {
+        if !self.blocks.pool_mut().reserve_raw_again(reserved) {
             return Err(Error::Capacity { needed: reserved as u32, free: free as u32, evictable: 0 });
         }
         let dropping =
@@ -109,6 +111,25 @@ impl DeviceCore {
             SequenceEntry::new(shared, Rest::new(tenant, root, reserved, Vec::new(), permit))
         };
         Ok(Outcome::Opened(self.register(make, effects)))
+    }
+
+    /// Touches what the operations are about to need.
+    ///
+    /// With many sequences open each step would wait for memory several times in a row; loads that do not depend on each
+    /// other wait together.
+    pub fn warm(&self, submissions: &Submissions) {
+        let mut touched = 0u32;
+        let ids = || {
+            submissions.iter().flat_map(|submission| submission.operations()).filter_map(Operation::sequence)
+        };
+        for entry in ids().filter_map(|id| self.sequences.get(id.index())) {
+            touched = touched.wrapping_add(entry.tail.0);
+        }
+        for entry in ids().filter_map(|id| self.sequences.get(id.index())) {
+            touched = touched.wrapping_add(entry.shared.id().generation());
+            touched = touched.wrapping_add(self.blocks.touch(entry.tail));
+        }
+        std::hint::black_box(touched);
     }
 
     pub(super) fn fork(
@@ -182,114 +203,56 @@ impl DeviceCore {
         self.config.token_budget.give_back(u64::from(visible - tokens));
         state.committed = tokens;
         state.staged = Vec::new();
-        self.release_tail(&mut state, true);
+        release_tail(&mut self.blocks, &self.config, &mut state, true);
         Ok(Outcome::Truncated { committed: tokens })
     }
 
-    /// Lets go of the blocks behind the last token. With `rewound`, the block that holds it was cut.
-    fn release_tail(&mut self, state: &mut SequenceState, rewound: bool) {
-        let layout = &self.config.layout;
-        let keep = layout.blocks_for(state.end() as usize);
-        for block in state.blocks.drain(keep..) {
-            self.blocks.release(block);
-        }
-        let partial = !(state.committed as usize).is_multiple_of(layout.block_tokens);
-        if rewound && partial {
-            let tail = state.blocks[layout.blocks_for(state.committed as usize) - 1];
-            let block = self.blocks.get_mut(tail);
-            if block.refs == 1 {
-                self.blocks.reopen_raw(tail);
-            } else {
-                // Others still count its tokens as they were. The write to come copies it anyway.
-                block.rewound = true;
-            }
-        }
-    }
-
-    pub(super) fn plan_append(
+    /// Launches the scatter of `tokens` tokens to the target's layers, behind what the first of them holds already.
+    pub(super) fn plan_write(
         &mut self,
         op: OpRef,
         index: usize,
-        at: Option<u32>,
+        target: WriteTarget,
         tokens: u32,
         tensors: &TensorSpans,
     ) -> Progress {
-        let staged_or_moved = {
-            let state = self.sequences[index].shared.state();
-            match at {
-                Some(expected) if expected != state.committed => {
-                    Some(Error::Position { expected, actual: state.committed })
-                }
-                _ if !state.staged.is_empty() => {
-                    Some(Error::StagedTokens { staged: state.end() - state.committed })
-                }
-                _ => None,
-            }
-        };
-        if let Some(error) = staged_or_moved {
-            return Progress::Done(Err(error));
-        }
-        self.plan_write(op, index, 0..self.config.layout.layers, tokens, tensors)
-    }
-
-    pub(super) fn plan_stage(
-        &mut self,
-        op: OpRef,
-        index: usize,
-        layer: u32,
-        tokens: u32,
-        tensors: &TensorSpans,
-    ) -> Progress {
-        self.plan_write(op, index, layer as usize..layer as usize + 1, tokens, tensors)
-    }
-
-    /// Launches the scatter of `tokens` tokens to `layers`, behind what the first of them holds already.
-    fn plan_write(
-        &mut self,
-        op: OpRef,
-        index: usize,
-        layers: Range<usize>,
-        tokens: u32,
-        tensors: &TensorSpans,
-    ) -> Progress {
-        let shared = self.sequences[index].shared.clone();
-        let mut state = shared.state();
-        let start = state.visible(layers.start);
-        let max_tokens = self.config.max_tokens;
-        let end = match start.checked_add(tokens) {
-            Some(end) if end <= max_tokens => end,
-            _ => {
-                let tokens = u64::from(start) + u64::from(tokens);
-                return Progress::Done(Err(Error::SequenceTooLong { tokens, max_tokens }));
-            }
-        };
-        if let Err(error) = self.config.token_budget.check(u64::from(end - state.committed)) {
-            return Progress::Done(Err(error));
-        }
         let bytes = tensors.keys.len() + tensors.values.len();
         let lane = self.lane_for(LaneKind::Upload, bytes);
-        let prepared = match self.prepare_blocks(index, &mut state, start..end) {
-            Ok(steps) => steps,
+        let DeviceCore { sequences, blocks, config, counters, .. } = self;
+        let SequenceEntry { shared, rest, writing, took_blocks, tail, .. } = &mut sequences[index];
+        let mut state = shared.state();
+        let planned = check_write(config, &state, &target, tokens).and_then(|range| {
+            let prepared = prepare_blocks(rest, blocks, config, counters, &mut state, range.clone())?;
+            Ok((range, prepared))
+        });
+        let (range, prepared) = match planned {
+            Ok(planned) => planned,
             Err(error) => return Progress::Done(Err(error)),
         };
-        // Pins before the flight is borrowed: sealing may move a block that a copy reads.
-        let pins: SmallVec<[_; 1]> =
-            prepared.pinned.iter().filter_map(|&block| self.blocks.pin(block)).collect();
-        let block_tokens = self.config.layout.block_tokens;
-        let replacing = &self.sequences[index].rest.replacing;
-        let written = |at| replacing.iter().find(|(place, _)| *place == at).map_or(state.blocks[at], |r| r.1);
-        let writing: SmallVec<[BlockId; 2]> =
-            pieces(block_tokens, start..end).map(|(at, _)| written(at)).collect();
-        for &block in &writing {
-            self.blocks.get_mut(block).writing = true;
+        *took_blocks = prepared.took_blocks;
+        // Pinned: sealing may move a block that a copy reads.
+        let pins: SmallVec<[_; 1]> = prepared.pinned.iter().filter_map(|&block| blocks.pin(block)).collect();
+        let block_tokens = config.layout.block_tokens;
+        let mut slots = SmallVec::<[(Range<usize>, usize); 2]>::new();
+        for (at, inside) in pieces(block_tokens, range) {
+            let replaced = || rest.replacing.iter().find(|(place, _)| *place == at).map(|(_, copy)| *copy);
+            let block = if *took_blocks { replaced() } else { None }.unwrap_or(state.blocks[at]);
+            blocks.get_mut(block).writing = true;
+            writing.push(block);
+            *tail = block;
+            slots.push((inside, blocks.offset(block)));
         }
-        let slots: SmallVec<[usize; 4]> = writing.iter().map(|&block| self.blocks.offset(block)).collect();
-        self.sequences[index].writing = writing;
+        drop(state);
+        let layers = match target {
+            WriteTarget::AllLayers { .. } => 0..config.layout.layers,
+            WriteTarget::Layer(layer) => layer as usize..layer as usize + 1,
+        };
+        counters.bytes_in += bytes as u64;
         let (launch, flight) = self.flight(lane, op, None);
         launch.flights[flight].pins.extend(pins);
         launch.steps.extend(prepared.steps);
         let mut first_token = 0;
-        for ((_, inside), slot_offset) in pieces(block_tokens, start..end).zip(slots) {
+        for (inside, slot_offset) in slots {
             let count = inside.len();
             launch.steps.push(Step::Append(AppendStep {
                 flight,
@@ -303,137 +266,45 @@ impl DeviceCore {
             }));
             first_token += count;
         }
-        self.counters.bytes_in += bytes as u64;
         Progress::Flying
     }
 
-    /// Makes every block under `range` exist and be this sequence's to write, or changes nothing.
-    fn prepare_blocks(
-        &mut self,
-        index: usize,
+    /// Ends the write in flight: it has landed, one way or the other.
+    ///
+    /// If it went well its copies take their places; otherwise the sequence has what it had.
+    fn end_write(
+        (writing, took_blocks, rest): (&mut SmallVec<[BlockId; 2]>, &mut bool, &mut Rest),
+        blocks: &mut BlockStore,
+        config: &CoreConfig,
         state: &mut SequenceState,
-        range: Range<u32>,
-    ) -> Result<Prepared, Error> {
-        let layout = self.config.layout;
-        let existing = state.blocks.len();
-        let touched = range.start as usize / layout.block_tokens..layout.blocks_for(range.end as usize);
-        let mut replace = SmallVec::<[Replacement; 1]>::new();
-        for at in touched.start..touched.end.min(existing) {
-            let id = state.blocks[at];
-            if !self.is_writable(id) {
-                replace.push(Replacement { index: at, from: id });
-            }
+        landed: &Result<(), Error>,
+    ) {
+        for block in writing.drain(..) {
+            blocks.get_mut(block).writing = false;
         }
-        let needed = replace.len() + touched.end.saturating_sub(existing);
-        if needed > 0 {
-            let reserved = self.sequences[index].rest.reserved.min(needed);
-            let free = self.blocks.raw_available(needed - reserved);
-            if needed - reserved > free {
-                return Err(Error::Capacity {
-                    needed: needed as u32,
-                    free: (free + reserved) as u32,
-                    evictable: 0,
-                });
-            }
-            let rest = &mut self.sequences[index].rest;
-            rest.reserved -= reserved;
-            rest.reserved_in_flight = reserved;
-            self.blocks.pool_mut().unreserve_raw(reserved);
-        }
-        let mut prepared = Prepared::default();
-        if needed == 0 {
-            return Ok(prepared);
-        }
-        let tenant = self.sequences[index].rest.tenant;
-        let mut after_private = state.blocks.last().is_some_and(|&id| self.is_private(id));
-        for Replacement { index: at, from } in replace {
-            let (source, format) = (self.blocks.offset(from), self.blocks.format(from));
-            // Decoded bytes are not what the model computed: they never pass as the clean block.
-            let private = self.blocks.get(from).private || format != Format::Raw;
-            let new = self.blocks.create(tenant, private);
-            // The copy overwrites the whole slot, so there is nothing to zero.
-            prepared.steps.push(match format {
-                Format::Raw => Step::Copy { from_offset: source, to_offset: new.offset },
-                format => Step::Reopen { format, from_offset: source, to_offset: new.offset },
-            });
-            self.blocks.copy_token_ids(from, new.id);
-            self.sequences[index].rest.replacing.push((at, new.id));
-            after_private = private;
-            prepared.pinned.push(from);
-            self.counters.copies_on_write += 1;
-        }
-        for _ in existing..touched.end {
-            after_private |= state.window_start > SINK_TOKENS;
-            let new = self.blocks.create(tenant, after_private);
-            if new.must_zero {
-                prepared.steps.push(Step::Zero { slot_offset: new.offset });
-                self.counters.slots_zeroed += 1;
-            }
-            state.blocks.push(new.id);
-        }
-        Ok(prepared)
-    }
-
-    fn is_private(&self, id: BlockId) -> bool {
-        id == BlockId::DROPPED || self.blocks.get(id).private
-    }
-
-    /// Whether a write may go straight into the block.
-    fn is_writable(&mut self, id: BlockId) -> bool {
-        let block = self.blocks.get(id);
-        if block.refs > 1 || block.moving || block.state != BlockState::Open {
-            return false;
-        }
-        // A view taken before tokens were cut off still shows them, and the write would change them under its eyes.
-        if block.rewound && !self.blocks.is_pinned(id) {
-            self.blocks.get_mut(id).rewound = false;
-        }
-        !self.blocks.get(id).rewound
-    }
-
-    /// A write has landed, one way or the other: its blocks may be moved again.
-    fn end_write(&mut self, index: usize) {
-        for block in self.sequences[index].writing.drain(..) {
-            self.blocks.get_mut(block).writing = false;
-        }
-        self.blocks.resume_draining();
-    }
-
-    /// A write has landed: its copies take their places.
-    fn keep_write(&mut self, index: usize) {
-        self.end_write(index);
-        let entry = &mut self.sequences[index];
-        entry.rest.reserved_in_flight = 0;
-        if entry.rest.replacing.is_empty() {
+        blocks.resume_draining();
+        if !std::mem::take(took_blocks) {
             return;
         }
-        let replacing = std::mem::take(&mut entry.rest.replacing);
-        let shared = entry.shared.clone();
-        let mut state = shared.state();
-        for (at, new) in replacing {
-            self.blocks.release(std::mem::replace(&mut state.blocks[at], new));
-        }
-    }
-
-    /// Lets go of what a failed write had taken: the sequence has what it had.
-    fn abandon_write(&mut self, index: usize, error: &Error) {
-        self.end_write(index);
-        let entry = &mut self.sequences[index];
-        let shared = entry.shared.clone();
-        let mut state = shared.state();
-        let keep = self.config.layout.blocks_for(state.end() as usize);
-        let copies = std::mem::take(&mut entry.rest.replacing).into_iter().map(|(_, copy)| copy);
-        for block in copies.chain(state.blocks.drain(keep..)) {
+        let reserved = std::mem::take(&mut rest.reserved_in_flight);
+        let replacing = std::mem::take(&mut rest.replacing);
+        let Err(error) = landed else {
+            for (at, new) in replacing {
+                blocks.release(std::mem::replace(&mut state.blocks[at], new));
+            }
+            return;
+        };
+        let keep = config.layout.blocks_for(state.end() as usize);
+        for block in replacing.into_iter().map(|(_, copy)| copy).chain(state.blocks.drain(keep..)) {
             if matches!(error, Error::Device(_)) {
                 // Nobody knows how far it came: the slot may still hold what was there before.
-                self.blocks.spoil(block);
+                blocks.spoil(block);
             }
-            self.blocks.release(block);
+            blocks.release(block);
         }
         // What was promised is promised again, unless somebody looks at the slots that came back.
-        let reserved = std::mem::take(&mut entry.rest.reserved_in_flight);
-        if self.blocks.pool_mut().reserve_raw(reserved) {
-            entry.rest.reserved += reserved;
+        if blocks.pool_mut().reserve_raw_again(reserved) {
+            rest.reserved += reserved;
         }
     }
 
@@ -444,13 +315,14 @@ impl DeviceCore {
         token_ids: &[u32],
         extra: Option<ExtraIdentity>,
     ) -> Result<Outcome, Error> {
-        let tokens = token_ids.len() as u64;
-        if let Err(error) = landed.and_then(|()| self.config.token_budget.take(tokens)) {
-            self.abandon_write(index, &error);
-            return Err(error);
-        }
-        self.keep_write(index);
-        Ok(Outcome::Appended { committed: self.commit(index, token_ids, extra) })
+        let DeviceCore { sequences, blocks, config, counters, .. } = self;
+        let SequenceEntry { shared, rest, writing, took_blocks, .. } = &mut sequences[index];
+        let mut state = shared.state();
+        let landed = landed.and_then(|()| config.token_budget.take(token_ids.len() as u64));
+        Self::end_write((writing, took_blocks, rest), blocks, config, &mut state, &landed);
+        landed?;
+        commit(rest, blocks, config, counters, &mut state, token_ids, extra);
+        Ok(Outcome::Appended { committed: state.committed })
     }
 
     pub(super) fn land_stage(
@@ -460,15 +332,13 @@ impl DeviceCore {
         layer: u32,
         tokens: u32,
     ) -> Result<Outcome, Error> {
-        if let Err(error) = landed {
-            self.abandon_write(index, &error);
-            return Err(error);
-        }
-        self.keep_write(index);
-        let shared = &self.sequences[index].shared;
+        let DeviceCore { sequences, blocks, config, .. } = self;
+        let SequenceEntry { shared, rest, writing, took_blocks, .. } = &mut sequences[index];
         let mut state = shared.state();
+        Self::end_write((writing, took_blocks, rest), blocks, config, &mut state, &landed);
+        landed?;
         if state.staged.is_empty() {
-            state.staged = vec![state.committed; self.config.layout.layers];
+            state.staged = vec![state.committed; config.layout.layers];
         }
         let staged = &mut state.staged[layer as usize];
         *staged += tokens;
@@ -481,91 +351,22 @@ impl DeviceCore {
         token_ids: &[u32],
         extra: Option<ExtraIdentity>,
     ) -> Result<Outcome, Error> {
-        let shared = self.sequences[index].shared.clone();
-        let tokens = token_ids.len() as u32;
-        let most_staged = {
-            let state = shared.state();
-            for layer in 0..self.config.layout.layers {
-                let staged = state.visible(layer) - state.committed;
-                if staged < tokens {
-                    return Err(Error::NotStaged { tokens, layer: layer as u32, staged });
-                }
-            }
-            state.end() - state.committed
-        };
-        self.config.token_budget.take(u64::from(tokens))?;
-        let committed = self.commit(index, token_ids, extra);
+        let DeviceCore { sequences, blocks, config, counters, .. } = self;
+        let SequenceEntry { shared, rest, .. } = &mut sequences[index];
         let mut state = shared.state();
+        let tokens = token_ids.len() as u32;
+        for layer in 0..config.layout.layers {
+            let staged = state.visible(layer) - state.committed;
+            if staged < tokens {
+                return Err(Error::NotStaged { tokens, layer: layer as u32, staged });
+            }
+        }
+        config.token_budget.take(u64::from(tokens))?;
+        let rewound = state.end() - state.committed > tokens;
+        commit(rest, blocks, config, counters, &mut state, token_ids, extra);
         state.staged = Vec::new();
-        self.release_tail(&mut state, most_staged > tokens);
-        Ok(Outcome::Committed { committed })
-    }
-
-    /// Counts tokens in whose keys and values are in place in every layer. The caller has taken them from the budget.
-    fn commit(&mut self, index: usize, token_ids: &[u32], extra: Option<ExtraIdentity>) -> u32 {
-        let layout = self.config.layout;
-        let tokens = token_ids.len() as u32;
-        let shared = self.sequences[index].shared.clone();
-        let mut state = shared.state();
-        let start = state.committed;
-        let mut done = 0;
-        if let Some(extra) = extra {
-            self.sequences[index].rest.extra.extend((start..start + tokens).map(|at| (at, extra)));
-        }
-        for (at, inside) in pieces(layout.block_tokens, start..start + tokens) {
-            let id = state.blocks[at];
-            // Computed from fewer tokens than there are ids: no key says which.
-            self.blocks.get_mut(id).private |= state.window_start > SINK_TOKENS;
-            self.blocks.set_token_ids(id, inside.start, &token_ids[done..done + inside.len()]);
-            done += inside.len();
-            if inside.end == layout.block_tokens {
-                let key = self.next_key(index, &state, at);
-                self.blocks.complete(id, key, &mut self.counters);
-            }
-        }
-        state.committed = start + tokens;
-        self.counters.tokens_committed += u64::from(tokens);
-        if let Some(ratio) = self.config.keep_ratio {
-            self.drop_tokens(&mut state, ratio);
-        }
-        state.committed
-    }
-
-    /// The key of a block that has just become full; none behind a private block.
-    fn next_key(&self, index: usize, state: &SequenceState, at: usize) -> Option<BlockKey> {
-        let entry = &self.sequences[index];
-        let parent = match at.checked_sub(1) {
-            None => entry.rest.root,
-            Some(before) if state.blocks[before] == BlockId::DROPPED => return None,
-            Some(before) => self.blocks.key(state.blocks[before])?,
-        };
-        let block_tokens = self.config.layout.block_tokens as u32;
-        let inside = at as u32 * block_tokens..(at as u32 + 1) * block_tokens;
-        let extra = entry.rest.extra.iter().copied().filter(|(position, _)| inside.contains(position));
-        let extra = extra.map(|(position, identity)| (position - inside.start, identity));
-        Some(BlockKey::child(&self.config.secret, parent, self.blocks.token_ids(state.blocks[at]), extra))
-    }
-
-    /// Token dropping by truncation: keeps the first tokens and the most recent ones, `ratio` of all together.
-    ///
-    /// Attention sinks plus a recent window, as in StreamingLLM (Xiao et al., 2024, arXiv 2309.17453). The window never
-    /// moves back, and whole blocks go without moving a byte.
-    fn drop_tokens(&mut self, state: &mut SequenceState, ratio: f32) {
-        let kept = (f64::from(state.committed) * f64::from(ratio)).ceil() as u32;
-        let recent = kept.saturating_sub(SINK_TOKENS).max(1);
-        let window_start = state.committed.saturating_sub(recent);
-        if window_start <= state.window_start.max(SINK_TOKENS) {
-            return;
-        }
-        let block_tokens = self.config.layout.block_tokens as u32;
-        // Whole blocks between the sinks and the window.
-        let first = SINK_TOKENS.div_ceil(block_tokens).max(state.window_start / block_tokens);
-        state.window_start = window_start;
-        for at in first..window_start / block_tokens {
-            let id = std::mem::replace(&mut state.blocks[at as usize], BlockId::DROPPED);
-            self.blocks.release(id);
-        }
-        self.counters.window_moves += 1;
+        release_tail(blocks, config, &mut state, rewound);
+        Ok(Outcome::Committed { committed: state.committed })
     }
 
     pub(super) fn plan_read(
@@ -615,9 +416,209 @@ impl DeviceCore {
     }
 }
 
+/// Where a write goes.
+pub(super) enum WriteTarget {
+    /// An append, with the position that it expects.
+    AllLayers { at: Option<u32> },
+    /// A staged layer.
+    Layer(u32),
+}
+
+/// The tokens that a write will fill, or why it may not.
+fn check_write(
+    config: &CoreConfig,
+    state: &SequenceState,
+    target: &WriteTarget,
+    tokens: u32,
+) -> Result<Range<u32>, Error> {
+    let start = match *target {
+        WriteTarget::AllLayers { at: Some(expected) } if expected != state.committed => {
+            return Err(Error::Position { expected, actual: state.committed });
+        }
+        WriteTarget::AllLayers { .. } if !state.staged.is_empty() => {
+            return Err(Error::StagedTokens { staged: state.end() - state.committed });
+        }
+        WriteTarget::AllLayers { .. } => state.committed,
+        WriteTarget::Layer(layer) => state.visible(layer as usize),
+    };
+    let max_tokens = config.max_tokens;
+    let end = match start.checked_add(tokens) {
+        Some(end) if end <= max_tokens => end,
+        _ => return Err(Error::SequenceTooLong { tokens: u64::from(start) + u64::from(tokens), max_tokens }),
+    };
+    config.token_budget.check(u64::from(end - state.committed))?;
+    Ok(start..end)
+}
+
 /// Steps that make blocks writable, and the blocks that the copies among them read.
 #[derive(Default)]
 struct Prepared {
     steps: SmallVec<[Step; 1]>,
     pinned: SmallVec<[BlockId; 1]>,
+    took_blocks: bool,
+}
+
+/// Makes every block under `range` exist and be this sequence's to write, or changes nothing.
+fn prepare_blocks(
+    rest: &mut Rest,
+    blocks: &mut BlockStore,
+    config: &CoreConfig,
+    counters: &mut CoreCounters,
+    state: &mut SequenceState,
+    range: Range<u32>,
+) -> Result<Prepared, Error> {
+    let layout = config.layout;
+    let existing = state.blocks.len();
+    let touched = range.start as usize / layout.block_tokens..layout.blocks_for(range.end as usize);
+    // Places of blocks that the write must not touch: private copies will take them.
+    let mut replace = SmallVec::<[usize; 1]>::new();
+    for at in touched.start..touched.end.min(existing) {
+        if !blocks.is_writable(state.blocks[at]) {
+            replace.push(at);
+        }
+    }
+    let needed = replace.len() + touched.end.saturating_sub(existing);
+    if needed == 0 {
+        return Ok(Prepared::default());
+    }
+    let reserved = rest.reserved.min(needed);
+    let free = blocks.raw_available(needed - reserved);
+    if needed - reserved > free {
+        let (needed, free) = (needed as u32, (free + reserved) as u32);
+        return Err(Error::Capacity { needed, free, evictable: 0 });
+    }
+    rest.reserved -= reserved;
+    rest.reserved_in_flight = reserved;
+    blocks.pool_mut().unreserve_raw(reserved);
+    let mut prepared = Prepared { took_blocks: true, ..Prepared::default() };
+    let mut after_private = state.blocks.last().is_some_and(|&id| blocks.is_private(id));
+    for at in replace {
+        let from = state.blocks[at];
+        let (source, format) = (blocks.offset(from), blocks.format(from));
+        // Decoded bytes are not what the model computed: they never pass as the clean block.
+        let private = blocks.get(from).private || format != Format::Raw;
+        let new = blocks.create(rest.tenant, private);
+        // The copy overwrites the whole slot, so there is nothing to zero.
+        prepared.steps.push(match format {
+            Format::Raw => Step::Copy { from_offset: source, to_offset: new.offset },
+            format => Step::Reopen { format, from_offset: source, to_offset: new.offset },
+        });
+        blocks.copy_token_ids(from, new.id);
+        rest.replacing.push((at, new.id));
+        after_private = private;
+        prepared.pinned.push(from);
+        counters.copies_on_write += 1;
+    }
+    for _ in existing..touched.end {
+        after_private |= state.window_start > SINK_TOKENS;
+        let new = blocks.create(rest.tenant, after_private);
+        if new.must_zero {
+            prepared.steps.push(Step::Zero { slot_offset: new.offset });
+            counters.slots_zeroed += 1;
+        }
+        state.blocks.push(new.id);
+    }
+    Ok(prepared)
+}
+
+/// Lets go of the blocks behind the last token. With `rewound`, the block that holds it was cut.
+fn release_tail(blocks: &mut BlockStore, config: &CoreConfig, state: &mut SequenceState, rewound: bool) {
+    let layout = &config.layout;
+    let keep = layout.blocks_for(state.end() as usize);
+    for block in state.blocks.drain(keep..) {
+        blocks.release(block);
+    }
+    let partial = !(state.committed as usize).is_multiple_of(layout.block_tokens);
+    if rewound && partial {
+        let tail = state.blocks[layout.blocks_for(state.committed as usize) - 1];
+        if blocks.get(tail).refs == 1 {
+            blocks.reopen_raw(tail);
+        } else {
+            // Others still count its tokens as they were. The write to come copies it anyway.
+            blocks.get_mut(tail).rewound = true;
+        }
+    }
+}
+
+/// Counts tokens in whose keys and values are in place in every layer. The caller has taken them from the budget.
+fn commit(
+    rest: &mut Rest,
+    blocks: &mut BlockStore,
+    config: &CoreConfig,
+    counters: &mut CoreCounters,
+    state: &mut SequenceState,
+    token_ids: &[u32],
+    extra: Option<ExtraIdentity>,
+) {
+    let block_tokens = config.layout.block_tokens;
+    let tokens = token_ids.len() as u32;
+    let start = state.committed;
+    let mut done = 0;
+    if let Some(extra) = extra {
+        rest.extra.extend((start..start + tokens).map(|at| (at, extra)));
+    }
+    for (at, inside) in pieces(block_tokens, start..start + tokens) {
+        let id = state.blocks[at];
+        // Computed from fewer tokens than there are ids: no key says which.
+        blocks.get_mut(id).private |= state.window_start > SINK_TOKENS;
+        blocks.set_token_ids(id, inside.start, &token_ids[done..done + inside.len()]);
+        done += inside.len();
+        if inside.end == block_tokens {
+            let key = next_key(rest, blocks, config, state, at);
+            blocks.complete(id, key, counters);
+        }
+    }
+    state.committed = start + tokens;
+    counters.tokens_committed += u64::from(tokens);
+    if let Some(ratio) = config.keep_ratio {
+        drop_tokens(blocks, config, counters, state, ratio);
+    }
+}
+
+/// The key of a block that has just become full; none behind a private block.
+fn next_key(
+    rest: &Rest,
+    blocks: &BlockStore,
+    config: &CoreConfig,
+    state: &SequenceState,
+    at: usize,
+) -> Option<BlockKey> {
+    let parent = match at.checked_sub(1) {
+        None => rest.root,
+        Some(before) if state.blocks[before] == BlockId::DROPPED => return None,
+        Some(before) => blocks.key(state.blocks[before])?,
+    };
+    let block_tokens = config.layout.block_tokens as u32;
+    let inside = at as u32 * block_tokens..(at as u32 + 1) * block_tokens;
+    let extra = rest.extra.iter().copied().filter(|(position, _)| inside.contains(position));
+    let extra = extra.map(|(position, identity)| (position - inside.start, identity));
+    Some(BlockKey::child(&config.secret, parent, blocks.token_ids(state.blocks[at]), extra))
+}
+
+/// Token dropping by truncation: keeps the first tokens and the most recent ones, `ratio` of all together.
+///
+/// Attention sinks plus a recent window, as in StreamingLLM (Xiao et al., 2024, arXiv 2309.17453). The window never
+/// moves back, and whole blocks go without moving a byte.
+fn drop_tokens(
+    blocks: &mut BlockStore,
+    config: &CoreConfig,
+    counters: &mut CoreCounters,
+    state: &mut SequenceState,
+    ratio: f32,
+) {
+    let kept = (f64::from(state.committed) * f64::from(ratio)).ceil() as u32;
+    let recent = kept.saturating_sub(SINK_TOKENS).max(1);
+    let window_start = state.committed.saturating_sub(recent);
+    if window_start <= state.window_start.max(SINK_TOKENS) {
+        return;
+    }
+    let block_tokens = config.layout.block_tokens as u32;
+    // Whole blocks between the sinks and the window.
+    let first = SINK_TOKENS.div_ceil(block_tokens).max(state.window_start / block_tokens);
+    state.window_start = window_start;
+    for at in first..window_start / block_tokens {
+        let id = std::mem::replace(&mut state.blocks[at as usize], BlockId::DROPPED);
+        blocks.release(id);
+    }
+    counters.window_moves += 1;
 }

@@ -12,9 +12,11 @@
 //! | [`model`] | the naive model: sequence → tokens → values |
 //! | [`scenario`] | random settings |
 //! | [`oracle`] | the scheduler: random operations, any legal order, every answer checked against the model |
+//! | [`replay`] | deterministic mode: the same operations, differently cut, give the same bytes and places |
 
 pub mod model;
 pub mod oracle;
+pub mod replay;
 pub mod rig;
 mod rng;
 pub mod scenario;

@@ -197,6 +197,11 @@ impl SimDevice {
         sim.memory.bytes[range].chunks_exact(4).map(element).find(|x| wrong(*x))
     }
 
+    /// Writes one f32 where nobody asked for it: memory that goes bad.
+    pub fn damage(&self, at: usize, value: f32) {
+        self.lock().memory.bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    }
+
     /// What it has done so far.
     pub fn counts(&self) -> SimCounts {
         self.lock().counts
