@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use kv_cache_actors::block::HashSecret;
 use kv_cache_actors::error::ConfigError;
 use kv_cache_actors::format::Format;
 use kv_cache_actors::geometry::{BlockLayout, Geometry};
@@ -167,7 +168,7 @@ pub struct CacheConfig {
     pub auto_tune: bool,
     /// Secret of the block keys. Left out, each cache makes its own; give caches that exchange keys the same one.
     #[serde(default, skip_serializing)]
-    pub hash_secret: Option<[u8; 32]>,
+    pub hash_secret: Option<HashSecret>,
 }
 
 mod defaults {

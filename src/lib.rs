@@ -24,7 +24,7 @@ pub use config::{CacheConfig, Compression, CompressionMethod, Devices, EvictionS
 pub use element::Element;
 pub use error::{BuildError, ConfigError, Error, ErrorKind};
 pub use half;
-pub use kv_cache_actors::block::ExtraIdentity;
+pub use kv_cache_actors::block::{ExtraIdentity, HashSecret};
 pub use kv_cache_actors::format::Format;
 pub use kv_cache_actors::geometry::{
     BlockLayout, ElementType, Geometry, LayerGroup, Plane, Rope, RopeLayout,

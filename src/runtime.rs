@@ -58,7 +58,7 @@ pub(crate) fn open(
     };
     tracing::debug!(target: "kv_cache::devices", kernels = kernels.name(), "CPU kernels chosen");
     let secret = match config.hash_secret.take() {
-        Some(secret) => HashSecret(secret),
+        Some(secret) => secret,
         None if config.deterministic => HashSecret([0; 32]),
         None => {
             let mut secret = [0; 32];

@@ -38,7 +38,7 @@ impl std::fmt::Debug for BlockKey {
 }
 
 /// The secret that keeps block keys from being predicted or forged by whoever chooses the prompts (CVE-2025-25183).
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HashSecret(pub [u8; 32]);
 
 impl std::fmt::Debug for HashSecret {

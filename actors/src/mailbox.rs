@@ -8,11 +8,13 @@
 //! | landed | transfer actor | [`TRANSFERS_MAX`]: no more launches than that are out, so a send cannot block |
 //! | doorbell | the device's own threads | 1: rung is rung |
 
+use std::sync::atomic::fence;
+
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, never, select_biased};
 
 use crate::device::Submissions;
 use crate::memory::{DeviceLost, Doorbell, LaneKind, Launch};
-use crate::sync::Arc;
+use crate::sync::{Arc, Ordering};
 
 /// Launches that may be with a transfer actor at once; more wait with the device actor.
 pub(crate) const TRANSFERS_MAX: usize = 64;
@@ -56,6 +58,9 @@ pub(crate) struct DeviceMailbox {
 pub(crate) struct DeviceSender {
     pub(crate) control: Sender<Control>,
     pub(crate) data: Sender<Submissions>,
+    /// The other end of `data`. A bounded channel keeps what it holds when its receiver goes, and with it the callers who
+    /// wait: whoever sends to an actor that has ended takes it back from here.
+    pub(crate) unreceived: Receiver<Submissions>,
 }
 
 /// The sending side of the transfer actor.
@@ -78,7 +83,7 @@ pub(crate) fn shard(data_capacity: usize) -> (DeviceSender, DeviceMailbox, Trans
     let (ring, doorbell) = bounded(1);
     let (transfer_ring, transfer_doorbell) = bounded(1);
     (
-        DeviceSender { control: control_tx, data: data_tx },
+        DeviceSender { control: control_tx, data: data_tx, unreceived: data.clone() },
         DeviceMailbox { control, data, landed, doorbell, ring },
         TransferSender(launch_tx),
         TransferMailbox { launches, landed: landed_tx, doorbell: transfer_doorbell, ring: transfer_ring },
@@ -97,6 +102,12 @@ impl DeviceMailbox {
     /// Wakes this actor.
     pub(crate) fn doorbell(&self) -> Doorbell {
         doorbell(&self.ring)
+    }
+
+    /// Drops what nobody will receive any more. The end must have been recorded before: see [`DeviceSender::unreceived`].
+    pub(crate) fn discard(&self) {
+        fence(Ordering::SeqCst);
+        while self.data.try_recv().is_ok() {}
     }
 
     pub(crate) fn depth(&self) -> usize {

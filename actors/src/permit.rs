@@ -117,7 +117,8 @@ impl Shared {
                 state.queue.pop_front();
                 continue;
             };
-            if self.take(waiter.amount, 0).is_err() {
+            // After closing, nobody is let in any more, not even those who have not noticed yet.
+            if self.take(waiter.amount, CLOSED).is_err() {
                 break;
             }
             waiter.granted = true;

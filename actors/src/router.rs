@@ -5,6 +5,7 @@
 //! system adds no wait.
 
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 use std::time::Instant;
 
 use smallvec::SmallVec;
@@ -21,7 +22,7 @@ use crate::sequence::{CloseHook, SequenceId};
 use crate::supervisor::{ActorName, Exit, Supervisor};
 
 /// Messages taken at once.
-const DRAIN_MAX: usize = 4096;
+const DRAIN_MAX: usize = 1024;
 
 #[derive(Debug)]
 enum Message {
@@ -136,17 +137,21 @@ impl RouterActor {
             if outbox.is_empty() {
                 continue;
             }
-            let submissions = std::mem::take(outbox);
-            if let Err(error) = shard.sender.data.try_send(submissions) {
-                let number = number as u16;
-                let lost = self.supervisor.lost(number).unwrap_or(Error::Closed);
+            let number = number as u16;
+            let refused = shard.sender.data.try_send(std::mem::take(outbox)).map_err(|error| {
                 if error.is_full() {
                     // Permits make this impossible; if it happens, answering beats waiting.
                     tracing::error!(target: "kv_cache::router", shard = number, "a shard's lane was full");
                 }
-                for submission in error.into_inner() {
-                    submission.refuse(&lost);
-                }
+                error.into_inner()
+            });
+            // The device actor records its end and then discards what it has not received; this looks the other way round,
+            // so whatever lies between the two is found by one of them.
+            fence(Ordering::SeqCst);
+            let lost = self.supervisor.lost(number);
+            let stranded = lost.is_some().then(|| shard.sender.unreceived.try_iter()).into_iter().flatten();
+            for submission in refused.err().into_iter().chain(stranded).flatten() {
+                submission.refuse(lost.as_ref().unwrap_or(&Error::Closed));
             }
         }
     }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 use crate::block::BlockId;
 use crate::error::Error;
@@ -133,8 +134,9 @@ pub struct SequenceState {
     pub committed: u32,
     /// Per layer, up to which token it is staged; empty while nothing is staged.
     pub staged: Vec<u32>,
-    /// Blocks in order; [`BlockId::DROPPED`] where token dropping released one.
-    pub blocks: Vec<BlockId>,
+    /// Blocks in order, short lists in place: with many sequences open each list elsewhere is one more wait for memory.
+    /// [`BlockId::DROPPED`] where token dropping released one.
+    pub blocks: SmallVec<[BlockId; 6]>,
     /// Tokens `SINK_TOKENS..window_start` were dropped (none while it is at most `SINK_TOKENS`).
     pub window_start: u32,
 }

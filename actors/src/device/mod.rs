@@ -28,7 +28,7 @@ use crate::stats::SharedStats;
 use crate::supervisor::{ActorName, Exit, Supervisor, panic_message};
 
 /// Submissions taken from the mailbox before the launches built from them go out: bounds the wait of the first one.
-const DRAIN_MAX: usize = 16_384;
+const DRAIN_MAX: usize = 4096;
 
 /// What a shard shows to readers who send it no message.
 #[derive(Debug, Clone)]
@@ -97,6 +97,7 @@ pub(crate) fn run<L: Lane>(parts: DeviceParts<L>, ready: impl FnOnce(ShardView))
     };
     // Before the actor is dropped, and every unanswered reply with it.
     supervisor.ended(ActorName::Device(shard), exit);
+    actor.mailbox.discard();
     directory.remove_shard(shard);
 }
 

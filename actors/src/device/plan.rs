@@ -99,7 +99,7 @@ impl DeviceCore {
     ) -> Result<Outcome, Error> {
         let reserved = self.config.layout.blocks_for(options.reserve_tokens as usize);
         let free = self.blocks.raw_available(reserved);
-        if !self.blocks.pool_mut().reserve_raw_again(reserved) {
+        if !self.blocks.pool_mut().reserve_raw(reserved) {
             return Err(Error::Capacity { needed: reserved as u32, free: free as u32, evictable: 0 });
         }
         let dropping =
@@ -145,7 +145,8 @@ impl DeviceCore {
             let partial = !(state.committed as usize).is_multiple_of(self.config.layout.block_tokens);
             let shows_staged = partial && state.end() > state.committed;
             // Staged tokens are the owner's alone.
-            let blocks = state.blocks[..self.config.layout.blocks_for(state.committed as usize)].to_vec();
+            let held = self.config.layout.blocks_for(state.committed as usize);
+            let blocks = state.blocks[..held].into();
             let (committed, window_start) = (state.committed, state.window_start);
             (shows_staged, SequenceState { committed, staged: Vec::new(), blocks, window_start })
         };

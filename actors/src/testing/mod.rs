@@ -14,6 +14,8 @@
 //! | [`oracle`] | the scheduler: random operations, any legal order, every answer checked against the model |
 //! | [`replay`] | deterministic mode: the same operations, differently cut, give the same bytes and places |
 
+#[cfg(all(test, shuttle))]
+mod interleavings;
 pub mod model;
 pub mod oracle;
 pub mod replay;
