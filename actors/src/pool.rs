@@ -515,7 +515,7 @@ mod tests {
         assert!(!again.must_zero, "its own bytes");
         pool.free(SizeClass::Raw, again.slot);
         assert!(pool.take_raw(2).unwrap().must_zero);
-        drop(held);
+        pool.free(SizeClass::Raw, held.slot);
     }
 
     #[test]

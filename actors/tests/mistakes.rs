@@ -235,9 +235,13 @@ fn a_slot_never_shows_one_tenant_another_ones_text() {
 /// 4. The launch that was to zero a slot fails: the slot still counts as the other tenant's.
 #[test]
 fn a_slot_whose_zeroing_failed_is_zeroed_the_next_time() {
-    let mut rig = Rig::new(&small(Format::Raw));
+    // Several slots to a chunk, and one of them in use: the chunk stays what it is.
+    let mut rig = Rig::new(&Setup { blocks: 128, ..small(Format::Raw) });
+    assert!(rig.config().pool.chunk_bytes > rig.config().pool.raw_slot_bytes);
     drop(fill_pool(&mut rig, 1));
     rig.settle();
+    let neighbour = rig.open(2);
+    must_append(&mut rig, neighbour.id(), 2, 1, 1);
     let handle = rig.open(2);
     let batch = append(&mut rig, handle.id(), 2, 1, 1);
     let ticket = rig.submit(batch);
@@ -249,7 +253,7 @@ fn a_slot_whose_zeroing_failed_is_zeroed_the_next_time() {
     let (bytes, pin) = pin(&rig, &handle, 0);
     assert_eq!(rig.device.find_element(bytes, |x| tenant_of(x).is_some_and(|tenant| tenant != 2)), None);
     drop(pin);
-    finish(rig, [handle]);
+    finish(rig, [neighbour, handle]);
 }
 
 /// 4. A slot is pinned by a reader: it is quarantined when freed, and its bytes do not change.

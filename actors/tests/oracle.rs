@@ -16,7 +16,7 @@ use kv_cache_actors::testing::oracle::{Faults, Report, run};
 const RUN_OPERATIONS: u64 = 3000;
 
 /// Operations of all tests together.
-const OPERATIONS: u64 = 6_000_000;
+const OPERATIONS: u64 = 8_000_000;
 
 fn from_environment(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name}={text} is no number")))

@@ -136,7 +136,7 @@ impl ModelSequence {
     /// A fork of it.
     pub fn fork(&self, rules: &Rules, id: SequenceId) -> Self {
         let mut fork = self.clone();
-        let cut = self.committed as usize % rules.layout.block_tokens != 0;
+        let cut = !(self.committed as usize).is_multiple_of(rules.layout.block_tokens);
         if let (Some(last), true, true) = (fork.blocks.last_mut(), cut, self.has_staged())
             && rules.format != Format::Raw
             && *last == Identity::Public
@@ -350,7 +350,7 @@ impl ModelSequence {
                 self.committed = tokens as u32;
                 self.promised_tokens = 0;
                 self.blocks.truncate(tokens.div_ceil(block_tokens));
-                let cut = tokens % block_tokens != 0;
+                let cut = !tokens.is_multiple_of(block_tokens);
                 if let (Some(last), true, true) = (self.blocks.last_mut(), cut, was_full)
                     && rules.format != Format::Raw
                     && *last == Identity::Public

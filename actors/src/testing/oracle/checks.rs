@@ -122,8 +122,8 @@ impl Oracle {
             let mut reads = Vec::new();
             for layer in 0..self.rules.layout.layers {
                 let (window, visible) = (model.window_start(), model.visible(layer));
-                let ranges = if window > 0 { vec![0..4, window..visible] } else { vec![0..visible] };
-                for tokens in ranges {
+                let sinks = (window > 0).then_some(0..4);
+                for tokens in sinks.into_iter().chain(std::iter::once(window..visible)) {
                     batch.read(tracked.id, layer as u32, tokens.clone());
                     reads.push((layer, tokens));
                 }

@@ -1,0 +1,250 @@
+//! The naive model: a sequence is its tokens' bytes, layer by layer, and a codec is ten lines of arithmetic.
+
+use std::fmt::Debug;
+use std::ops::Range;
+
+use kv_cache::half::{bf16, f16};
+use kv_cache::*;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+/// An element type, with what the tests need of it.
+pub trait Number: Element + PartialEq + Debug {
+    const MAX: f32;
+    /// Largest relative error of rounding to it.
+    const ROUNDING: f32;
+    const NAN: Self;
+    const INFINITY: Self;
+    fn from_f32(x: f32) -> Self;
+    fn to_f32(self) -> f32;
+    /// As a scale is stored: rounded, and above the floor.
+    fn scale(ideal: f32) -> f32;
+}
+
+impl Number for f16 {
+    const MAX: f32 = 65504.0;
+    const ROUNDING: f32 = 1.0 / 2048.0;
+    const NAN: Self = f16::NAN;
+    const INFINITY: Self = f16::INFINITY;
+    fn from_f32(x: f32) -> Self {
+        f16::from_f32(x)
+    }
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
+    }
+    fn scale(ideal: f32) -> f32 {
+        f16::from_f32(ideal).max(f16::from_bits(1)).to_f32()
+    }
+}
+
+impl Number for bf16 {
+    const MAX: f32 = 3.389_531_4e38;
+    const ROUNDING: f32 = 1.0 / 256.0;
+    const NAN: Self = bf16::NAN;
+    const INFINITY: Self = bf16::INFINITY;
+    fn from_f32(x: f32) -> Self {
+        bf16::from_f32(x)
+    }
+    fn to_f32(self) -> f32 {
+        bf16::to_f32(self)
+    }
+    fn scale(ideal: f32) -> f32 {
+        ideal.max(2f32.powi(-100))
+    }
+}
+
+impl Number for f32 {
+    const MAX: f32 = f32::MAX;
+    const ROUNDING: f32 = f32::EPSILON;
+    const NAN: Self = f32::NAN;
+    const INFINITY: Self = f32::INFINITY;
+    fn from_f32(x: f32) -> Self {
+        x
+    }
+    fn to_f32(self) -> f32 {
+        self
+    }
+    fn scale(ideal: f32) -> f32 {
+        ideal.max(2f32.powi(-100))
+    }
+}
+
+/// Codes and scale of one row.
+pub fn int8_encode<E: Number>(row: &[E]) -> (Vec<i8>, f32) {
+    let most = row.iter().fold(0f32, |most, x| most.max(x.to_f32().abs()));
+    let scale = E::scale(most / 127.0);
+    let code = |x: &E| (x.to_f32() / scale).round_ties_even().clamp(-127.0, 127.0) as i8;
+    (row.iter().map(code).collect(), scale)
+}
+
+/// What codes and a scale stand for.
+pub fn int8_decode<E: Number>(codes: &[i8], scale: f32) -> Vec<E> {
+    codes.iter().map(|&code| E::from_f32((f32::from(code) * scale).clamp(-E::MAX, E::MAX))).collect()
+}
+
+/// A row after it was stored as `int8`.
+pub fn through_int8<E: Number>(row: &[E]) -> Vec<E> {
+    let (codes, scale) = int8_encode(row);
+    int8_decode(&codes, scale)
+}
+
+fn bits<E: Number>(row: &[E]) -> &[u8] {
+    bytemuck::cast_slice(row)
+}
+
+/// Keys and values of some tokens: `[layers, tokens, kv_heads, dim]`.
+#[derive(Clone, Debug)]
+pub struct Tokens<E> {
+    pub layout: BlockLayout,
+    pub ids: Vec<u32>,
+    pub keys: Vec<E>,
+    pub values: Vec<E>,
+}
+
+impl<E: Number> Tokens<E> {
+    /// Rows of every kind: ordinary, zero, constant, tiny, and as large as the type goes.
+    pub fn generate(layout: BlockLayout, tokens: usize, seed: u64) -> Self {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut plane = |dim: usize| {
+            let mut elements = Vec::with_capacity(layout.layers * tokens * layout.kv_heads * dim);
+            for _ in 0..layout.layers * tokens * layout.kv_heads {
+                let most = match rng.random_range(0..16) {
+                    0 => 0.0,
+                    1 => E::MAX,
+                    2 => 1e-6,
+                    _ => rng.random_range(0.5f32..8.0),
+                };
+                let constant = rng.random_range(0..16) == 0;
+                let one = E::from_f32(rng.random_range(-1.0f32..1.0) * most);
+                let mut next = || E::from_f32(rng.random_range(-1.0f32..1.0) * most);
+                elements.extend((0..dim).map(|_| if constant { one } else { next() }));
+            }
+            elements
+        };
+        let (keys, values) = (plane(layout.key_dim), plane(layout.value_dim));
+        let ids = (0..tokens).map(|_| rng.random()).collect();
+        Tokens { layout, ids, keys, values }
+    }
+
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// `[tokens, kv_heads, key_dim]` of one layer.
+    pub fn keys_of(&self, layer: u32) -> &[E] {
+        let len = self.len() * self.layout.kv_heads * self.layout.key_dim;
+        &self.keys[layer as usize * len..][..len]
+    }
+
+    /// `[tokens, kv_heads, value_dim]` of one layer.
+    pub fn values_of(&self, layer: u32) -> &[E] {
+        let len = self.len() * self.layout.kv_heads * self.layout.value_dim;
+        &self.values[layer as usize * len..][..len]
+    }
+}
+
+/// What a sequence must contain.
+#[derive(Clone, Debug)]
+pub struct Model<E> {
+    layout: BlockLayout,
+    tokens: u32,
+    /// Per layer, `[tokens, kv_heads, dim]`.
+    keys: Vec<Vec<E>>,
+    values: Vec<Vec<E>>,
+}
+
+impl<E: Number> Model<E> {
+    pub fn new(layout: BlockLayout) -> Self {
+        Model {
+            layout,
+            tokens: 0,
+            keys: vec![Vec::new(); layout.layers],
+            values: vec![Vec::new(); layout.layers],
+        }
+    }
+
+    pub fn len(&self) -> u32 {
+        self.tokens
+    }
+
+    pub fn push(&mut self, tokens: &Tokens<E>) {
+        self.push_some(tokens, tokens.len() as u32);
+    }
+
+    /// Adds the first `count` tokens.
+    pub fn push_some(&mut self, tokens: &Tokens<E>, count: u32) {
+        let count = count as usize * self.layout.kv_heads;
+        for layer in 0..self.layout.layers {
+            let (keys, values) = (tokens.keys_of(layer as u32), tokens.values_of(layer as u32));
+            self.keys[layer].extend_from_slice(&keys[..count * self.layout.key_dim]);
+            self.values[layer].extend_from_slice(&values[..count * self.layout.value_dim]);
+        }
+        self.tokens += (count / self.layout.kv_heads) as u32;
+    }
+
+    pub fn truncate(&mut self, tokens: u32) {
+        self.tokens = self.tokens.min(tokens);
+        let heads = self.tokens as usize * self.layout.kv_heads;
+        self.keys.iter_mut().for_each(|layer| layer.truncate(heads * self.layout.key_dim));
+        self.values.iter_mut().for_each(|layer| layer.truncate(heads * self.layout.value_dim));
+    }
+
+    /// `[tokens, kv_heads, dim]` of a range.
+    pub fn rows(&self, plane: Plane, layer: u32, range: Range<u32>) -> &[E] {
+        let per_token = self.layout.kv_heads * self.layout.dim(plane);
+        let all = match plane {
+            Plane::Key => &self.keys[layer as usize],
+            Plane::Value => &self.values[layer as usize],
+        };
+        &all[range.start as usize * per_token..range.end as usize * per_token]
+    }
+
+    /// Every row is as it was written, byte for byte, or (in a lossy format) has been through the codec: once when its block
+    /// was sealed, once more each time that its block was reopened and sealed again.
+    pub fn compare(&self, layer: u32, range: Range<u32>, keys: &[E], values: &[E], format: Format) {
+        self.compare_with(layer, range, keys, values, |written, read| {
+            let mut row = written.to_vec();
+            let mut same = bits(&row) == bits(read);
+            for _ in 0..if format == Format::Int8 { 4 } else { 0 } {
+                row = through_int8(&row);
+                same |= bits(&row) == bits(read);
+            }
+            same
+        });
+    }
+
+    /// Every row has been sealed exactly once.
+    pub fn compare_sealed(&self, layer: u32, range: Range<u32>, keys: &[E], values: &[E], format: Format) {
+        self.compare_with(layer, range, keys, values, |written, read| match format {
+            Format::Int8 => bits(&through_int8(written)) == bits(read),
+            _ => bits(written) == bits(read),
+        });
+    }
+
+    /// Every row is as it was written.
+    pub fn compare_exact(&self, layer: u32, range: Range<u32>, keys: &[E], values: &[E]) {
+        self.compare_with(layer, range, keys, values, |written, read| bits(written) == bits(read));
+    }
+
+    fn compare_with(
+        &self,
+        layer: u32,
+        range: Range<u32>,
+        keys: &[E],
+        values: &[E],
+        same: impl Fn(&[E], &[E]) -> bool,
+    ) {
+        for (plane, read) in [(Plane::Key, keys), (Plane::Value, values)] {
+            let (written, dim) = (self.rows(plane, layer, range.clone()), self.layout.dim(plane));
+            assert_eq!(read.len(), written.len(), "elements of {plane:?} tokens {range:?}");
+            for (row, (written, read)) in written.chunks(dim).zip(read.chunks(dim)).enumerate() {
+                let token = range.start as usize + row / self.layout.kv_heads;
+                let head = row % self.layout.kv_heads;
+                assert!(
+                    same(written, read),
+                    "{plane:?} of layer {layer}, token {token}, head {head}:\nwritten {written:?}\nread    {read:?}"
+                );
+            }
+        }
+    }
+}
