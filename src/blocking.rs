@@ -117,6 +117,23 @@ impl BlockingSequence {
         block_on(self.sequence.fork()).map(|sequence| BlockingSequence { sequence })
     }
 
+    /// See [`Sequence::fork_many`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn fork_many(&self, count: u32) -> Result<Vec<BlockingSequence>, Error> {
+        let forks = block_on(self.sequence.fork_many(count))?;
+        Ok(forks.into_iter().map(|sequence| BlockingSequence { sequence }).collect())
+    }
+
+    /// See [`Sequence::close`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn close(self) -> Result<(), Error> {
+        block_on(self.sequence.close())
+    }
+
     /// See [`Sequence::truncate`].
     ///
     /// # Errors

@@ -184,7 +184,8 @@ impl Cache {
     /// # Errors
     /// The batch, as it was, with what [`Cache::submit`] would have said. (Operations that the door refuses are marked as
     /// such in it, and stay refused.)
-    #[allow(clippy::type_complexity)]
+    // The error is the batch, handed back as it came: boxing it would be the caller's loss.
+    #[allow(clippy::type_complexity, clippy::result_large_err)]
     pub fn try_submit(
         &self,
         batch: BatchCacheOperations,
@@ -220,6 +221,10 @@ impl Cache {
     /// # Errors
     /// [`Error::Layer`], [`Error::ClosedSequence`], [`Error::ShardLost`].
     pub fn block_table(&self, sequences: &[&Sequence], layer: u32) -> Result<BlockTable, Error> {
+        // Ids repeat between caches: a handle of another one must not name a sequence of this one.
+        if let Some(stranger) = sequences.iter().find(|sequence| !sequence.is_of(&self.runtime)) {
+            return Err(Error::UnknownSequence(stranger.id()));
+        }
         let ids: Vec<SequenceId> = sequences.iter().map(|sequence| sequence.id()).collect();
         BlockTable::new(&self.runtime, &ids, layer)
     }

@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::BuildError;
 
+/// More CPU shards than this are a slip of the pen.
+const CPU_SHARDS_MAX: u16 = 256;
+
 /// Which devices hold the cache.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -273,6 +276,12 @@ impl CacheConfig {
         let layout = self.geometry.layout()?;
         if self.devices == Devices::Cpu(0) {
             return Err(ConfigError::invalid("devices", "cpu = 0", "use at least one CPU device"));
+        }
+        if let Devices::Cpu(shards) = self.devices
+            && shards > CPU_SHARDS_MAX
+        {
+            let fix = format!("use at most {CPU_SHARDS_MAX}: each has two threads and a slab of its own");
+            return Err(ConfigError::invalid("devices", format!("cpu = {shards}"), fix));
         }
         let at_least_one = |field, value: u64| match value {
             0 => Err(ConfigError::invalid(field, 0, "use at least 1")),

@@ -52,7 +52,11 @@ impl Sequence {
         Sequence { open, runtime }
     }
 
-    /// Its id, for batches.
+    pub(crate) fn is_of(&self, runtime: &Arc<Runtime>) -> bool {
+        Arc::ptr_eq(&self.runtime, runtime)
+    }
+
+    /// Its id, for batches of the cache that it was opened on: another cache may have given the same id out.
     pub fn id(&self) -> SequenceId {
         self.open.id()
     }

@@ -73,11 +73,14 @@ impl Stats {
             queue_wait.merge(&shared.queue_wait);
             service.merge(&shared.service);
             stats.batch_sizes.merge(&shared.batch_sizes);
-            stats.total.add(&shared.counters);
+            let lost = runtime.supervisor.lost(shard as u16);
+            // What a lost shard held is gone; what it had counted still happened.
+            let counters = if lost.is_some() { shared.counters.without_gauges() } else { shared.counters };
+            stats.total.add(&counters);
             stats.shards.push(ShardReport {
                 shard: shard as u16,
-                lost: runtime.supervisor.lost(shard as u16).map(|error| error.to_string()),
-                counters: shared.counters,
+                lost: lost.map(|error| error.to_string()),
+                counters,
                 mailbox_depth: shared.mailbox_depth,
                 transfers_in_flight: shared.transfers_in_flight,
             });

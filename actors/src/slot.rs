@@ -207,7 +207,9 @@ mod loom_tests {
     use loom::cell::UnsafeCell;
     use loom::thread;
 
-    /// Two readers race the owner's reuse: a pinned read and the next owner's write never meet.
+    /// Two readers race the owner's reuse: a pinned read and the next owner's write never meet, and no pin is lost.
+    ///
+    /// `RUSTFLAGS="--cfg loom" cargo test -p kv-cache-actors --lib --release loom`
     #[test]
     fn reuse_never_overlaps_a_pinned_read() {
         loom::model(|| {
@@ -226,11 +228,15 @@ mod loom_tests {
                     })
                 })
                 .collect();
-            if let Ok(_vacant) = table.vacate(slot) {
+            let vacated = table.vacate(slot);
+            if vacated.is_ok() {
                 bytes.with_mut(|_| thread::yield_now());
             }
             for reader in readers {
                 reader.join().unwrap();
+            }
+            if let Err(slot) = vacated {
+                assert!(table.vacate(slot).is_ok(), "nobody looks any more");
             }
         });
     }

@@ -58,6 +58,21 @@ pub struct CoreCounters {
 }
 
 impl CoreCounters {
+    /// What has happened, without what is.
+    pub fn without_gauges(self) -> Self {
+        CoreCounters {
+            sequences: 0,
+            blocks_total: 0,
+            blocks_free: 0,
+            blocks_used: 0,
+            blocks_sealed: 0,
+            blocks_waiting_to_seal: 0,
+            slots_quarantined: 0,
+            bytes_used: 0,
+            ..self
+        }
+    }
+
     /// Adds all of `other`, gauges included: the state of two shards together.
     pub fn add(&mut self, other: &CoreCounters) {
         let CoreCounters {

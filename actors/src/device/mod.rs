@@ -201,6 +201,10 @@ impl<L: Lane> DeviceActor<L> {
             for id in self.effects.closed.drain(..) {
                 self.directory.remove(id);
             }
+            if !self.effects.answers.is_empty() {
+                // Whoever has an answer finds its effect in the statistics, and in what admission looks at.
+                self.stats.lock().counters = *self.core.counters();
+            }
             for answer in self.effects.answers.drain(..) {
                 answered += 1;
                 answer.send();

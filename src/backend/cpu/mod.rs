@@ -23,10 +23,14 @@ mod slab;
 pub(crate) use lane::CpuBackend;
 pub(crate) use slab::Slab;
 
-/// Bytes of memory that could be allocated now, where the system says so.
+/// Bytes of memory that could be allocated now, where the system says so: what is free, within what a container may use.
 pub(crate) fn available_bytes() -> Option<u64> {
     let info = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024)
+    // "max" or no such file: no limit of its own (cgroup v2).
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let within = number("/sys/fs/cgroup/memory.max")
+        .map(|max| max.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or(0)));
+    Some(within.unwrap_or(u64::MAX).min(kib * 1024))
 }
