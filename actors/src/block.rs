@@ -128,7 +128,7 @@ pub(crate) enum BlockState {
     Unsealable,
 }
 
-/// One block of a shard.
+/// One block of a shard. Small, since every step looks at one: its key and token ids lie elsewhere.
 #[derive(Debug)]
 pub(crate) struct Block {
     pub(crate) slot: FilledSlot,
@@ -145,7 +145,6 @@ pub(crate) struct Block {
     pub(crate) writing: bool,
     /// It is being copied to another slot: whoever wants to write copies it himself.
     pub(crate) moving: bool,
-    pub(crate) key: Option<BlockKey>,
 }
 
 impl Block {

@@ -42,18 +42,18 @@ fn runs(name: &str, first_seed: u64, share: f64, faults: Faults) -> Report {
 
 #[test]
 fn every_answer_is_what_the_model_says() {
-    let total = runs("no faults", 1, 0.6, Faults::None);
+    let total = runs("no faults", 1, 0.5, Faults::None);
     assert_eq!(total.failed_launches, 0);
 }
 
 #[test]
 fn failed_launches_change_nothing() {
-    let total = runs("failed launches", 1_000_000, 0.3, Faults::FailedLaunches);
+    let total = runs("failed launches", 1_000_000, 0.35, Faults::FailedLaunches);
     assert!(total.failed_launches > 0);
 }
 
 #[test]
 fn a_lost_device_leaves_nobody_waiting() {
-    let total = runs("lost device", 2_000_000, 0.1, Faults::LostDevice);
+    let total = runs("lost device", 2_000_000, 0.15, Faults::LostDevice);
     assert_eq!(total.lost_devices, total.runs);
 }

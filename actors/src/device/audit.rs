@@ -111,7 +111,7 @@ impl DeviceCore {
                 SizeClass::Raw => raw += 1,
                 SizeClass::Sealed => sealed += 1,
             }
-            if block.private && block.key.is_some() {
+            if block.private && self.blocks.key(id).is_some() {
                 return Err(format!("{id:?} is private and has a key"));
             }
         }

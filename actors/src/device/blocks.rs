@@ -18,6 +18,8 @@ pub struct BlockStore {
     blocks: Slab<Block>,
     pool: Pool,
     places: Places,
+    /// The key of every block that is full and not private, by block number.
+    keys: Vec<Option<BlockKey>>,
     /// Token ids of every block, `block_tokens` each, by block number.
     token_ids: Vec<u32>,
     block_tokens: usize,
@@ -89,6 +91,7 @@ impl BlockStore {
         BlockStore {
             blocks: Slab::with_capacity(blocks),
             places: Places::new(blocks, sealed_format),
+            keys: vec![None; blocks],
             token_ids: vec![0; blocks * layout.block_tokens],
             block_tokens: layout.block_tokens,
             sealed_format,
@@ -144,7 +147,7 @@ impl BlockStore {
     }
 
     pub(super) fn key(&self, id: BlockId) -> Option<BlockKey> {
-        self.blocks.get(id.0 as usize)?.key
+        *self.keys.get(id.0 as usize)?
     }
 
     /// Where the block's bytes begin in the slab.
@@ -220,8 +223,8 @@ impl BlockStore {
             rewound: false,
             writing: false,
             moving: false,
-            key: None,
         }) as u32);
+        self.keys[id.0 as usize] = None;
         let slot = self.get(id).slot.id();
         self.owners[slot.0 as usize] = id;
         self.places.publish(id, self.get(id));
@@ -293,8 +296,8 @@ impl BlockStore {
     /// Every token of the block is committed.
     pub(super) fn complete(&mut self, id: BlockId, key: Option<BlockKey>, counters: &mut CoreCounters) {
         let raw_is_sealed = self.sealed_format == Format::Raw;
+        self.keys[id.0 as usize] = if self.get(id).private { None } else { key };
         let block = self.get_mut(id);
-        block.key = if block.private { None } else { key };
         if raw_is_sealed {
             block.state = BlockState::Sealed;
             self.sealed_blocks += 1;
@@ -312,7 +315,7 @@ impl BlockStore {
         block.rewound = true;
         if block.state == BlockState::Full {
             block.state = BlockState::Open;
-            block.key = None;
+            self.keys[id.0 as usize] = None;
         }
     }
 
@@ -416,7 +419,7 @@ impl BlockStore {
                 // Appending checks every element, so this is memory that changed under us: keep the raw bytes.
                 counters.seal_failures += 1;
                 self.get_mut(id).state = BlockState::Unsealable;
-                self.get_mut(id).key = None;
+                self.keys[id.0 as usize] = None;
                 self.free_slot(SizeClass::Sealed, slot);
             }
             None => {

@@ -60,7 +60,7 @@ impl Pool {
         }
         let in_stock = self.chunks.iter().filter(|chunk| chunk.class.is_none()).count();
         let listed: usize = self.with_vacancy.iter().map(Vec::len).sum();
-        let with_vacancy = self.chunks.iter().filter(|chunk| chunk.vacant != 0).count();
+        let with_vacancy = self.chunks.iter().filter(|chunk| chunk.vacant != 0 && !chunk.draining).count();
         for (what, counted, kept) in [
             ("vacant raw slots", vacant_raw, self.vacant_raw),
             ("chunks in stock", in_stock, self.stock.len()),

@@ -29,6 +29,10 @@ pub struct Setup {
     pub deterministic: bool,
     /// Share of tokens kept, if some are dropped.
     pub keep_ratio: Option<f32>,
+    /// Raw slots in a chunk, if not as many as the pool would choose.
+    pub chunk_slots: Option<usize>,
+    /// Sequences that a run keeps open.
+    pub sequences: usize,
 }
 
 impl Setup {
@@ -44,21 +48,20 @@ impl Setup {
             seals_per_launch: 4,
             deterministic: false,
             keep_ratio: None,
+            chunk_slots: None,
+            sequences: 8,
         }
     }
 
     /// Anything that a user could configure, in small.
     pub fn random(rng: &mut Rng) -> Self {
+        if rng.one_in(3) {
+            return Setup::crowded(rng);
+        }
         let block_tokens = rng.pick(&[1, 4, 4, 4, 8, 32]);
-        let (key_dim, value_dim) = rng.pick(&[(4, 4), (3, 5), (6, 2), (8, 7)]);
-        let geometry =
-            geometry(rng.between(1, 3), rng.between(1, 2), key_dim, value_dim).block_tokens(block_tokens);
-        let token_bytes = geometry.layout().map_or(0, |layout| layout.raw_bytes() / layout.block_tokens);
+        let geometry = random_geometry(rng, block_tokens);
         // Small pools run out of room all the time, larger ones share more.
-        let blocks = match block_tokens {
-            32 => rng.between(8, 48),
-            _ => rng.between(12, 140),
-        };
+        let blocks = if block_tokens == 32 { rng.between(8, 48) } else { rng.between(12, 140) };
         Setup {
             format: rng.pick(&[Format::Raw, Format::Int8, Format::Int8]),
             blocks: blocks.into(),
@@ -67,10 +70,32 @@ impl Setup {
                 true => u64::from(blocks * block_tokens / 2),
                 false => u64::MAX,
             },
-            copy_lane_min_bytes: token_bytes * rng.pick(&[0, 1, 2, 4, 1000]),
+            copy_lane_min_bytes: random_copy_lane(rng, &geometry),
             seals_per_launch: rng.pick(&[1, 2, 8]),
             deterministic: rng.one_in(6),
-            keep_ratio: rng.one_in(4).then(|| rng.pick(&[0.1, 0.5, 0.8])),
+            keep_ratio: rng.one_in(3).then(|| rng.pick(&[0.1, 0.5, 0.8])),
+            chunk_slots: None,
+            sequences: rng.pick(&[2, 6, 12, 24]),
+            geometry,
+        }
+    }
+
+    /// Many sequences in a pool of few large chunks, which gets full and fragmented: sealing stalls, and blocks are moved to
+    /// make room for it.
+    fn crowded(rng: &mut Rng) -> Self {
+        let block_tokens = rng.pick(&[1, 2, 4, 8]);
+        let geometry = random_geometry(rng, block_tokens);
+        Setup {
+            format: Format::Int8,
+            blocks: rng.between(40, 160).into(),
+            max_tokens: rng.pick(&[12, 24]) * block_tokens,
+            max_total_tokens: u64::MAX,
+            copy_lane_min_bytes: random_copy_lane(rng, &geometry),
+            seals_per_launch: rng.pick(&[1, 8]),
+            deterministic: rng.one_in(12),
+            keep_ratio: None,
+            chunk_slots: Some(rng.between(2, 12) as usize),
+            sequences: 40,
             geometry,
         }
     }
@@ -82,11 +107,17 @@ impl Setup {
     pub fn config(&self) -> CoreConfig {
         let layout = self.geometry.layout().expect("a geometry that works");
         let slot = layout.raw_bytes().next_multiple_of(crate::pool::SLOT_ALIGN_BYTES) as u64;
+        let mut pool =
+            PoolLayout::plan(&layout, self.format, self.blocks * slot).expect("a budget that works");
+        if let Some(slots) = self.chunk_slots {
+            pool.chunk_bytes = slots * pool.raw_slot_bytes;
+            pool.chunks = self.blocks as usize / slots;
+        }
         CoreConfig {
             shard: 0,
             geometry: self.geometry.clone(),
             layout,
-            pool: PoolLayout::plan(&layout, self.format, self.blocks * slot).expect("a budget that works"),
+            pool,
             sealed_format: self.format,
             max_tokens: self.max_tokens,
             token_budget: TokenBudget::new(self.max_total_tokens),
@@ -97,6 +128,17 @@ impl Setup {
             secret: HashSecret([7; 32]),
         }
     }
+}
+
+fn random_geometry(rng: &mut Rng, block_tokens: u32) -> Geometry {
+    let (key_dim, value_dim) = rng.pick(&[(4, 4), (3, 5), (6, 2), (8, 7)]);
+    geometry(rng.between(1, 3), rng.between(1, 2), key_dim, value_dim).block_tokens(block_tokens)
+}
+
+/// So many tokens go over a copy lane.
+fn random_copy_lane(rng: &mut Rng, geometry: &Geometry) -> usize {
+    let token_bytes = geometry.layout().map_or(0, |layout| layout.raw_bytes() / layout.block_tokens);
+    token_bytes * rng.pick(&[0, 1, 2, 4, 1000])
 }
 
 /// A geometry of f32 elements.

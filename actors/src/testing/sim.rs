@@ -20,7 +20,7 @@ use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::memory::{
     AppendStep, Backend, DeviceLost, Doorbell, Lane, LaneKind, Lanes, Launch, ReadStep, Step,
 };
-use crate::pool::PoolLayout;
+use crate::pool::{PoolLayout, SizeClass};
 
 /// All lanes, in the order of their numbers.
 pub const LANES: [LaneKind; 3] = [LaneKind::Compute, LaneKind::Upload, LaneKind::Download];
@@ -179,6 +179,11 @@ impl SimDevice {
     /// Tells the tracker which slots have changed hands. See [`Tracker::observe`].
     pub fn observe_generations(&self, generation_of: impl Fn(usize) -> u32) {
         self.lock().tracker.observe(generation_of);
+    }
+
+    /// Whether a slot holds decoded tokens. See [`Tracker::is_decoded`].
+    pub fn is_decoded(&self, class: SizeClass, offset: usize) -> bool {
+        self.lock().tracker.is_decoded(class, offset)
     }
 
     /// Copies bytes of the slab to the end of `out`.

@@ -23,6 +23,8 @@ pub struct Tracker {
     raw_written: Vec<bool>,
     /// Per sealed slot.
     sealed_written: Vec<bool>,
+    /// Slots that hold tokens which were decoded, raw ones and sealed ones.
+    decoded: [Vec<bool>; 2],
     /// Generations of the slots when last looked at.
     generations: Vec<u32>,
     /// Accesses under way, per chunk.
@@ -63,6 +65,7 @@ impl Tracker {
         Tracker {
             raw_written: vec![false; slots * layout.layers * layout.block_tokens],
             sealed_written: vec![false; slots],
+            decoded: [vec![false; slots], vec![false; slots]],
             generations: vec![0; slots],
             under_way: vec![Vec::new(); pool.chunks],
             layout,
@@ -79,8 +82,19 @@ impl Tracker {
                 self.generations[slot] = now;
                 self.raw_written[slot * rows..(slot + 1) * rows].fill(false);
                 self.sealed_written[slot] = false;
+                self.decoded.iter_mut().for_each(|decoded| decoded[slot] = false);
             }
         }
+    }
+
+    /// Whether the slot at `offset` holds tokens that were decoded: not what the model computed, whatever their bytes.
+    pub fn is_decoded(&self, class: SizeClass, offset: usize) -> bool {
+        self.decoded[class as usize][self.slot_of(class, offset)]
+    }
+
+    fn set_decoded(&mut self, class: SizeClass, offset: usize, decoded: bool) {
+        let slot = self.slot_of(class, offset);
+        self.decoded[class as usize][slot] = decoded;
     }
 
     fn slot_of(&self, class: SizeClass, offset: usize) -> usize {
@@ -117,14 +131,20 @@ impl Tracker {
     /// If it reads what nobody has written.
     pub fn execute(&mut self, step: &Step) {
         match step {
-            Step::Zero { slot_offset } => self.whole(*slot_offset).fill(false),
+            Step::Zero { slot_offset } => {
+                self.whole(*slot_offset).fill(false);
+                self.set_decoded(SizeClass::Raw, *slot_offset, false);
+            }
             Step::Copy { from_offset, to_offset } => {
                 let marks = self.whole(*from_offset).to_vec();
                 self.whole(*to_offset).copy_from_slice(&marks);
+                let decoded = self.is_decoded(SizeClass::Raw, *from_offset);
+                self.set_decoded(SizeClass::Raw, *to_offset, decoded);
             }
             Step::Reopen { format, from_offset, to_offset } => {
                 self.check_sealed(*format, *from_offset, step);
                 self.whole(*to_offset).fill(true);
+                self.set_decoded(SizeClass::Raw, *to_offset, true);
             }
             Step::Append(append) => {
                 for layer in append.layers.clone() {
@@ -138,6 +158,8 @@ impl Tracker {
                 );
                 let slot = self.slot_of(SizeClass::Sealed, *to_offset);
                 self.sealed_written[slot] = true;
+                let decoded = self.is_decoded(SizeClass::Raw, *from_offset);
+                self.set_decoded(SizeClass::Sealed, *to_offset, decoded);
             }
             Step::Read(read) => match self.class_of(read.format) {
                 SizeClass::Raw => assert!(

@@ -1,6 +1,6 @@
 //! What the oracle checks between answers and at the end.
 
-use super::{Oracle, Report};
+use super::Oracle;
 use crate::batch::{BatchCacheOperations, Outcome};
 use crate::block::BlockId;
 use crate::device::Event;
@@ -48,6 +48,12 @@ impl Oracle {
         };
         for (index, block) in blocks.iter().enumerate().filter(|(_, block)| **block != BlockId::DROPPED) {
             let place = core.blocks().place(*block).expect("a listed block has a place");
+            let is_full = (index + 1) * layout.block_tokens <= model.committed() as usize;
+            if is_full && core.block_key(tracked.id, index).is_some() {
+                let offset = self.rig.config().pool.offset_bytes(place.class, place.slot);
+                let decoded = self.rig.device.is_decoded(place.class, offset);
+                assert!(!decoded, "{}: block {index} has a key, but was decoded", tracked.id);
+            }
             if place.format == Format::Raw {
                 // Also the rows that it never wrote: they may be its own old ones or zero, never another tenant's.
                 let start = self.rig.config().pool.offset_bytes(place.class, place.slot);
@@ -102,11 +108,14 @@ impl Oracle {
             }
         }
         self.drain();
-        assert!(self.alive.is_empty(), "every sequence is closed");
+        if let Some(at) = self.alive.first() {
+            let tracked = self.tracked[*at].as_ref();
+            let left = tracked
+                .map(|t| (t.id, t.doomed, t.closing, t.model.is_some(), t.queue.len(), t.handle.is_some()));
+            panic!("every sequence is closed, but not {left:?}; {:?}", self.rig.core().holdings());
+        }
         let counters = *self.rig.core_mut().counters();
-        let Report { seals, copies_on_write, slots_zeroed, .. } = &mut self.report;
-        (*seals, *copies_on_write, *slots_zeroed) =
-            (counters.seals, counters.copies_on_write, counters.slots_zeroed);
+        self.report.count(&counters);
         self.rig.assert_empty();
     }
 
@@ -174,7 +183,7 @@ impl Oracle {
     pub(super) fn lose_device(&mut self) {
         self.rig.flush();
         let counters = *self.rig.core_mut().counters();
-        (self.report.seals, self.report.copies_on_write) = (counters.seals, counters.copies_on_write);
+        self.report.count(&counters);
         self.rig.lose();
         self.report.lost_devices += 1;
         for submitted in std::mem::take(&mut self.submitted) {

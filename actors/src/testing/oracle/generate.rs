@@ -60,7 +60,8 @@ impl Oracle {
         tracked.doomed = true;
         tracked.closing = true;
         tracked.handle = None;
-        let close_is_sent = tracked.queue.iter().any(|queued| queued.unanswered);
+        let closed = tracked.model.as_ref().is_some_and(|model| model.is_closed());
+        let close_is_sent = closed || tracked.queue.iter().any(|queued| queued.unanswered);
         // Nobody will ever know what these forks were made of.
         let unknown: Vec<_> = tracked.queue.drain(..).flat_map(|queued| queued.children).collect();
         if close_is_sent {

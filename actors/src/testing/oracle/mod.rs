@@ -14,10 +14,12 @@
 
 mod checks;
 mod generate;
+mod report;
 mod views;
 
 use std::collections::VecDeque;
 
+pub use self::report::Report;
 use self::views::View;
 use super::Rng;
 use super::model::{ModelSequence, Op, Rules};
@@ -38,53 +40,6 @@ pub enum Faults {
     FailedLaunches,
     /// As above, and at some moment the device is lost for good.
     LostDevice,
-}
-
-/// What some runs did.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Report {
-    /// Runs.
-    pub runs: u64,
-    /// Operations submitted.
-    pub operations: u64,
-    /// Operations answered and found right.
-    pub checked: u64,
-    /// Operations refused, as they had to be or for lack of room.
-    pub refused: u64,
-    /// Tokens read back and compared.
-    pub tokens_read: u64,
-    /// Launches failed on purpose.
-    pub failed_launches: u64,
-    /// Devices lost on purpose.
-    pub lost_devices: u64,
-    /// Blocks sealed.
-    pub seals: u64,
-    /// Blocks copied on write.
-    pub copies_on_write: u64,
-    /// Slots zeroed between tenants.
-    pub slots_zeroed: u64,
-    /// Views whose bytes were found unchanged.
-    pub views: u64,
-    /// Launches per lane.
-    pub launches: [u64; 3],
-}
-
-impl Report {
-    /// Adds another run.
-    pub fn add(&mut self, other: &Report) {
-        self.runs += other.runs;
-        self.operations += other.operations;
-        self.checked += other.checked;
-        self.refused += other.refused;
-        self.tokens_read += other.tokens_read;
-        self.failed_launches += other.failed_launches;
-        self.lost_devices += other.lost_devices;
-        self.seals += other.seals;
-        self.copies_on_write += other.copies_on_write;
-        self.slots_zeroed += other.slots_zeroed;
-        self.views += other.views;
-        self.launches.iter_mut().zip(other.launches).for_each(|(mine, more)| *mine += more);
-    }
 }
 
 /// Says which seed it was if a run panics.
@@ -211,7 +166,7 @@ impl Oracle {
             secret: config.secret,
         };
         let outstanding_max = rng.pick(&[1, 4, 8, 16]);
-        let sequences_max = rng.pick(&[2, 6, 12, 24]);
+        let sequences_max = setup.sequences;
         Oracle {
             rig,
             rules,
