@@ -21,7 +21,8 @@ const CPU_SHARDS_MAX: u16 = 256;
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Devices {
-    /// All GPUs if there are any, otherwise one CPU device. One log line says which and why.
+    /// All GPUs if there are any, otherwise one CPU device. One log line says which and why. (No GPU backend is built yet:
+    /// it is one CPU device, and the line says so.)
     #[default]
     Auto,
     /// So many shards in host memory.

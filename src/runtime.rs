@@ -132,7 +132,7 @@ impl Runtime {
     }
 
     pub(crate) fn can_admit(&self, tokens: u32) -> bool {
-        if tokens > self.config.max_tokens {
+        if tokens > self.config.max_tokens || self.submitter.permits.is_closed() {
             return false;
         }
         let total = self.tokens.used().saturating_add(u64::from(tokens));

@@ -29,6 +29,31 @@ fn pin(shard: &ShardView, block: BlockId) -> Option<(Place, SlotPin)> {
     None
 }
 
+/// Pins that tell their shards when they go: a slot that was freed meanwhile can then be used again at once, also when
+/// nobody sends the shard anything.
+#[derive(Debug, Default)]
+struct Pins {
+    pins: Vec<SlotPin>,
+    shards: Vec<ShardView>,
+}
+
+impl Pins {
+    fn push(&mut self, shard: &ShardView, pin: SlotPin) {
+        // A view has one shard and a table few, each in a run.
+        if self.shards.last().is_none_or(|last| !last.is_same(shard)) {
+            self.shards.push(shard.clone());
+        }
+        self.pins.push(pin);
+    }
+}
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        self.pins.clear();
+        self.shards.iter().for_each(ShardView::pins_dropped);
+    }
+}
+
 /// The tokens that a sequence still has, as ranges: sinks and window if some were dropped.
 fn kept(state: &SequenceState, visible: u32) -> impl Iterator<Item = Range<u32>> {
     let dropped = state.dropped();
@@ -53,7 +78,7 @@ pub struct View {
     layout: BlockLayout,
     layer: usize,
     pieces: Vec<Piece>,
-    _pins: Vec<SlotPin>,
+    _pins: Pins,
 }
 
 #[derive(Debug)]
@@ -68,6 +93,9 @@ impl View {
     pub(crate) fn new(runtime: &Runtime, shared: &SequenceShared, layer: u32) -> Result<View, Error> {
         let layout = runtime.layout;
         check_layer(&layout, layer)?;
+        if runtime.submitter.permits.is_closed() {
+            return Err(Error::Closed);
+        }
         let shard = shared.id().shard();
         if let Some(lost) = runtime.supervisor.lost(shard) {
             return Err(lost);
@@ -78,8 +106,13 @@ impl View {
         if state.blocks.is_empty() && runtime.directory.get(shared.id()).is_none() {
             return Err(Error::ClosedSequence(shared.id()));
         }
-        let mut view =
-            View { slab: slab.clone(), layout, layer: layer as usize, pieces: Vec::new(), _pins: Vec::new() };
+        let mut view = View {
+            slab: slab.clone(),
+            layout,
+            layer: layer as usize,
+            pieces: Vec::new(),
+            _pins: Pins::default(),
+        };
         for range in kept(&state, state.visible(layer as usize)) {
             let mut first_token = range.start;
             for (at, inside) in state.pieces(&layout, range) {
@@ -88,7 +121,7 @@ impl View {
                 let (place, pin) = pinned.ok_or(Error::ClosedSequence(shared.id()))?;
                 let offset = runtime.pool.offset_bytes(place.class, place.slot);
                 view.pieces.push(Piece { first_token, inside, offset, format: place.format });
-                view._pins.push(pin);
+                view._pins.push(shard, pin);
                 first_token += count;
             }
         }
@@ -216,7 +249,7 @@ pub struct BlockTable {
     pub base_addresses: Vec<usize>,
     /// A row per sequence asked for.
     pub sequences: Vec<SequenceRows>,
-    _pins: Vec<SlotPin>,
+    _pins: Pins,
 }
 
 /// One sequence of a [`BlockTable`].
@@ -256,7 +289,7 @@ impl BlockTable {
             value_offset_bytes: layout.plane_bytes(Plane::Key),
             base_addresses,
             sequences: Vec::with_capacity(ids.len()),
-            _pins: Vec::new(),
+            _pins: Pins::default(),
         };
         for &id in ids {
             if let Some(lost) = runtime.supervisor.lost(id.shard()) {
@@ -265,10 +298,11 @@ impl BlockTable {
             let shared = runtime.directory.get(id).ok_or(Error::ClosedSequence(id))?;
             let shard = &runtime.views[id.shard() as usize];
             let state = shared.state();
-            let mut blocks = Vec::with_capacity(state.blocks.len());
-            for (at, &block) in
-                state.blocks.iter().enumerate().filter(|(_, block)| **block != BlockId::DROPPED)
-            {
+            // Not those that a write in flight has taken.
+            let shown = layout.blocks_for(state.visible(layer as usize) as usize);
+            let mut blocks = Vec::with_capacity(shown);
+            let listed = state.blocks.iter().take(shown).enumerate();
+            for (at, &block) in listed.filter(|(_, block)| **block != BlockId::DROPPED) {
                 let (place, pin) = pin(shard, block).ok_or(Error::ClosedSequence(id))?;
                 let slot_offset_bytes = runtime.pool.offset_bytes(place.class, place.slot);
                 let inside = match place.format {
@@ -281,7 +315,7 @@ impl BlockTable {
                     slot_offset_bytes,
                     keys_offset_bytes: slot_offset_bytes + inside,
                 });
-                table._pins.push(pin);
+                table._pins.push(shard, pin);
             }
             let (tokens, dropped) = (state.visible(layer as usize), state.dropped());
             table.sequences.push(SequenceRows { sequence: id, tokens, dropped, blocks });

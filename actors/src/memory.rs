@@ -11,6 +11,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::batch::Payload;
 use crate::block::BlockId;
 use crate::format::Format;
@@ -187,7 +189,7 @@ pub struct Flight {
     /// Whether every element seen was finite. Lanes clear it, never set it.
     pub finite: bool,
     /// Keep the slots that it reads in place.
-    pub(crate) pins: Vec<SlotPin>,
+    pub(crate) pins: SmallVec<[SlotPin; 2]>,
 }
 
 /// Why a flight was launched.

@@ -211,6 +211,11 @@ impl Permits {
         wake.into_iter().for_each(Waker::wake);
     }
 
+    /// Whether it was closed.
+    pub fn is_closed(&self) -> bool {
+        self.shared.word.load(Ordering::Acquire) & CLOSED != 0
+    }
+
     /// Waits until nothing is taken.
     pub async fn idle(&self) {
         poll_fn(|context| {

@@ -273,3 +273,28 @@ async fn drops_tokens<E: Number>(rig: Rig<E>) {
     drop((sequence, fork));
     rig.finish().await;
 }
+
+/// Nobody sends the shard anything after the view has gone: what it held back comes free all the same.
+#[tokio::test]
+async fn dropping_a_view_frees_what_it_held_on_an_idle_cache() {
+    let cache = Cache::builder(Geometry::new(1, 1, 16, ElementType::F32))
+        .memory_bytes_per_device(1 << 20)
+        .build()
+        .await
+        .expect("a cache");
+    let sequence = cache.open("t", OpenOptions::default()).await.expect("a sequence");
+    sequence.append(&[1; 320], &[1.0f32; 320 * 16], &[1.0f32; 320 * 16]).await.expect("appended");
+    let free = |cache: &Cache| cache.stats().total.blocks_free;
+    let view = sequence.view(0).expect("a view");
+    sequence.close().await.expect("closed");
+    let held = free(&cache);
+    assert!(cache.stats().total.slots_quarantined > 0, "the view holds slots");
+    drop(view);
+    let all_free = async {
+        while cache.stats().total.slots_quarantined > 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(60), all_free).await.expect("the slots come back");
+    assert!(free(&cache) > held);
+}

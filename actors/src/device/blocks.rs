@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use slab::Slab;
+use smallvec::SmallVec;
 
 use crate::block::{Block, BlockId, BlockKey, BlockState, Place, Places};
 use crate::format::Format;
@@ -53,7 +54,7 @@ impl SealPlan {
 
     pub(super) fn into_flight(self) -> Flight {
         let purpose = Purpose::Seal { block: self.block, slot: self.slot };
-        Flight { purpose, payload: None, output: None, finite: true, pins: Vec::new() }
+        Flight { purpose, payload: None, output: None, finite: true, pins: SmallVec::new() }
     }
 }
 
@@ -73,7 +74,7 @@ impl MovePlan {
 
     pub(super) fn into_flight(self) -> Flight {
         let purpose = Purpose::Move { block: self.block, slot: self.slot };
-        Flight { purpose, payload: None, output: None, finite: true, pins: Vec::new() }
+        Flight { purpose, payload: None, output: None, finite: true, pins: SmallVec::new() }
     }
 }
 

@@ -24,7 +24,7 @@ use crate::format::Format;
 use crate::geometry::{BlockLayout, Geometry};
 use crate::memory::{Flight, LaneKind, Launch, Purpose, ReadBuffer};
 use crate::permit::Permit;
-use crate::pool::{Pool, PoolLayout};
+use crate::pool::{Pool, PoolLayout, SizeClass};
 use crate::reply::{Join, PartReply, Reply, ReplyTo};
 use crate::sequence::{CloseHook, SequenceId, SequenceShared, Tenant};
 use crate::stats::CoreCounters;
@@ -287,6 +287,13 @@ impl DeviceCore {
         self.may_seal() && self.blocks.wants_to_seal()
     }
 
+    /// Whether sealing must not wait for a quiet moment: raw slots run out while full blocks hold them.
+    pub fn seal_is_urgent(&self) -> bool {
+        let pool = self.blocks.pool();
+        let raw = pool.layout().slots_per_chunk(SizeClass::Raw) * pool.layout().chunks;
+        self.wants_to_seal() && pool.raw_available() < raw / 4
+    }
+
     /// In deterministic mode seals wait for each other too: which slots they find vacant must not depend on the device's pace.
     fn may_seal(&self) -> bool {
         !self.config.deterministic || self.is_quiet()
@@ -438,7 +445,9 @@ impl DeviceCore {
 
     /// Answers one operation, and its submission with the last.
     fn answer(&mut self, op: OpRef, result: Result<Outcome, Error>, effects: &mut Effects) {
-        if let Err(error) = &result {
+        // A close that nobody waits for may find its sequence closed by hand.
+        let awaited = !matches!(self.pending[op.submission].reply, ReplyTo::Nobody);
+        if let (Err(error), true) = (&result, awaited) {
             self.counters.errors[error.kind() as usize] += 1;
         }
         let submission = &mut self.pending[op.submission];
@@ -531,7 +540,7 @@ impl DeviceCore {
         let payload = output.is_none().then(|| self.pending[op.submission].payload.clone());
         let purpose = Purpose::Operation { submission: op.submission, index: op.index };
         let launch = Self::building(&mut self.building, &mut self.spare, lane);
-        launch.flights.push(Flight { purpose, payload, output, finite: true, pins: Vec::new() });
+        launch.flights.push(Flight { purpose, payload, output, finite: true, pins: SmallVec::new() });
         let index = launch.flights.len() - 1;
         (launch, index)
     }

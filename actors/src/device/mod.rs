@@ -21,7 +21,7 @@ pub use self::core::{CoreConfig, DeviceCore, Effects, Event, Submission, Submiss
 use crate::block::Places;
 use crate::directory::Directory;
 use crate::mailbox::{Control, DeviceMailbox, TRANSFERS_MAX, TransferSender, Wake};
-use crate::memory::{DeviceLost, Lane, LaneKind, Launch};
+use crate::memory::{DeviceLost, Doorbell, Lane, LaneKind, Launch};
 use crate::sequence::CloseHook;
 use crate::slot::SlotTable;
 use crate::stats::SharedStats;
@@ -39,6 +39,32 @@ pub struct ShardView {
     pub slots: SlotTable,
     /// Statistics.
     pub stats: Arc<SharedStats>,
+    bell: Bell,
+}
+
+#[derive(Clone)]
+struct Bell(Doorbell);
+
+impl std::fmt::Debug for Bell {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Bell")
+    }
+}
+
+impl ShardView {
+    /// Whether both show the same shard.
+    pub fn is_same(&self, other: &ShardView) -> bool {
+        Arc::ptr_eq(&self.stats, &other.stats)
+    }
+
+    /// To be called after pins were dropped: wakes the device actor if slots wait for that.
+    ///
+    /// The actor publishes how many wait before it waits itself, so either it finds the pins gone or this finds the number.
+    pub fn pins_dropped(&self) {
+        if self.stats.lock().counters.slots_quarantined > 0 {
+            (self.bell.0)();
+        }
+    }
 }
 
 pub(crate) struct DeviceActor<L> {
@@ -75,6 +101,7 @@ pub(crate) fn run<L: Lane>(parts: DeviceParts<L>, ready: impl FnOnce(ShardView))
         places: core.blocks().places().clone(),
         slots: core.blocks().pool().table().clone(),
         stats: stats.clone(),
+        bell: Bell(mailbox.doorbell()),
     };
     let mut actor = DeviceActor {
         core,
@@ -109,7 +136,7 @@ impl<L: Lane> DeviceActor<L> {
             let wake = match self.mailbox.try_next() {
                 Some(wake) => wake,
                 // Sealing is what it does when nobody waits.
-                None if self.core.wants_to_seal() => {
+                None if self.core.wants_to_seal() && !closed => {
                     self.core.apply(Event::Seal, &mut self.effects);
                     self.settle()?;
                     self.publish(0, 0, Instant::now());
@@ -172,6 +199,10 @@ impl<L: Lane> DeviceActor<L> {
             next = if submissions < DRAIN_MAX { self.mailbox.try_next_submissions() } else { None };
         }
         let answered = self.settle()?;
+        if self.core.seal_is_urgent() {
+            self.core.apply(Event::Seal, &mut self.effects);
+            self.settle()?;
+        }
         self.publish(operations, answered, started);
         tracing::trace!(target: "kv_cache::device", operations, submissions, "batch");
         Ok(())

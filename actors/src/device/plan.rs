@@ -203,7 +203,7 @@ impl DeviceCore {
         entry.rest.extra.retain(|&(at, _)| at < tokens);
         self.config.token_budget.give_back(u64::from(visible - tokens));
         state.committed = tokens;
-        state.staged = Vec::new();
+        state.staged.clear();
         release_tail(&mut self.blocks, &self.config, &mut state, true);
         Ok(Outcome::Truncated { committed: tokens })
     }
@@ -339,7 +339,8 @@ impl DeviceCore {
         Self::end_write((writing, took_blocks, rest), blocks, config, &mut state, &landed);
         landed?;
         if state.staged.is_empty() {
-            state.staged = vec![state.committed; config.layout.layers];
+            let committed = state.committed;
+            state.staged.resize(config.layout.layers, committed);
         }
         let staged = &mut state.staged[layer as usize];
         *staged += tokens;
@@ -365,7 +366,8 @@ impl DeviceCore {
         config.token_budget.take(u64::from(tokens))?;
         let rewound = state.end() - state.committed > tokens;
         commit(rest, blocks, config, counters, &mut state, token_ids, extra);
-        state.staged = Vec::new();
+        // Its memory stays: the next token is staged just so.
+        state.staged.clear();
         release_tail(blocks, config, &mut state, rewound);
         Ok(Outcome::Committed { committed: state.committed })
     }
