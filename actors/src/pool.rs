@@ -105,6 +105,11 @@ impl PoolLayout {
         if self.has_sealed_class { self.slots_per_chunk(SizeClass::Raw) } else { 0 }
     }
 
+    /// Raw slots of the whole slab, were all its chunks raw.
+    pub fn raw_slots(&self) -> usize {
+        self.chunks * self.slots_per_chunk(SizeClass::Raw)
+    }
+
     /// Slots of `class` in a chunk.
     pub fn slots_per_chunk(&self, class: SizeClass) -> usize {
         match class {

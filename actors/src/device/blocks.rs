@@ -267,9 +267,11 @@ impl BlockStore {
 
     /// Frees slots that were freed under a reader's eyes and that nobody looks at any more.
     pub(super) fn reclaim(&mut self) {
-        if self.pool.quarantined() > 0 {
+        let before = self.pool.quarantined();
+        if before > 0 {
             self.pool.reclaim();
-            self.seal_stalled = false;
+            // What is still looked at makes no room to seal.
+            self.seal_stalled &= self.pool.quarantined() == before;
         }
     }
 
@@ -440,8 +442,7 @@ impl BlockStore {
     }
 
     pub(super) fn gauges(&self, counters: &mut CoreCounters) {
-        let raw = self.pool.layout().slots_per_chunk(SizeClass::Raw) * self.pool.layout().chunks;
-        counters.blocks_total = raw as u64;
+        counters.blocks_total = self.pool.layout().raw_slots() as u64;
         counters.blocks_free = self.pool.raw_available() as u64;
         counters.blocks_used = self.blocks.len() as u64;
         counters.blocks_sealed = self.sealed_blocks;

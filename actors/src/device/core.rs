@@ -24,7 +24,7 @@ use crate::format::Format;
 use crate::geometry::{BlockLayout, Geometry};
 use crate::memory::{Flight, LaneKind, Launch, Purpose, ReadBuffer};
 use crate::permit::Permit;
-use crate::pool::{Pool, PoolLayout, SizeClass};
+use crate::pool::{Pool, PoolLayout};
 use crate::reply::{Join, PartReply, Reply, ReplyTo};
 use crate::sequence::{CloseHook, SequenceId, SequenceShared, Tenant};
 use crate::stats::CoreCounters;
@@ -290,8 +290,7 @@ impl DeviceCore {
     /// Whether sealing must not wait for a quiet moment: raw slots run out while full blocks hold them.
     pub fn seal_is_urgent(&self) -> bool {
         let pool = self.blocks.pool();
-        let raw = pool.layout().slots_per_chunk(SizeClass::Raw) * pool.layout().chunks;
-        self.wants_to_seal() && pool.raw_available() < raw / 4
+        self.wants_to_seal() && pool.raw_available() < pool.layout().raw_slots() / 4
     }
 
     /// In deterministic mode seals wait for each other too: which slots they find vacant must not depend on the device's pace.

@@ -148,6 +148,9 @@ impl<L: Lane> DeviceActor<L> {
                     if self.core.blocks().pool().quarantined() > 0 {
                         self.core.blocks.reclaim();
                         self.publish(0, 0, Instant::now());
+                        if self.core.wants_to_seal() && !closed {
+                            continue;
+                        }
                     }
                     self.mailbox.next()
                 }
