@@ -8,7 +8,7 @@ use kv_cache_actors::memory::ReadBuffer;
 
 use crate::element::{Element, check_type, tensor};
 use crate::runtime::Runtime;
-use crate::{BlockLayout, Error, ExtraIdentity, OpenOptions, Sequence, SequenceId, Tenant};
+use crate::{ElementType, Error, ExtraIdentity, OpenOptions, Sequence, SequenceId, Tenant};
 
 /// Any mix of operations over any sequences, submitted and validated as one batch: one message, one result per operation.
 ///
@@ -185,7 +185,7 @@ impl Outcome {
             InnerOutcome::Appended { committed } => Outcome::Appended { committed },
             InnerOutcome::Staged { staged } => Outcome::Staged { staged },
             InnerOutcome::Committed { committed } => Outcome::Committed { committed },
-            InnerOutcome::Read(buffer) => Outcome::Read(KeysValues::new(buffer, runtime.layout)),
+            InnerOutcome::Read(buffer) => Outcome::Read(KeysValues::new(buffer, runtime.layout.element)),
             InnerOutcome::Forked(forks) => {
                 Outcome::Forked(forks.into_iter().map(|fork| Sequence::new(fork, runtime.clone())).collect())
             }
@@ -204,13 +204,13 @@ impl Outcome {
 /// Keys `[tokens, kv_heads, key_dim]` and values `[tokens, kv_heads, value_dim]` of one layer, decoded.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KeysValues {
-    buffer: ReadBuffer,
-    layout: BlockLayout,
+    buffer: Box<ReadBuffer>,
+    element: ElementType,
 }
 
 impl KeysValues {
-    pub(crate) fn new(buffer: ReadBuffer, layout: BlockLayout) -> Self {
-        KeysValues { buffer, layout }
+    pub(crate) fn new(buffer: Box<ReadBuffer>, element: ElementType) -> Self {
+        KeysValues { buffer, element }
     }
 
     /// The elements, without a copy.
@@ -218,10 +218,11 @@ impl KeysValues {
     /// # Errors
     /// [`Error::ElementType`] if `T` is not the cache's element type.
     pub fn into_elements<T: Element>(self) -> Result<(Vec<T>, Vec<T>), Error> {
-        check_type::<T>(self.layout.element)?;
-        let mismatch = || Error::ElementType { given: T::TYPE, expected: self.layout.element };
-        let keys = T::from_elements(self.buffer.keys).ok_or_else(mismatch)?;
-        let values = T::from_elements(self.buffer.values).ok_or_else(mismatch)?;
+        check_type::<T>(self.element)?;
+        let mismatch = || Error::ElementType { given: T::TYPE, expected: self.element };
+        let ReadBuffer { keys, values } = *self.buffer;
+        let keys = T::from_elements(keys).ok_or_else(mismatch)?;
+        let values = T::from_elements(values).ok_or_else(mismatch)?;
         Ok((keys, values))
     }
 

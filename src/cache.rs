@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use kv_cache_actors::batch::{Outcome as InnerOutcome, Results};
+use kv_cache_actors::batch::Outcome as InnerOutcome;
 use kv_cache_actors::router::FaultInjector;
+use kv_cache_actors::submission::Answered;
 use kv_cache_actors::supervisor::{ActorName, Exit};
 
 use crate::batch::{BatchCacheOperations, Outcome};
@@ -198,12 +199,12 @@ impl Cache {
                 let cache = self.clone();
                 Ok(async move { Ok(cache.outcomes(results.await?)) })
             }
-            Err((batch, error)) => Err((BatchCacheOperations(*batch), error)),
+            Err((batch, error)) => Err((BatchCacheOperations(batch), error)),
         }
     }
 
-    fn outcomes(&self, results: Results) -> Vec<Result<Outcome, Error>> {
-        results
+    fn outcomes(&self, answered: Answered) -> Vec<Result<Outcome, Error>> {
+        answered
             .into_iter()
             .map(|result| result.and_then(|inner| Outcome::new(inner, &self.runtime)))
             .collect()

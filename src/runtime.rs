@@ -127,8 +127,7 @@ impl Runtime {
         build: impl FnOnce(&mut Inner),
     ) -> Result<InnerOutcome, Error> {
         let needs = Needs { amount: Amount { jobs: 1, bytes }, sequences };
-        let mut results = self.submitter.submit_one(needs, build).await?;
-        results.pop().unwrap_or(Err(Error::Empty))
+        self.submitter.submit_one(needs, build).await?.into_only().unwrap_or(Err(Error::Empty))
     }
 
     pub(crate) fn can_admit(&self, tokens: u32) -> bool {

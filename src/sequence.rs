@@ -68,7 +68,7 @@ impl Sequence {
 
     /// Committed tokens. Inline: no message.
     pub fn len(&self) -> u32 {
-        self.open.shared().state().committed
+        self.open.shared().committed()
     }
 
     /// Whether no token is committed.
@@ -178,7 +178,9 @@ impl Sequence {
         crate::element::check_type::<T>(self.runtime.layout.element)?;
         let bytes = read_bytes(&self.runtime.layout, &tokens, self.runtime.config.max_tokens);
         match self.runtime.one(bytes, 0, |batch| batch.read(self.id(), layer, tokens)).await? {
-            InnerOutcome::Read(buffer) => KeysValues::new(buffer, self.runtime.layout).into_elements(),
+            InnerOutcome::Read(buffer) => {
+                KeysValues::new(buffer, self.runtime.layout.element).into_elements()
+            }
             other => Err(unexpected(&other)),
         }
     }

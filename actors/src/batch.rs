@@ -14,6 +14,7 @@ use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::memory::ReadBuffer;
 use crate::permit::Permit;
 use crate::sequence::{OpenOptions, OpenSequence, SequenceId, Tenant};
+use crate::submission::Submission;
 
 /// The tensor bytes of a batch, shared by the launches that read them.
 #[derive(Debug, Default)]
@@ -22,6 +23,10 @@ pub struct Payload {
 }
 
 impl Payload {
+    pub(crate) fn new(bytes: Vec<u8>) -> Self {
+        Payload { bytes }
+    }
+
     /// The bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
@@ -37,18 +42,41 @@ pub struct HostTensor<'a> {
     pub bytes: &'a [u8],
 }
 
-/// A range of one of the batch's arenas.
-type Span = Range<usize>;
+/// Token ids of an operation, inside the batch's.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct IdSpan {
+    start: u32,
+    pub(crate) count: u32,
+}
 
-/// Keys and values of an operation inside the payload.
-#[derive(Debug, Clone, PartialEq)]
+impl IdSpan {
+    pub(crate) fn of(self, ids: &[u32]) -> &[u32] {
+        &ids[self.start as usize..][..self.count as usize]
+    }
+}
+
+/// Keys and behind them values of an operation, inside the payload.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct TensorSpans {
-    pub(crate) keys: Span,
-    pub(crate) values: Span,
+    pub(crate) keys_at: usize,
+    keys_bytes: usize,
+    values_bytes: usize,
     element: ElementType,
 }
 
+impl TensorSpans {
+    pub(crate) fn values_at(&self) -> usize {
+        self.keys_at + self.keys_bytes
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.keys_bytes + self.values_bytes
+    }
+}
+
 /// One operation. Build them with the methods of [`BatchCacheOperations`].
+///
+/// One cache line: a decode step writes and reads hundreds of them.
 #[derive(Debug)]
 pub(crate) enum Operation {
     Open {
@@ -58,7 +86,7 @@ pub(crate) enum Operation {
     Append {
         sequence: SequenceId,
         at: Option<u32>,
-        ids: Span,
+        ids: IdSpan,
         extra: Option<Box<ExtraIdentity>>,
         tensors: TensorSpans,
     },
@@ -70,14 +98,14 @@ pub(crate) enum Operation {
     },
     Commit {
         sequence: SequenceId,
-        ids: Span,
+        ids: IdSpan,
         extra: Option<Box<ExtraIdentity>>,
     },
     Read {
         sequence: SequenceId,
         layer: u32,
         tokens: Range<u32>,
-        buffer: Option<ReadBuffer>,
+        buffer: Option<Box<ReadBuffer>>,
     },
     Fork {
         sequence: SequenceId,
@@ -92,7 +120,7 @@ pub(crate) enum Operation {
         sequence: SequenceId,
     },
     /// Refused at the door; keeps its place so that results line up.
-    Refused(Error),
+    Refused(Box<Error>),
     /// Answered, or gone to another shard.
     Gone,
 }
@@ -135,7 +163,7 @@ pub enum Outcome {
         committed: u32,
     },
     /// Keys and values, decoded.
-    Read(ReadBuffer),
+    Read(Box<ReadBuffer>),
     /// Forks, in no particular order.
     Forked(Vec<OpenSequence>),
     /// The sequence was cut.
@@ -156,10 +184,9 @@ pub type Results = SmallVec<[Result<Outcome, Error>; 1]>;
 /// and the next one finds it so. Operations on different sequences may take effect in any order.
 #[derive(Debug, Default)]
 pub struct BatchCacheOperations {
-    pub(crate) operations: SmallVec<[Operation; 1]>,
-    pub(crate) token_ids: SmallVec<[u32; 8]>,
+    /// What travels, from the start.
+    submission: Box<Submission>,
     payload: Vec<u8>,
-    pub(crate) tenant: Option<Tenant>,
 }
 
 impl BatchCacheOperations {
@@ -170,12 +197,12 @@ impl BatchCacheOperations {
 
     /// Every operation must be on a sequence of `tenant`; others fail with [`Error::TenantMismatch`].
     pub fn only_tenant(&mut self, tenant: Tenant) {
-        self.tenant = Some(tenant);
+        self.submission.tenant = Some(tenant);
     }
 
     /// The tenant set by [`BatchCacheOperations::only_tenant`].
     pub fn tenant(&self) -> Option<&Tenant> {
-        self.tenant.as_ref()
+        self.submission.tenant.as_ref()
     }
 
     /// Makes room for `bytes` more bytes of tensors.
@@ -185,17 +212,17 @@ impl BatchCacheOperations {
 
     /// Operations in the batch.
     pub fn len(&self) -> usize {
-        self.operations.len()
+        self.submission.operations.len()
     }
 
     /// Whether there is no operation.
     pub fn is_empty(&self) -> bool {
-        self.operations.is_empty()
+        self.submission.operations.is_empty()
     }
 
     /// Opens a sequence.
     pub fn open(&mut self, options: OpenOptions) {
-        self.operations.push(Operation::Open { options: Box::new(options), permit: None });
+        self.submission.operations.push(Operation::Open { options: Box::new(options), permit: None });
     }
 
     /// Appends tokens to all layers: `keys` is `[layers, tokens, kv_heads, key_dim]`, `values` likewise.
@@ -211,7 +238,13 @@ impl BatchCacheOperations {
         values: HostTensor<'_>,
     ) {
         let (ids, tensors) = (self.push_ids(token_ids), self.push_tensors(keys, values));
-        self.operations.push(Operation::Append { sequence, at, ids, extra: extra.map(Box::new), tensors });
+        self.submission.operations.push(Operation::Append {
+            sequence,
+            at,
+            ids,
+            extra: extra.map(Box::new),
+            tensors,
+        });
     }
 
     /// Writes `tokens` tokens of one layer after what that layer already holds: `keys` is `[tokens, kv_heads, key_dim]`.
@@ -224,54 +257,59 @@ impl BatchCacheOperations {
         values: HostTensor<'_>,
     ) {
         let tensors = self.push_tensors(keys, values);
-        self.operations.push(Operation::Stage { sequence, layer, tokens, tensors });
+        self.submission.operations.push(Operation::Stage { sequence, layer, tokens, tensors });
     }
 
     /// Counts the first `token_ids.len()` staged tokens in; the other staged tokens are discarded.
     pub fn commit(&mut self, sequence: SequenceId, token_ids: &[u32], extra: Option<ExtraIdentity>) {
         let ids = self.push_ids(token_ids);
-        self.operations.push(Operation::Commit { sequence, ids, extra: extra.map(Box::new) });
+        self.submission.operations.push(Operation::Commit { sequence, ids, extra: extra.map(Box::new) });
     }
 
     /// Reads a range of tokens of one layer, decoded to the element type.
     pub fn read(&mut self, sequence: SequenceId, layer: u32, tokens: Range<u32>) {
-        self.operations.push(Operation::Read { sequence, layer, tokens, buffer: None });
+        self.submission.operations.push(Operation::Read { sequence, layer, tokens, buffer: None });
     }
 
     /// Forks a sequence `count` times: each fork shares its committed tokens until one of them writes.
     pub fn fork(&mut self, sequence: SequenceId, count: u32) {
-        self.operations.push(Operation::Fork { sequence, count, permit: None });
+        self.submission.operations.push(Operation::Fork { sequence, count, permit: None });
     }
 
     /// Cuts a sequence to its first `tokens` committed tokens and discards what is staged.
     pub fn truncate(&mut self, sequence: SequenceId, tokens: u32) {
-        self.operations.push(Operation::Truncate { sequence, tokens });
+        self.submission.operations.push(Operation::Truncate { sequence, tokens });
     }
 
     /// Closes a sequence. Closing one that is closed already is answered with [`Error::ClosedSequence`].
     pub fn close(&mut self, sequence: SequenceId) {
-        self.operations.push(Operation::Close { sequence });
+        self.submission.operations.push(Operation::Close { sequence });
     }
 
-    fn push_ids(&mut self, ids: &[u32]) -> Span {
-        let start = self.token_ids.len();
-        self.token_ids.extend_from_slice(ids);
-        start..self.token_ids.len()
+    /// # Panics
+    /// At more ids than 32 bits count: 16 GiB of them.
+    fn push_ids(&mut self, ids: &[u32]) -> IdSpan {
+        let all = &mut self.submission.token_ids;
+        let start = all.len();
+        all.extend_from_slice(ids);
+        assert!(all.len() <= u32::MAX as usize, "one batch cannot carry so many token ids: split it");
+        IdSpan { start: start as u32, count: ids.len() as u32 }
     }
 
     fn push_tensors(&mut self, keys: HostTensor<'_>, values: HostTensor<'_>) -> TensorSpans {
         let start = self.payload.len();
         self.payload.reserve(keys.bytes.len() + values.bytes.len());
         self.payload.extend_from_slice(keys.bytes);
-        let middle = self.payload.len();
         self.payload.extend_from_slice(values.bytes);
         let element = if values.element == keys.element { keys.element } else { values.element };
-        TensorSpans { keys: start..middle, values: middle..self.payload.len(), element }
+        let (keys_bytes, values_bytes) = (keys.bytes.len(), values.bytes.len());
+        TensorSpans { keys_at: start, keys_bytes, values_bytes, element }
     }
 
     /// Sequences that the batch would open.
     pub fn sequences_to_open(&self) -> usize {
-        self.operations
+        self.submission
+            .operations
             .iter()
             .map(|operation| match operation {
                 Operation::Open { .. } => 1,
@@ -283,7 +321,7 @@ impl BatchCacheOperations {
 
     /// Bytes that the batch carries in, and out once its reads are done. Reads that the door will refuse carry nothing.
     pub fn bytes(&self, layout: &BlockLayout, max_tokens: u32) -> u64 {
-        let reads = self.operations.iter().map(|operation| match operation {
+        let reads = self.submission.operations.iter().map(|operation| match operation {
             Operation::Read { tokens, .. } => read_bytes(layout, tokens, max_tokens),
             _ => 0,
         });
@@ -292,23 +330,23 @@ impl BatchCacheOperations {
 
     /// The shard of the first operation that is on a sequence.
     pub(crate) fn first_shard(&self) -> Option<u16> {
-        self.operations.iter().find_map(Operation::sequence).map(SequenceId::shard)
+        self.submission.operations.iter().find_map(Operation::sequence).map(SequenceId::shard)
     }
 
     /// Refuses what can be seen to be wrong without looking at any sequence: shapes, types, layers.
     ///
     /// The refused operations stay in place and are answered with their error; the others are not touched.
     pub fn check(&mut self, layout: &BlockLayout, max_tokens: u32) {
-        for operation in &mut self.operations {
+        for operation in &mut self.submission.operations {
             if let Err(error) = check(operation, layout, max_tokens) {
-                *operation = Operation::Refused(error);
+                *operation = Operation::Refused(Box::new(error));
             }
         }
     }
 
     /// Splits the permits for the sequences to open among the operations that open them.
     pub(crate) fn attach_sequence_permits(&mut self, mut all: Permit) {
-        for operation in &mut self.operations {
+        for operation in &mut self.submission.operations {
             match operation {
                 Operation::Open { permit, .. } => *permit = all.split(1),
                 Operation::Fork { permit, count, .. } => *permit = all.split(u64::from(*count)),
@@ -319,15 +357,16 @@ impl BatchCacheOperations {
 
     /// Allocates what the reads will fill: in the caller's task, after its permit.
     pub(crate) fn attach_read_buffers(&mut self, layout: &BlockLayout) {
-        for operation in &mut self.operations {
+        for operation in &mut self.submission.operations {
             if let Operation::Read { tokens, buffer, .. } = operation {
-                *buffer = Some(ReadBuffer::new(layout, tokens.len()));
+                *buffer = Some(Box::new(ReadBuffer::new(layout, tokens.len())));
             }
         }
     }
 
-    pub(crate) fn take_payload(&mut self) -> Payload {
-        Payload { bytes: std::mem::take(&mut self.payload) }
+    /// What travels, and the tensors.
+    pub(crate) fn into_parts(self) -> (Box<Submission>, Vec<u8>) {
+        (self.submission, self.payload)
     }
 }
 
@@ -348,12 +387,12 @@ fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result
         if tensors.element != layout.element {
             return Err(Error::ElementType { given: tensors.element, expected: layout.element });
         }
-        for (plane, span) in [(Plane::Key, &tensors.keys), (Plane::Value, &tensors.values)] {
+        for (plane, bytes) in [(Plane::Key, tensors.keys_bytes), (Plane::Value, tensors.values_bytes)] {
             let expected_bytes = (layers * tokens).checked_mul(layout.token_bytes(plane));
-            if expected_bytes != Some(span.len()) {
+            if expected_bytes != Some(bytes) {
                 return Err(Error::Shape {
                     plane,
-                    bytes: span.len(),
+                    bytes,
                     expected_bytes: expected_bytes.unwrap_or(usize::MAX),
                     shape: [layers, tokens, layout.kv_heads, layout.dim(plane)],
                 });
@@ -369,12 +408,12 @@ fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result
         }
     };
     match operation {
-        Operation::Append { ids, tensors, .. } => check_tensors(tensors, layout.layers, ids.len()),
+        Operation::Append { ids, tensors, .. } => check_tensors(tensors, layout.layers, ids.count as usize),
         Operation::Stage { layer, tokens, tensors, .. } => {
             check_layer(*layer)?;
             check_tensors(tensors, 1, *tokens as usize)
         }
-        Operation::Commit { ids, .. } if ids.is_empty() => Err(Error::Empty),
+        Operation::Commit { ids, .. } if ids.count == 0 => Err(Error::Empty),
         Operation::Read { layer, tokens, .. } => {
             check_layer(*layer)?;
             // Before a buffer of that size is allocated.

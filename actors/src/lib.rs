@@ -24,6 +24,7 @@ pub mod router;
 pub mod sequence;
 pub mod slot;
 pub mod stats;
+pub mod submission;
 pub mod submit;
 pub mod supervisor;
 mod sync;

@@ -12,8 +12,8 @@ use std::sync::atomic::fence;
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, never, select_biased};
 
-use crate::device::Submissions;
 use crate::memory::{DeviceLost, Doorbell, LaneKind, Launch};
+use crate::submission::Submissions;
 use crate::sync::{Arc, Ordering};
 
 /// Launches that may be with a transfer actor at once; more wait with the device actor.

@@ -11,8 +11,6 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use smallvec::SmallVec;
-
 use crate::batch::Payload;
 use crate::block::BlockId;
 use crate::format::Format;
@@ -173,30 +171,67 @@ pub struct Launch {
     pub steps: Vec<Step>,
     /// What the steps work for.
     pub flights: Vec<Flight>,
+    /// Host bytes that append steps read: one for all flights of a submission. See [`Launch::payload`].
+    payloads: Vec<Arc<Payload>>,
+    /// Keep the slots that it reads in place.
+    pub(crate) pins: Vec<SlotPin>,
     /// Set by the lane if the launch failed: none of its flights took effect as far as anybody may rely on it.
     pub error: Option<Arc<str>>,
 }
 
-/// One operation (or seal) inside a launch.
+impl Launch {
+    /// Host bytes that the append steps of a flight read; none if it has no such steps.
+    pub fn payload(&self, flight: usize) -> &[u8] {
+        let number = self.flights[flight].payload;
+        self.payloads.get(number as usize).map_or(&[], |payload| payload.bytes())
+    }
+
+    /// Adds a flight that reads `payload`, and returns its index.
+    pub(crate) fn add(
+        &mut self,
+        purpose: Purpose,
+        payload: Option<&Arc<Payload>>,
+        output: Option<Box<ReadBuffer>>,
+    ) -> usize {
+        let payload = payload.map_or(NO_PAYLOAD, |payload| {
+            // Flights of a submission mostly stand together.
+            if !self.payloads.last().is_some_and(|last| Arc::ptr_eq(last, payload)) {
+                self.payloads.push(payload.clone());
+            }
+            self.payloads.len() as u32 - 1
+        });
+        self.flights.push(Flight { purpose, output, payload, finite: true });
+        self.flights.len() - 1
+    }
+
+    /// Lets go of everything but the memory and the flights: the device is done with it.
+    pub(crate) fn release(&mut self) {
+        self.steps.clear();
+        self.payloads.clear();
+        self.pins.clear();
+    }
+}
+
+/// One operation (or seal) inside a launch. Small: a decode step has hundreds of them.
 #[derive(Debug)]
 pub struct Flight {
     /// What it is for.
     pub(crate) purpose: Purpose,
-    /// Host bytes that its append steps read.
-    pub payload: Option<Arc<Payload>>,
     /// Host buffers that its read steps write.
-    pub output: Option<ReadBuffer>,
+    pub output: Option<Box<ReadBuffer>>,
+    /// Which of the launch's payloads its append steps read.
+    payload: u32,
     /// Whether every element seen was finite. Lanes clear it, never set it.
     pub finite: bool,
-    /// Keep the slots that it reads in place.
-    pub(crate) pins: SmallVec<[SlotPin; 2]>,
 }
+
+const NO_PAYLOAD: u32 = u32::MAX;
 
 /// Why a flight was launched.
 #[derive(Debug)]
 pub(crate) enum Purpose {
     /// The operation of this submission at this place.
-    Operation { submission: usize, index: usize },
+    Operation { submission: u32, index: u32 },
     /// Sealing this block into this slot.
     Seal { block: BlockId, slot: FilledSlot },
     /// Moving this raw block to this slot.

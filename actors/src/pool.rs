@@ -178,6 +178,8 @@ pub(crate) struct Allocated {
 #[derive(Debug)]
 pub struct Pool {
     layout: PoolLayout,
+    /// Of the layout: every write divides by it, and working it out takes divisions of its own.
+    slot_ids_per_chunk: u32,
     table: SlotTable,
     chunks: Vec<Chunk>,
     stock: Vec<u32>,
@@ -208,6 +210,7 @@ impl Pool {
             used: [0; 2],
             reserved_raw: 0,
             draining: None,
+            slot_ids_per_chunk: layout.slot_ids_per_chunk() as u32,
             layout,
             table,
         };
@@ -220,6 +223,12 @@ impl Pool {
     /// The cut of the slab.
     pub fn layout(&self) -> &PoolLayout {
         &self.layout
+    }
+
+    /// Where a slot of `class` begins in the slab.
+    pub(crate) fn offset_bytes(&self, class: SizeClass, slot: SlotId) -> usize {
+        let (chunk, index) = (slot.0 / self.slot_ids_per_chunk, slot.0 % self.slot_ids_per_chunk);
+        chunk as usize * self.layout.chunk_bytes + index as usize * self.layout.slot_bytes(class)
     }
 
     /// Pins and generations of all slots.

@@ -6,10 +6,12 @@ use std::task::{Context, Poll};
 
 use tokio::sync::oneshot;
 
+use smallvec::SmallVec;
+
 use crate::batch::Results;
-use crate::device::Submission;
 use crate::error::Error;
 use crate::permit::Permit;
+use crate::submission::{Answered, Brief, Submission};
 use crate::sync::{Mutex, lock};
 
 /// Answers one submission. Dropping it unanswered is noticed: the caller gets a typed error instead of waiting for ever.
@@ -48,10 +50,15 @@ impl Answer {
     /// The results if they are there, or [`Unanswered`] if they never will be.
     pub fn try_take(&mut self) -> Option<Result<Results, Unanswered>> {
         match self.0.try_recv() {
-            Ok(submission) => Some(Ok(submission.into_results())),
+            Ok(submission) => Some(Ok(Answered(submission).into_results())),
             Err(oneshot::error::TryRecvError::Closed) => Some(Err(Unanswered)),
             Err(oneshot::error::TryRecvError::Empty) => None,
         }
+    }
+
+    /// As the future, with the results still as they came.
+    pub(crate) fn poll_answered(&mut self, context: &mut Context<'_>) -> Poll<Result<Answered, Unanswered>> {
+        Pin::new(&mut self.0).poll(context).map(|answered| answered.map(Answered).map_err(|_| Unanswered))
     }
 }
 
@@ -59,8 +66,7 @@ impl Future for Answer {
     type Output = Result<Results, Unanswered>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        let answered = Pin::new(&mut self.0).poll(context);
-        answered.map(|answered| answered.map(|submission| submission.into_results()).map_err(|_| Unanswered))
+        self.poll_answered(context).map_ok(Answered::into_results)
     }
 }
 
@@ -73,13 +79,14 @@ impl Drop for Reply {
 }
 
 /// Where the results of (a part of) a submission go.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) enum ReplyTo {
     /// The whole submission ran on one shard.
     Whole(Reply),
     /// Some operations of a submission that was split over shards.
     Part(PartReply),
     /// Nobody waits (closes by drop).
+    #[default]
     Nobody,
 }
 
@@ -116,7 +123,7 @@ pub(crate) struct Join(Mutex<JoinState>);
 
 #[derive(Debug)]
 struct JoinState {
-    results: Vec<Option<Result<crate::batch::Outcome, Error>>>,
+    results: SmallVec<[Brief; 1]>,
     missing: usize,
     reply: Option<Reply>,
     /// Held until the last part has answered.
@@ -125,7 +132,7 @@ struct JoinState {
 
 impl Join {
     pub(crate) fn new(operations: usize, reply: Reply, permit: Option<Permit>) -> Arc<Join> {
-        let results = std::iter::repeat_with(|| None).take(operations).collect();
+        let results = std::iter::repeat_with(Brief::default).take(operations).collect();
         Arc::new(Join(Mutex::new(JoinState { results, missing: operations, reply: Some(reply), permit })))
     }
 
@@ -134,7 +141,7 @@ impl Join {
         let finished = {
             let mut state = lock(&self.0);
             for (&place, result) in places.iter().zip(results) {
-                state.results[place] = Some(result);
+                state.results[place] = result.into();
                 state.missing -= 1;
             }
             if state.missing == 0 {
@@ -145,7 +152,7 @@ impl Join {
             }
         };
         if let Some((reply, results)) = finished {
-            reply.send(Submission::answered(results.into()));
+            reply.send(Submission::answered(results));
         }
     }
 }

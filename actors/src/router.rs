@@ -12,13 +12,14 @@ use smallvec::SmallVec;
 use tokio::sync::mpsc;
 
 use crate::batch::{BatchCacheOperations, Operation};
-use crate::device::{ShardView, Submission, Submissions};
+use crate::device::ShardView;
 use crate::error::Error;
 use crate::mailbox::{Control, DeviceSender};
 use crate::memory::DeviceLost;
 use crate::permit::Permit;
 use crate::reply::{Answer, Reply};
 use crate::sequence::{CloseHook, SequenceId};
+use crate::submission::{Submission, Submissions};
 use crate::supervisor::{ActorName, Exit, Supervisor};
 
 /// Messages taken at once.

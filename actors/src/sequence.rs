@@ -8,7 +8,7 @@ use smallvec::SmallVec;
 use crate::block::BlockId;
 use crate::error::Error;
 use crate::geometry::BlockLayout;
-use crate::sync::{Arc, Mutex, MutexGuard, lock};
+use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, lock};
 
 /// Tokens at the start of a sequence that token dropping always keeps (attention sinks).
 pub const SINK_TOKENS: u32 = 4;
@@ -202,12 +202,20 @@ pub fn pieces(block_tokens: usize, range: Range<u32>) -> impl Iterator<Item = (u
 pub struct SequenceShared {
     id: SequenceId,
     tenant: Tenant,
+    /// [`SequenceState::committed`], which an append into room that a listed block has changes without the lock: nothing
+    /// else of the state changes with it, and whoever reads it finds the tokens in place.
+    committed: AtomicU32,
     state: Mutex<SequenceState>,
 }
 
 impl SequenceShared {
     pub(crate) fn new(id: SequenceId, tenant: Tenant, state: SequenceState) -> Arc<Self> {
-        Arc::new(SequenceShared { id, tenant, state: Mutex::new(state) })
+        Arc::new(SequenceShared {
+            id,
+            tenant,
+            committed: AtomicU32::new(state.committed),
+            state: Mutex::new(state),
+        })
     }
 
     /// Its id.
@@ -222,7 +230,20 @@ impl SequenceShared {
 
     /// Locks the state. Hold it briefly: the device thread waits for it.
     pub fn state(&self) -> MutexGuard<'_, SequenceState> {
-        lock(&self.state)
+        let mut state = lock(&self.state);
+        state.committed = self.committed();
+        state
+    }
+
+    /// Committed tokens.
+    pub fn committed(&self) -> u32 {
+        self.committed.load(Ordering::Acquire)
+    }
+
+    /// For the device thread: so many tokens are committed. It holds the lock, unless the new ones lie in blocks that the
+    /// state lists already.
+    pub(crate) fn publish_committed(&self, committed: u32) {
+        self.committed.store(committed, Ordering::Release);
     }
 }
 

@@ -4,12 +4,13 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use crate::batch::{BatchCacheOperations, Results};
+use crate::batch::BatchCacheOperations;
 use crate::error::Error;
 use crate::geometry::BlockLayout;
 use crate::permit::{Amount, Permit, Permits};
 use crate::reply::Answer;
 use crate::router::RouterHandle;
+use crate::submission::Answered;
 use crate::supervisor::Supervisor;
 
 /// Submits batches. Shared by every handle of a cache.
@@ -39,7 +40,7 @@ pub struct Needs {
 }
 
 /// A batch that was not submitted, whole, and why.
-pub type Refused = (Box<BatchCacheOperations>, Error);
+pub type Refused = (BatchCacheOperations, Error);
 
 impl Submitter {
     /// Waits for permits, submits, and waits for the results.
@@ -50,13 +51,11 @@ impl Submitter {
     /// # Errors
     /// [`Error::BatchTooLarge`], [`Error::TooManySequences`], [`Error::Closed`]; and [`Error::ShardLost`] if the shard
     /// died with the batch. What goes wrong with one operation is in its result.
-    pub async fn submit(&self, batch: BatchCacheOperations) -> Result<Results, Error> {
-        // Boxed while it waits: a future is as large as what it holds, and servers hold many of them.
-        let batch = Box::new(batch);
+    pub async fn submit(&self, batch: BatchCacheOperations) -> Result<Answered, Error> {
         let needs = self.needs(&batch);
         let sequences = self.sequences_for(needs.sequences)?;
         let permit = self.permits.acquire(needs.amount).await?;
-        self.send(*batch, permit, sequences).await
+        self.send(batch, permit, sequences).await
     }
 
     /// [`Submitter::submit`] of a batch of one operation that is built once its permits are had: however many callers wait,
@@ -68,7 +67,7 @@ impl Submitter {
         &self,
         needs: Needs,
         build: impl FnOnce(&mut BatchCacheOperations),
-    ) -> Result<Results, Error> {
+    ) -> Result<Answered, Error> {
         let sequences = self.sequences_for(needs.sequences)?;
         let permit = self.permits.acquire(needs.amount).await?;
         // Everything large lives inside this call and not across an await.
@@ -98,7 +97,7 @@ impl Submitter {
             .and_then(|sequences| Ok((sequences, self.permits.try_acquire(needs.amount)?)));
         match permits {
             Ok((sequences, permit)) => Ok(self.send(batch, permit, sequences)),
-            Err(error) => Err((Box::new(batch), error)),
+            Err(error) => Err((batch, error)),
         }
     }
 
@@ -141,18 +140,19 @@ pub struct Waiting {
 }
 
 impl Future for Waiting {
-    type Output = Result<Results, Error>;
+    type Output = Result<Answered, Error>;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        Pin::new(&mut self.answer).poll(context).map(|answer| match answer {
-            Ok(mut results) => {
+        self.answer.poll_answered(context).map(|answer| match answer {
+            Ok(mut answered) => {
                 // Parts of a batch that died with their shard know no more than that: here stands why.
-                for result in &mut results {
-                    if let Err(Error::ShardLost { shard, .. }) = result {
-                        *result = Err(self.supervisor.lost(*shard).unwrap_or(Error::Closed));
+                answered.map_errors(|error| match error {
+                    Error::ShardLost { shard, .. } => {
+                        Some(self.supervisor.lost(*shard).unwrap_or(Error::Closed))
                     }
-                }
-                Ok(results)
+                    _ => None,
+                });
+                Ok(answered)
             }
             Err(_) => {
                 // The reply was dropped: its shard is lost, or the router has ended.

@@ -85,7 +85,7 @@ impl Simulated {
     async fn one(&self, build: impl FnOnce(&mut BatchCacheOperations)) -> Result<Outcome, Error> {
         let mut batch = BatchCacheOperations::new();
         build(&mut batch);
-        self.submitter.submit(batch).await?.remove(0)
+        self.submitter.submit(batch).await?.into_results().remove(0)
     }
 
     async fn open(&self) -> OpenSequence {
@@ -217,7 +217,7 @@ async fn losing_one_device_fails_its_sequences_and_leaves_the_other_serving() {
     let mut batch = BatchCacheOperations::new();
     batch.read(a.id(), 0, 0..5);
     batch.read(b.id(), 0, 0..6);
-    let results = cache.submitter.submit(batch).await.expect("it is answered");
+    let results = cache.submitter.submit(batch).await.expect("it is answered").into_results();
     assert!(matches!(results[0], Err(Error::ShardLost { .. })), "{:?}", results[0]);
     assert!(is_read(&cache.submitter.layout, &results[1], &(11..17).collect::<Vec<_>>()), "{:?}", results[1]);
     let answer = cache.one(|batch| batch.read(b.id(), 0, 0..6)).await;

@@ -44,10 +44,10 @@ impl DeviceCore {
             quarantined: pool.quarantined(),
             sealing: self.blocks.iter().filter(|(_, block)| block.state == BlockState::Sealing).count(),
             reserved: pool.reserved_raw(),
-            submissions: self.pending.len(),
-            ready: self.ready.len(),
+            submissions: self.pending.iter().count(),
+            ready: self.not_looked_at(),
             in_flight: self.in_flight,
-            building: self.building.iter().flatten().count(),
+            building: self.building.launches.iter().flatten().count(),
             tokens: self.sequences.iter().map(|(_, entry)| u64::from(entry.shared.state().committed)).sum(),
         }
     }
@@ -65,17 +65,20 @@ impl DeviceCore {
         self.blocks.pool().audit()?;
         let layout = self.config.layout;
         let mut holders: HashMap<BlockId, u32> = HashMap::new();
-        let (mut reserved, mut waiting) = (0, self.ready.len());
+        let (mut reserved, mut waiting) = (0, self.not_looked_at());
         for (_, entry) in &self.sequences {
             let id = entry.shared.id();
             let state = entry.shared.state();
             reserved += entry.rest.reserved;
-            waiting += entry.parked.len() + usize::from(entry.busy);
-            if !entry.busy && !entry.parked.is_empty() {
+            waiting += entry.parked() + usize::from(entry.busy);
+            if !entry.busy && entry.has_parked {
                 return Err(format!("{id}: operations are parked, but none is in flight"));
             }
             if !entry.busy && state.blocks.len() != layout.blocks_for(state.end() as usize) {
                 return Err(format!("{id}: {} blocks for {} tokens", state.blocks.len(), state.end()));
+            }
+            if !entry.is_in_step(&state, &layout) {
+                return Err(format!("{id}: the device thread's copy of its state is old: {entry:?}"));
             }
             let dropped = state.blocks.iter().filter(|block| **block == BlockId::DROPPED).count();
             if dropped * layout.block_tokens > state.dropped().len() {
@@ -122,7 +125,7 @@ impl DeviceCore {
                 "slots held: {held:?}; blocks hold {raw} and {sealed}, {sealing} are sealing"
             ));
         }
-        let unanswered: usize = self.pending.iter().map(|(_, pending)| pending.unanswered).sum();
+        let unanswered: usize = self.pending.iter().map(|pending| pending.unanswered()).sum();
         for (what, counted, kept) in [
             ("reserved slots", reserved, self.blocks.pool().reserved_raw()),
             ("operations", waiting, unanswered),

@@ -3,12 +3,11 @@
 use std::collections::VecDeque;
 
 use slab::Slab;
-use smallvec::SmallVec;
 
 use crate::block::{Block, BlockId, BlockKey, BlockState, Place, Places};
 use crate::format::Format;
 use crate::geometry::BlockLayout;
-use crate::memory::{Flight, Purpose, Step};
+use crate::memory::{Purpose, Step};
 use crate::pool::{Pool, SizeClass};
 use crate::slot::{FilledSlot, SlotId, SlotPin};
 use crate::stats::CoreCounters;
@@ -52,9 +51,8 @@ impl SealPlan {
         Step::Seal { flight, format, from_offset, to_offset }
     }
 
-    pub(super) fn into_flight(self) -> Flight {
-        let purpose = Purpose::Seal { block: self.block, slot: self.slot };
-        Flight { purpose, payload: None, output: None, finite: true, pins: SmallVec::new() }
+    pub(super) fn into_purpose(self) -> Purpose {
+        Purpose::Seal { block: self.block, slot: self.slot }
     }
 }
 
@@ -72,9 +70,8 @@ impl MovePlan {
         Step::Copy { from_offset: self.from_offset, to_offset: self.to_offset }
     }
 
-    pub(super) fn into_flight(self) -> Flight {
-        let purpose = Purpose::Move { block: self.block, slot: self.slot };
-        Flight { purpose, payload: None, output: None, finite: true, pins: SmallVec::new() }
+    pub(super) fn into_purpose(self) -> Purpose {
+        Purpose::Move { block: self.block, slot: self.slot }
     }
 }
 
@@ -154,7 +151,7 @@ impl BlockStore {
     /// Where the block's bytes begin in the slab.
     pub(super) fn offset(&self, id: BlockId) -> usize {
         let block = self.get(id);
-        self.pool.layout().offset_bytes(block.class, block.slot.id())
+        self.pool.offset_bytes(block.class, block.slot.id())
     }
 
     pub(super) fn format(&self, id: BlockId) -> Format {
@@ -167,10 +164,10 @@ impl BlockStore {
         self.pool.table().pin(slot.id(), slot.generation())
     }
 
-    /// Loads what a write to the block will need.
-    pub(super) fn touch(&self, id: BlockId) -> u32 {
+    /// Loads what a write to token `at` of the block will need.
+    pub(super) fn touch(&self, id: BlockId, at: usize) -> u32 {
         let Some(block) = self.blocks.get(id.0 as usize) else { return 0 };
-        block.refs.wrapping_add(self.token_ids[id.0 as usize * self.block_tokens])
+        block.refs.wrapping_add(self.token_ids[id.0 as usize * self.block_tokens + at])
     }
 
     /// Whether the block has no key and never will.

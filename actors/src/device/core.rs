@@ -10,24 +10,23 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
 
 use slab::Slab;
 use smallvec::SmallVec;
 
 use super::blocks::BlockStore;
-use super::plan::{SequenceEntry, WriteTarget};
-use crate::batch::{BatchCacheOperations, Operation, Outcome, Payload, Results};
+use super::entry::SequenceEntry;
+use super::plan::WriteTarget;
+use crate::batch::{Operation, Outcome};
 use crate::block::{BlockId, BlockKey, HashSecret};
 use crate::error::Error;
 use crate::format::Format;
 use crate::geometry::{BlockLayout, Geometry};
 use crate::memory::{Flight, LaneKind, Launch, Purpose, ReadBuffer};
-use crate::permit::Permit;
 use crate::pool::{Pool, PoolLayout};
-use crate::reply::{Join, PartReply, Reply, ReplyTo};
 use crate::sequence::{CloseHook, SequenceId, SequenceShared, Tenant};
 use crate::stats::CoreCounters;
+use crate::submission::{Brief, Submission, Submissions};
 use crate::tokens::TokenBudget;
 
 /// What a device core needs to know.
@@ -59,119 +58,10 @@ pub struct CoreConfig {
     pub secret: HashSecret,
 }
 
-/// A submission, or the part of one that runs on this shard: what a caller asked for, and on its way back, what became of it.
-///
-/// It is written once, in the caller's task; from there to the answer only its box moves.
-#[derive(Debug)]
-pub struct Submission {
-    operations: SmallVec<[Operation; 1]>,
-    token_ids: SmallVec<[u32; 8]>,
-    tenant: Option<Tenant>,
-    payload: Arc<Payload>,
-    results: SmallVec<[Option<Result<Outcome, Error>>; 1]>,
-    pub(super) unanswered: usize,
-    permit: Option<Permit>,
-    reply: ReplyTo,
-    submitted_at: Option<Instant>,
-}
-
-/// Submissions on their way. Boxed, because they are written once and only their boxes move.
-#[allow(clippy::vec_box)]
-pub type Submissions = Vec<Box<Submission>>;
-
-impl Submission {
-    /// A whole batch. `submitted_at` is only carried.
-    pub fn new(
-        mut batch: BatchCacheOperations,
-        permit: Option<Permit>,
-        reply: Option<Reply>,
-        submitted_at: Option<Instant>,
-    ) -> Box<Submission> {
-        let payload = Arc::new(batch.take_payload());
-        let BatchCacheOperations { operations, token_ids, tenant, .. } = batch;
-        let reply = reply.map_or(ReplyTo::Nobody, ReplyTo::Whole);
-        let unanswered = operations.len();
-        let results = std::iter::repeat_with(|| None).take(unanswered).collect();
-        Box::new(Submission {
-            operations,
-            token_ids,
-            tenant,
-            payload,
-            results,
-            unanswered,
-            permit,
-            reply,
-            submitted_at,
-        })
-    }
-
-    /// Splits it by shard, given the shard of each operation. The last part that is answered answers the whole.
-    pub(crate) fn split(mut self, targets: &[usize], shards: usize) -> Vec<(usize, Box<Submission>)> {
-        let ReplyTo::Whole(reply) = std::mem::replace(&mut self.reply, ReplyTo::Nobody) else {
-            return Vec::new();
-        };
-        let join = Join::new(self.operations.len(), reply, self.permit.take());
-        let mut parts = Vec::new();
-        for shard in 0..shards {
-            let places: Vec<usize> = (0..targets.len()).filter(|&at| targets[at] == shard).collect();
-            if places.is_empty() {
-                continue;
-            }
-            let take = |&at: &usize| std::mem::replace(&mut self.operations[at], Operation::Gone);
-            let operations: SmallVec<_> = places.iter().map(take).collect();
-            let part = Submission {
-                unanswered: operations.len(),
-                results: std::iter::repeat_with(|| None).take(operations.len()).collect(),
-                operations,
-                token_ids: self.token_ids.clone(),
-                tenant: self.tenant.clone(),
-                payload: self.payload.clone(),
-                permit: None,
-                reply: ReplyTo::Part(PartReply::new(join.clone(), places, shard as u16)),
-                submitted_at: self.submitted_at,
-            };
-            parts.push((shard, Box::new(part)));
-        }
-        parts
-    }
-
-    pub(crate) fn operations(&self) -> &[Operation] {
-        &self.operations
-    }
-
-    /// When it was submitted.
-    pub(crate) fn submitted_at(&self) -> Option<Instant> {
-        self.submitted_at
-    }
-
-    /// Answers every operation that has no answer yet with `error`, gives the permit back, then replies.
-    pub(crate) fn refuse(mut self: Box<Self>, error: &Error) {
-        for result in self.results.iter_mut().filter(|result| result.is_none()) {
-            *result = Some(Err(error.clone()));
-        }
-        self.send();
-    }
-
-    /// Gives the permit back, then replies: whoever has the answer finds the permit free.
-    pub fn send(mut self: Box<Self>) {
-        drop(self.permit.take());
-        match std::mem::replace(&mut self.reply, ReplyTo::Nobody) {
-            ReplyTo::Whole(reply) => reply.send(self),
-            ReplyTo::Part(part) => part.send(self.into_results()),
-            ReplyTo::Nobody => {}
-        }
-    }
-
-    /// Results without operations, to answer the caller of a split submission with.
-    pub(crate) fn answered(results: SmallVec<[Option<Result<Outcome, Error>>; 1]>) -> Box<Submission> {
-        let mut submission = Submission::new(BatchCacheOperations::new(), None, None, None);
-        submission.results = results;
-        submission
-    }
-
-    /// The results, in the operations' order.
-    pub(crate) fn into_results(self) -> Results {
-        self.results.into_iter().flatten().collect()
+impl CoreConfig {
+    /// The lane for an operation that moves `bytes` bytes: `kind`, if that is many.
+    pub(super) fn lane_for(&self, kind: LaneKind, bytes: usize) -> LaneKind {
+        if bytes >= self.copy_lane_min_bytes { kind } else { LaneKind::Compute }
     }
 }
 
@@ -202,8 +92,65 @@ pub struct Effects {
 /// One operation of a pending submission.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct OpRef {
-    pub(super) submission: usize,
-    pub(super) index: usize,
+    submission: u32,
+    index: u32,
+}
+
+/// Submissions that are not answered yet.
+#[derive(Debug, Default)]
+pub(super) struct Pending(Slab<Box<Submission>>);
+
+impl Pending {
+    pub(super) fn submission(&self, op: OpRef) -> &Submission {
+        &self.0[op.submission as usize]
+    }
+
+    fn submission_mut(&mut self, op: OpRef) -> &mut Submission {
+        &mut self.0[op.submission as usize]
+    }
+
+    pub(super) fn operation(&self, op: OpRef) -> &Operation {
+        &self.submission(op).operations[op.index as usize]
+    }
+
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Submission> {
+        self.0.iter().map(|(_, submission)| &**submission)
+    }
+}
+
+/// Launches that are being built, one a lane, and the memory of those that have landed.
+#[derive(Debug, Default)]
+pub(super) struct Building {
+    pub(super) launches: [Option<Launch>; 3],
+    spare: Vec<Launch>,
+}
+
+impl Building {
+    fn launch(&mut self, lane: LaneKind) -> &mut Launch {
+        self.launches[lane as usize].get_or_insert_with(|| self.spare.pop().unwrap_or_default())
+    }
+
+    /// Adds a flight for an operation. One with no output reads its submission's payload.
+    pub(super) fn flight(
+        &mut self,
+        lane: LaneKind,
+        op: OpRef,
+        submission: &Submission,
+        output: Option<Box<ReadBuffer>>,
+    ) -> (&mut Launch, usize) {
+        let payload = submission.payload.as_ref().filter(|_| output.is_none());
+        let launch = self.launch(lane);
+        let purpose = Purpose::Operation { submission: op.submission, index: op.index };
+        let flight = launch.add(purpose, payload, output);
+        (launch, flight)
+    }
+
+    fn recycle(&mut self, launch: Launch) {
+        if self.spare.len() < 8 {
+            self.spare.push(launch);
+        }
+    }
 }
 
 /// The state machine of one shard.
@@ -215,11 +162,10 @@ pub struct DeviceCore {
     /// Generation of the next sequence at each table entry.
     generations: Vec<u32>,
     tenants: HashMap<Tenant, u32>,
-    pub(super) pending: Slab<Box<Submission>>,
-    /// Operations not looked at yet, in submission order.
-    pub(super) ready: VecDeque<OpRef>,
-    pub(super) building: [Option<Launch>; 3],
-    spare: Vec<Launch>,
+    pub(super) pending: Pending,
+    /// The first operation not looked at yet of each submission that has some, in submission order.
+    ready: VecDeque<OpRef>,
+    pub(super) building: Building,
     pub(super) in_flight: usize,
     pub(super) counters: CoreCounters,
     on_drop: DebugHook,
@@ -259,10 +205,9 @@ impl DeviceCore {
             sequences: Slab::new(),
             generations: Vec::new(),
             tenants: HashMap::new(),
-            pending: Slab::new(),
+            pending: Pending::default(),
             ready: VecDeque::new(),
-            building: [None, None, None],
-            spare: Vec::new(),
+            building: Building::default(),
             in_flight: 0,
             counters: CoreCounters::default(),
             on_drop: DebugHook(on_drop),
@@ -316,9 +261,8 @@ impl DeviceCore {
 
     /// Hands the launches built so far over to the effects.
     pub fn flush(&mut self, effects: &mut Effects) {
-        for (slot, lane) in
-            self.building.iter_mut().zip([LaneKind::Compute, LaneKind::Upload, LaneKind::Download])
-        {
+        let lanes = [LaneKind::Compute, LaneKind::Upload, LaneKind::Download];
+        for (slot, lane) in self.building.launches.iter_mut().zip(lanes) {
             if let Some(launch) = slot.take() {
                 self.in_flight += 1;
                 self.counters.launches += 1;
@@ -328,16 +272,28 @@ impl DeviceCore {
     }
 
     fn accept(&mut self, submission: Box<Submission>) {
-        let count = submission.operations.len();
-        self.counters.operations += count as u64;
-        let submission = self.pending.insert(submission);
-        self.ready.extend((0..count).map(|index| OpRef { submission, index }));
+        self.counters.operations += submission.operations.len() as u64;
+        let submission = self.pending.0.insert(submission) as u32;
+        self.ready.push_back(OpRef { submission, index: 0 });
+    }
+
+    /// Operations not looked at yet.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn not_looked_at(&self) -> usize {
+        let left = |op: &OpRef| self.pending.submission(*op).operations.len() - op.index as usize;
+        self.ready.iter().map(left).sum()
     }
 
     /// Starts what can be started.
     fn pump(&mut self, effects: &mut Effects) {
-        while let Some(&op) = self.ready.front() {
-            if self.config.deterministic {
+        while let Some(&first) = self.ready.front() {
+            if !self.config.deterministic {
+                self.ready.pop_front();
+                let count = self.pending.submission(first).operations.len() as u32;
+                for index in first.index..count {
+                    self.look_at(OpRef { index, ..first }, effects);
+                }
+            } else {
                 if !self.is_quiet() {
                     return;
                 }
@@ -346,20 +302,31 @@ impl DeviceCore {
                 if !self.is_quiet() {
                     return;
                 }
+                let next = OpRef { index: first.index + 1, ..first };
+                match (next.index as usize) < self.pending.submission(first).operations.len() {
+                    true => self.ready[0] = next,
+                    false => drop(self.ready.pop_front()),
+                }
+                self.look_at(first, effects);
             }
-            self.ready.pop_front();
-            let id = self.pending[op.submission].operations[op.index].sequence();
-            match id.map(|id| self.find(id, op)) {
-                // An operation on no sequence.
-                None => self.start(op, None, effects),
-                Some(Err(error)) => self.answer(op, Err(error), effects),
-                Some(Ok(index)) => {
-                    let sequence = &mut self.sequences[index];
-                    if sequence.busy {
-                        sequence.parked.push_back(op);
-                    } else {
-                        self.start(op, Some(index), effects);
-                    }
+        }
+    }
+
+    /// Starts an operation, or parks it behind the one that its sequence has in flight.
+    fn look_at(&mut self, op: OpRef, effects: &mut Effects) {
+        if self.append_in_place(op) {
+            return;
+        }
+        match self.pending.operation(op).sequence().map(|id| self.find(id, op)) {
+            // An operation on no sequence.
+            None => self.start(op, None, effects),
+            Some(Err(error)) => self.answer(op, Err(error), effects),
+            Some(Ok(index)) => {
+                let sequence = &mut self.sequences[index];
+                if sequence.busy {
+                    sequence.park(op);
+                } else {
+                    self.start(op, Some(index), effects);
                 }
             }
         }
@@ -367,14 +334,14 @@ impl DeviceCore {
 
     /// Nothing in flight and nothing about to be.
     fn is_quiet(&self) -> bool {
-        self.in_flight == 0 && self.building.iter().all(Option::is_none)
+        self.in_flight == 0 && self.building.launches.iter().all(Option::is_none)
     }
 
     /// The table entry of a sequence that `op` may work on.
     fn find(&self, id: SequenceId, op: OpRef) -> Result<usize, Error> {
         let index = id.index();
         match self.sequences.get(index) {
-            Some(entry) if entry.shared.id() == id => match &self.pending[op.submission].tenant {
+            Some(entry) if entry.id == id => match &self.pending.submission(op).tenant {
                 Some(tenant) if tenant != entry.shared.tenant() => Err(Error::TenantMismatch(id)),
                 _ => Ok(index),
             },
@@ -389,20 +356,20 @@ impl DeviceCore {
     }
 
     fn start(&mut self, op: OpRef, sequence: Option<usize>, effects: &mut Effects) {
-        let submission = &mut self.pending[op.submission];
-        let progress = match (&mut submission.operations[op.index], sequence) {
-            (Operation::Refused(error), _) => Progress::Done(Err(error.clone())),
+        let submission = self.pending.submission_mut(op);
+        let progress = match (&mut submission.operations[op.index as usize], sequence) {
+            (Operation::Refused(error), _) => Progress::Done(Err((**error).clone())),
             (Operation::Open { options, permit }, _) => {
                 let (options, permit) = (std::mem::take(&mut **options), permit.take());
                 Progress::Done(self.open(options, permit, effects))
             }
             // What flies stays in its place: landing needs it again.
             (Operation::Append { at, ids, tensors, .. }, Some(index)) => {
-                let (at, tokens, tensors) = (*at, ids.len() as u32, tensors.clone());
+                let (at, tokens, tensors) = (*at, ids.count, *tensors);
                 self.plan_write(op, index, WriteTarget::AllLayers { at }, tokens, &tensors)
             }
             (Operation::Stage { layer, tokens, tensors, .. }, Some(index)) => {
-                let (layer, tokens, tensors) = (*layer, *tokens, tensors.clone());
+                let (layer, tokens, tensors) = (*layer, *tokens, *tensors);
                 self.plan_write(op, index, WriteTarget::Layer(layer), tokens, &tensors)
             }
             (Operation::Read { layer, tokens, buffer, .. }, Some(index)) => {
@@ -410,7 +377,7 @@ impl DeviceCore {
                 self.plan_read(op, index, layer, &tokens, buffer)
             }
             (Operation::Commit { ids, extra, .. }, Some(index)) => {
-                let token_ids = SmallVec::<[u32; 8]>::from_slice(&submission.token_ids[ids.clone()]);
+                let token_ids = SmallVec::<[u32; 8]>::from_slice(ids.of(&submission.token_ids));
                 let extra = extra.as_deref().copied();
                 Progress::Done(self.commit_staged(index, &token_ids, extra))
             }
@@ -445,15 +412,17 @@ impl DeviceCore {
     /// Answers one operation, and its submission with the last.
     fn answer(&mut self, op: OpRef, result: Result<Outcome, Error>, effects: &mut Effects) {
         // A close that nobody waits for may find its sequence closed by hand.
-        let awaited = !matches!(self.pending[op.submission].reply, ReplyTo::Nobody);
-        if let (Err(error), true) = (&result, awaited) {
+        if let Err(error) = &result
+            && self.pending.submission(op).is_awaited()
+        {
             self.counters.errors[error.kind() as usize] += 1;
         }
-        let submission = &mut self.pending[op.submission];
-        submission.results[op.index] = Some(result);
-        submission.unanswered -= 1;
-        if submission.unanswered == 0 {
-            effects.answers.push(self.pending.remove(op.submission));
+        self.answer_brief(op, result.into(), effects);
+    }
+
+    fn answer_brief(&mut self, op: OpRef, result: Brief, effects: &mut Effects) {
+        if self.pending.submission_mut(op).answer(op.index as usize, result) {
+            effects.answers.push(self.pending.0.remove(op.submission as usize));
         }
     }
 
@@ -464,17 +433,21 @@ impl DeviceCore {
         if error.is_some() {
             self.counters.failed_launches += 1;
         }
+        launch.release();
         for flight in launch.flights.drain(..) {
-            let Flight { purpose, output, finite, pins, .. } = flight;
-            drop(pins);
+            let Flight { purpose, output, finite, .. } = flight;
             match purpose {
                 Purpose::Operation { submission, index } => {
+                    let op = OpRef { submission, index };
+                    if error.is_none() && finite && output.is_none() && self.land_in_place(op, effects) {
+                        continue;
+                    }
                     let landed = match (&error, finite) {
                         (Some(reason), _) => Err(Error::Device(reason.clone())),
                         (None, false) => Err(Error::NotFinite),
                         (None, true) => Ok(output),
                     };
-                    self.land_operation(OpRef { submission, index }, landed, effects);
+                    self.land_operation(op, landed, effects);
                 }
                 Purpose::Seal { block, slot } => {
                     let sealed = error.is_none().then_some(finite);
@@ -483,24 +456,29 @@ impl DeviceCore {
                 Purpose::Move { block, slot } => self.blocks.land_move(block, slot, error.is_none()),
             }
         }
-        launch.steps.clear();
-        if self.spare.len() < 8 {
-            self.spare.push(launch);
-        }
+        self.building.recycle(launch);
+    }
+
+    /// [`DeviceCore::land_operation`] for what [`DeviceCore::append_in_place`] has planned, if it went well.
+    fn land_in_place(&mut self, op: OpRef, effects: &mut Effects) -> bool {
+        let Some((index, committed)) = self.land_append_in_place(op) else { return false };
+        self.answer_brief(op, Brief::Appended(committed), effects);
+        self.resume(index, effects);
+        true
     }
 
     fn land_operation(
         &mut self,
         op: OpRef,
-        landed: Result<Option<ReadBuffer>, Error>,
+        landed: Result<Option<Box<ReadBuffer>>, Error>,
         effects: &mut Effects,
     ) {
-        let submission = &self.pending[op.submission];
+        let submission = self.pending.submission(op);
         // A read leaves nothing behind but the sequence that it kept busy.
-        let (id, result) = match &submission.operations[op.index] {
+        let (id, result) = match &submission.operations[op.index as usize] {
             Operation::Append { sequence, ids, extra, .. } => {
                 let (id, extra) = (*sequence, extra.as_deref().copied());
-                let token_ids = SmallVec::<[u32; 8]>::from_slice(&submission.token_ids[ids.clone()]);
+                let token_ids = SmallVec::<[u32; 8]>::from_slice(ids.of(&submission.token_ids));
                 (id, self.land_append(id.index(), landed.map(drop), &token_ids, extra))
             }
             Operation::Stage { sequence, layer, tokens, .. } => {
@@ -515,13 +493,20 @@ impl DeviceCore {
             _ => return,
         };
         self.answer(op, result, effects);
-        let index = id.index();
-        self.sequences[index].busy = false;
+        self.resume(id.index(), effects);
+    }
+
+    /// The operation that a sequence had in flight has landed: starts those that waited for it.
+    fn resume(&mut self, index: usize, effects: &mut Effects) {
+        let entry = &mut self.sequences[index];
+        entry.busy = false;
+        if !entry.has_parked {
+            return;
+        }
+        let id = entry.id;
         // In order, until one of them flies (or closes the sequence).
-        while let Some(entry) =
-            self.sequences.get_mut(index).filter(|entry| entry.shared.id() == id && !entry.busy)
-        {
-            let Some(next) = entry.parked.pop_front() else { break };
+        while let Some(entry) = self.sequences.get_mut(index).filter(|entry| entry.id == id && !entry.busy) {
+            let Some(next) = entry.unpark() else { break };
             match self.find(id, next) {
                 Ok(index) => self.start(next, Some(index), effects),
                 Err(error) => self.answer(next, Err(error), effects),
@@ -534,26 +519,9 @@ impl DeviceCore {
         &mut self,
         lane: LaneKind,
         op: OpRef,
-        output: Option<ReadBuffer>,
+        output: Option<Box<ReadBuffer>>,
     ) -> (&mut Launch, usize) {
-        let payload = output.is_none().then(|| self.pending[op.submission].payload.clone());
-        let purpose = Purpose::Operation { submission: op.submission, index: op.index };
-        let launch = Self::building(&mut self.building, &mut self.spare, lane);
-        launch.flights.push(Flight { purpose, payload, output, finite: true, pins: SmallVec::new() });
-        let index = launch.flights.len() - 1;
-        (launch, index)
-    }
-
-    fn building<'a>(
-        building: &'a mut [Option<Launch>; 3],
-        spare: &mut Vec<Launch>,
-        lane: LaneKind,
-    ) -> &'a mut Launch {
-        building[lane as usize].get_or_insert_with(|| spare.pop().unwrap_or_default())
-    }
-
-    pub(super) fn lane_for(&self, kind: LaneKind, bytes: usize) -> LaneKind {
-        if bytes >= self.config.copy_lane_min_bytes { kind } else { LaneKind::Compute }
+        self.building.flight(lane, op, self.pending.submission(op), output)
     }
 
     /// Plans the seals of one launch.
@@ -561,16 +529,15 @@ impl DeviceCore {
         self.blocks.reclaim();
         for _ in 0..self.config.seals_per_launch {
             let Some(seal) = self.blocks.next_seal(&mut self.counters) else { break };
-            let launch = Self::building(&mut self.building, &mut self.spare, LaneKind::Compute);
-            let flight = launch.flights.len();
-            launch.steps.push(seal.step(flight));
-            launch.flights.push(seal.into_flight());
+            let launch = self.building.launch(LaneKind::Compute);
+            launch.steps.push(seal.step(launch.flights.len()));
+            launch.add(seal.into_purpose(), None, None);
         }
         // Sealing has stalled for want of a vacant chunk: empty one. It goes on when the moves have landed.
         while let Some(plan) = self.blocks.next_move(&mut self.counters) {
-            let launch = Self::building(&mut self.building, &mut self.spare, LaneKind::Compute);
+            let launch = self.building.launch(LaneKind::Compute);
             launch.steps.push(plan.step());
-            launch.flights.push(plan.into_flight());
+            launch.add(plan.into_purpose(), None, None);
         }
     }
 
@@ -608,7 +575,7 @@ impl DeviceCore {
 
     /// The key of a sequence's block, if it is full and not private.
     pub fn block_key(&self, id: SequenceId, index: usize) -> Option<BlockKey> {
-        let entry = self.sequences.get(id.index()).filter(|entry| entry.shared.id() == id)?;
+        let entry = self.sequences.get(id.index()).filter(|entry| entry.id == id)?;
         let block: BlockId = *entry.shared.state().blocks.get(index)?;
         self.blocks.key(block)
     }

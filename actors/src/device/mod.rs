@@ -7,6 +7,8 @@
 mod audit;
 mod blocks;
 mod core;
+mod entry;
+mod in_place;
 mod plan;
 
 use std::collections::VecDeque;
@@ -17,7 +19,7 @@ use std::time::Instant;
 #[cfg(any(test, feature = "testing"))]
 pub use self::audit::Holdings;
 pub use self::blocks::BlockStore;
-pub use self::core::{CoreConfig, DeviceCore, Effects, Event, Submission, Submissions};
+pub use self::core::{CoreConfig, DeviceCore, Effects, Event};
 use crate::block::Places;
 use crate::directory::Directory;
 use crate::mailbox::{Control, DeviceMailbox, TRANSFERS_MAX, TransferSender, Wake};
@@ -25,6 +27,7 @@ use crate::memory::{DeviceLost, Doorbell, Lane, LaneKind, Launch};
 use crate::sequence::CloseHook;
 use crate::slot::SlotTable;
 use crate::stats::SharedStats;
+use crate::submission::Submissions;
 use crate::supervisor::{ActorName, Exit, Supervisor, panic_message};
 
 /// Submissions taken from the mailbox before the launches built from them go out: bounds the wait of the first one.

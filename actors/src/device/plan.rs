@@ -2,13 +2,13 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::Arc;
 
 use smallvec::SmallVec;
 
 use super::blocks::BlockStore;
-use super::core::{CoreConfig, DeviceCore, Effects, OpRef, Progress, Submissions};
-use crate::batch::{Operation, Outcome, TensorSpans};
+use super::core::{CoreConfig, DeviceCore, Effects, OpRef, Progress};
+use super::entry::{Rest, SequenceEntry};
+use crate::batch::{Outcome, TensorSpans};
 use crate::block::{BlockId, BlockKey, ExtraIdentity};
 use crate::error::Error;
 use crate::format::Format;
@@ -18,78 +18,6 @@ use crate::permit::Permit;
 use crate::sequence::{OpenOptions, SINK_TOKENS, SequenceShared, SequenceState, pieces};
 use crate::stats::CoreCounters;
 
-/// The device thread's part of a sequence. With many sequences open every step misses the caches for it: what a step does
-/// not need lies elsewhere.
-#[derive(Debug)]
-pub(super) struct SequenceEntry {
-    pub(super) shared: Arc<SequenceShared>,
-    /// An operation is in flight.
-    pub(super) busy: bool,
-    /// Blocks that a write in flight writes to.
-    writing: SmallVec<[BlockId; 2]>,
-    /// The write in flight has taken blocks: `rest` says which.
-    took_blocks: bool,
-    /// The block written last: what [`DeviceCore::warm`] fetches ahead.
-    tail: BlockId,
-    /// Operations that wait for it, in order.
-    pub(super) parked: VecDeque<OpRef>,
-    pub(super) rest: Box<Rest>,
-}
-
-/// What is needed once per block or less.
-#[derive(Debug)]
-pub(super) struct Rest {
-    pub(super) tenant: u32,
-    /// Parent key of the first block.
-    root: BlockKey,
-    /// Raw blocks set aside and not used yet.
-    pub(super) reserved: usize,
-    /// Of those, how many the write in flight has taken.
-    reserved_in_flight: usize,
-    /// Copies that the write in flight makes, by the place of the block that they will replace. Until the write has landed
-    /// the sequence keeps what it had: readers see it, a failed write falls back to it, and no other writer gets at it.
-    replacing: SmallVec<[(usize, BlockId); 1]>,
-    /// Positions that carry more identity than their token id.
-    extra: Vec<(u32, ExtraIdentity)>,
-    /// The right to be open, given back when the entry goes.
-    _permit: Option<Permit>,
-}
-
-impl Rest {
-    fn new(
-        tenant: u32,
-        root: BlockKey,
-        reserved: usize,
-        extra: Vec<(u32, ExtraIdentity)>,
-        permit: Option<Permit>,
-    ) -> Self {
-        let replacing = SmallVec::new();
-        Rest { tenant, root, reserved, reserved_in_flight: 0, replacing, extra, _permit: permit }
-    }
-}
-
-impl SequenceEntry {
-    fn new(shared: Arc<SequenceShared>, rest: Rest) -> Self {
-        SequenceEntry {
-            shared,
-            busy: false,
-            writing: SmallVec::new(),
-            took_blocks: false,
-            tail: BlockId::DROPPED,
-            parked: VecDeque::new(),
-            rest: Box::new(rest),
-        }
-    }
-}
-
-#[cfg(any(test, feature = "testing"))]
-impl SequenceEntry {
-    /// Blocks that it holds and does not list.
-    pub(super) fn held_blocks(&self) -> impl Iterator<Item = BlockId> {
-        self.rest.replacing.iter().map(|(_, block)| *block)
-    }
-}
-
 impl DeviceCore {
     pub(super) fn open(
         &mut self,
@@ -97,7 +25,8 @@ impl DeviceCore {
         permit: Option<Permit>,
         effects: &mut Effects,
     ) -> Result<Outcome, Error> {
-        let reserved = self.config.layout.blocks_for(options.reserve_tokens as usize);
+        let layout = self.config.layout;
+        let reserved = layout.blocks_for(options.reserve_tokens as usize);
         let free = self.blocks.raw_available(reserved);
         if !self.blocks.pool_mut().reserve_raw(reserved) {
             return Err(Error::Capacity { needed: reserved as u32, free: free as u32, evictable: 0 });
@@ -108,28 +37,9 @@ impl DeviceCore {
         let tenant = self.tenant_number(&options.tenant);
         let make = |id| {
             let shared = SequenceShared::new(id, options.tenant, SequenceState::default());
-            SequenceEntry::new(shared, Rest::new(tenant, root, reserved, Vec::new(), permit))
+            SequenceEntry::new(shared, Rest::new(tenant, root, reserved, Vec::new(), permit), &layout)
         };
         Ok(Outcome::Opened(self.register(make, effects)))
-    }
-
-    /// Touches what the operations are about to need.
-    ///
-    /// With many sequences open each step would wait for memory several times in a row; loads that do not depend on each
-    /// other wait together.
-    pub fn warm(&self, submissions: &Submissions) {
-        let mut touched = 0u32;
-        let ids = || {
-            submissions.iter().flat_map(|submission| submission.operations()).filter_map(Operation::sequence)
-        };
-        for entry in ids().filter_map(|id| self.sequences.get(id.index())) {
-            touched = touched.wrapping_add(entry.tail.0);
-        }
-        for entry in ids().filter_map(|id| self.sequences.get(id.index())) {
-            touched = touched.wrapping_add(entry.shared.id().generation());
-            touched = touched.wrapping_add(self.blocks.touch(entry.tail));
-        }
-        std::hint::black_box(touched);
     }
 
     pub(super) fn fork(
@@ -161,7 +71,9 @@ impl DeviceCore {
             }
             let permit = permit.as_mut().and_then(|all| all.split(1));
             let rest = Rest::new(tenant, root, 0, extra.clone(), permit);
-            let make = |id| SequenceEntry::new(SequenceShared::new(id, name.clone(), state.clone()), rest);
+            let layout = self.config.layout;
+            let make =
+                |id| SequenceEntry::new(SequenceShared::new(id, name.clone(), state.clone()), rest, &layout);
             forks.push(self.register(make, effects));
         }
         if shows_staged && let Some(&tail) = state.blocks.last() {
@@ -175,14 +87,18 @@ impl DeviceCore {
     /// Closes a sequence, and returns the operations that waited for it.
     pub(super) fn close(&mut self, index: usize, effects: &mut Effects) -> VecDeque<OpRef> {
         let entry = self.sequences.remove(index);
-        let state = std::mem::take(&mut *entry.shared.state());
+        let state = {
+            let mut shown = entry.shared.state();
+            entry.shared.publish_committed(0);
+            std::mem::take(&mut *shown)
+        };
         for block in state.blocks {
             self.blocks.release(block);
         }
         self.blocks.unreserve(entry.rest.reserved);
         self.config.token_budget.give_back(u64::from(state.committed));
-        effects.closed.push(entry.shared.id());
-        entry.parked
+        effects.closed.push(entry.id);
+        entry.rest.parked
     }
 
     pub(super) fn truncate(&mut self, index: usize, tokens: u32) -> Result<Outcome, Error> {
@@ -205,6 +121,7 @@ impl DeviceCore {
         state.committed = tokens;
         state.staged.clear();
         release_tail(&mut self.blocks, &self.config, &mut state, true);
+        entry.glance.renew(&shared, &state, &self.config.layout);
         Ok(Outcome::Truncated { committed: tokens })
     }
 
@@ -217,10 +134,10 @@ impl DeviceCore {
         tokens: u32,
         tensors: &TensorSpans,
     ) -> Progress {
-        let bytes = tensors.keys.len() + tensors.values.len();
-        let lane = self.lane_for(LaneKind::Upload, bytes);
+        let bytes = tensors.bytes();
+        let lane = self.config.lane_for(LaneKind::Upload, bytes);
         let DeviceCore { sequences, blocks, config, counters, .. } = self;
-        let SequenceEntry { shared, rest, writing, took_blocks, tail, .. } = &mut sequences[index];
+        let SequenceEntry { shared, rest, took_blocks, .. } = &mut sequences[index];
         let mut state = shared.state();
         let planned = check_write(config, &state, &target, tokens).and_then(|range| {
             let prepared = prepare_blocks(rest, blocks, config, counters, &mut state, range.clone())?;
@@ -239,8 +156,7 @@ impl DeviceCore {
             let replaced = || rest.replacing.iter().find(|(place, _)| *place == at).map(|(_, copy)| *copy);
             let block = if *took_blocks { replaced() } else { None }.unwrap_or(state.blocks[at]);
             blocks.get_mut(block).writing = true;
-            writing.push(block);
-            *tail = block;
+            rest.writing.push(block);
             slots.push((inside, blocks.offset(block)));
         }
         drop(state);
@@ -250,7 +166,7 @@ impl DeviceCore {
         };
         counters.bytes_in += bytes as u64;
         let (launch, flight) = self.flight(lane, op, None);
-        launch.flights[flight].pins.extend(pins);
+        launch.pins.extend(pins);
         launch.steps.extend(prepared.steps);
         let mut first_token = 0;
         for (inside, slot_offset) in slots {
@@ -258,8 +174,8 @@ impl DeviceCore {
             launch.steps.push(Step::Append(AppendStep {
                 flight,
                 layers: layers.clone(),
-                keys_at: tensors.keys.start,
-                values_at: tensors.values.start,
+                keys_at: tensors.keys_at,
+                values_at: tensors.values_at(),
                 payload_tokens: tokens as usize,
                 first_token,
                 slot_offset,
@@ -274,13 +190,13 @@ impl DeviceCore {
     ///
     /// If it went well its copies take their places; otherwise the sequence has what it had.
     fn end_write(
-        (writing, took_blocks, rest): (&mut SmallVec<[BlockId; 2]>, &mut bool, &mut Rest),
+        (in_place, took_blocks, rest): (Option<BlockId>, &mut bool, &mut Rest),
         blocks: &mut BlockStore,
         config: &CoreConfig,
         state: &mut SequenceState,
         landed: &Result<(), Error>,
     ) {
-        for block in writing.drain(..) {
+        for block in rest.writing.drain(..).chain(in_place) {
             blocks.get_mut(block).writing = false;
         }
         blocks.resume_draining();
@@ -317,12 +233,16 @@ impl DeviceCore {
         extra: Option<ExtraIdentity>,
     ) -> Result<Outcome, Error> {
         let DeviceCore { sequences, blocks, config, counters, .. } = self;
-        let SequenceEntry { shared, rest, writing, took_blocks, .. } = &mut sequences[index];
+        let SequenceEntry { shared, rest, took_blocks, in_place, glance, .. } = &mut sequences[index];
         let mut state = shared.state();
         let landed = landed.and_then(|()| config.token_budget.take(token_ids.len() as u64));
-        Self::end_write((writing, took_blocks, rest), blocks, config, &mut state, &landed);
+        let in_place = std::mem::take(in_place).then_some(glance.tail);
+        Self::end_write((in_place, took_blocks, rest), blocks, config, &mut state, &landed);
+        if landed.is_ok() {
+            commit(rest, blocks, config, counters, &mut state, token_ids, extra);
+        }
+        glance.renew(shared, &state, &config.layout);
         landed?;
-        commit(rest, blocks, config, counters, &mut state, token_ids, extra);
         Ok(Outcome::Appended { committed: state.committed })
     }
 
@@ -334,17 +254,18 @@ impl DeviceCore {
         tokens: u32,
     ) -> Result<Outcome, Error> {
         let DeviceCore { sequences, blocks, config, .. } = self;
-        let SequenceEntry { shared, rest, writing, took_blocks, .. } = &mut sequences[index];
+        let SequenceEntry { shared, rest, took_blocks, glance, .. } = &mut sequences[index];
         let mut state = shared.state();
-        Self::end_write((writing, took_blocks, rest), blocks, config, &mut state, &landed);
-        landed?;
-        if state.staged.is_empty() {
-            let committed = state.committed;
-            state.staged.resize(config.layout.layers, committed);
+        Self::end_write((None, took_blocks, rest), blocks, config, &mut state, &landed);
+        if landed.is_ok() {
+            if state.staged.is_empty() {
+                let committed = state.committed;
+                state.staged.resize(config.layout.layers, committed);
+            }
+            state.staged[layer as usize] += tokens;
         }
-        let staged = &mut state.staged[layer as usize];
-        *staged += tokens;
-        Ok(Outcome::Staged { staged: *staged })
+        glance.renew(shared, &state, &config.layout);
+        landed.map(|()| Outcome::Staged { staged: state.staged[layer as usize] })
     }
 
     pub(super) fn commit_staged(
@@ -354,7 +275,7 @@ impl DeviceCore {
         extra: Option<ExtraIdentity>,
     ) -> Result<Outcome, Error> {
         let DeviceCore { sequences, blocks, config, counters, .. } = self;
-        let SequenceEntry { shared, rest, .. } = &mut sequences[index];
+        let SequenceEntry { shared, rest, glance, .. } = &mut sequences[index];
         let mut state = shared.state();
         let tokens = token_ids.len() as u32;
         for layer in 0..config.layout.layers {
@@ -369,6 +290,7 @@ impl DeviceCore {
         // Its memory stays: the next token is staged just so.
         state.staged.clear();
         release_tail(blocks, config, &mut state, rewound);
+        glance.renew(shared, &state, &config.layout);
         Ok(Outcome::Committed { committed: state.committed })
     }
 
@@ -378,7 +300,7 @@ impl DeviceCore {
         index: usize,
         layer: u32,
         tokens: &Range<u32>,
-        buffer: Option<ReadBuffer>,
+        buffer: Option<Box<ReadBuffer>>,
     ) -> Progress {
         let shared = self.sequences[index].shared.clone();
         let state = shared.state();
@@ -386,7 +308,7 @@ impl DeviceCore {
             return Progress::Done(Err(error));
         }
         let layout = self.config.layout;
-        let output = buffer.unwrap_or_else(|| ReadBuffer::new(&layout, tokens.len()));
+        let output = buffer.unwrap_or_else(|| Box::new(ReadBuffer::new(&layout, tokens.len())));
         if tokens.is_empty() {
             return Progress::Done(Ok(Outcome::Read(output)));
         }
@@ -397,12 +319,12 @@ impl DeviceCore {
                 (self.blocks.offset(id), self.blocks.format(id), self.blocks.pin(id), inside)
             })
             .collect();
-        let lane = self.lane_for(LaneKind::Download, bytes);
+        let lane = self.config.lane_for(LaneKind::Download, bytes);
         let (launch, flight) = self.flight(lane, op, Some(output));
         let mut output_token = 0;
         for (slot_offset, format, pin, tokens) in sources {
             let count = tokens.len();
-            launch.flights[flight].pins.extend(pin);
+            launch.pins.extend(pin);
             let layer = layer as usize;
             launch.steps.push(Step::Read(ReadStep {
                 flight,
@@ -544,7 +466,7 @@ fn release_tail(blocks: &mut BlockStore, config: &CoreConfig, state: &mut Sequen
 }
 
 /// Counts tokens in whose keys and values are in place in every layer. The caller has taken them from the budget.
-fn commit(
+pub(super) fn commit(
     rest: &mut Rest,
     blocks: &mut BlockStore,
     config: &CoreConfig,

@@ -18,12 +18,12 @@ use shuttle::sync::Condvar;
 use shuttle::thread;
 
 use crate::batch::{BatchCacheOperations, Outcome};
-use crate::device::Submission;
 use crate::error::Error;
 use crate::permit::{Amount, Permit, Permits};
 use crate::reply::{Answer, Join, PartReply, Reply, Unanswered};
 use crate::sequence::SequenceId;
 use crate::slot::{SlotId, SlotTable};
+use crate::submission::Submission;
 use crate::sync::{Arc, AtomicU64, Mutex, Ordering, lock};
 
 /// Schedules of all tests together, unless `KV_SCHEDULES` says otherwise.

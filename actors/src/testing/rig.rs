@@ -12,12 +12,13 @@ use super::sim::{LANES, SimDevice};
 use super::values::push_tensor;
 use crate::batch::{BatchCacheOperations, HostTensor, Outcome, Results};
 use crate::block::ExtraIdentity;
-use crate::device::{CoreConfig, DeviceCore, Effects, Event, Submission};
+use crate::device::{CoreConfig, DeviceCore, Effects, Event};
 use crate::geometry::{ElementType, Plane};
 use crate::memory::LaneKind;
 use crate::permit::{Amount, Permits};
 use crate::reply::{Answer, Reply, Unanswered};
 use crate::sequence::{CloseHook, OpenOptions, OpenSequence, SequenceId};
+use crate::submission::Submission;
 
 /// Names a submission that has not been taken back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -117,9 +117,9 @@ impl SimDevice {
         }
         let queue = &mut sim.lanes[lane as usize];
         let Some(running) = queue.running.front_mut() else { return false };
-        if let Some(step) = running.launch.steps.get(running.next_step) {
-            sim.tracker.execute(step);
-            sim.memory.execute(step, &mut running.launch.flights);
+        if let Some(step) = running.launch.steps.get(running.next_step).cloned() {
+            sim.tracker.execute(&step);
+            sim.memory.execute(&step, &mut running.launch);
             sim.counts.steps += 1;
             running.next_step += 1;
         }
@@ -134,8 +134,8 @@ impl SimDevice {
         let sim = &mut *self.lock();
         let queue = &mut sim.lanes[lane as usize];
         let Some(mut running) = queue.running.pop_front() else { return false };
-        if let Some(step) = running.launch.steps.get(running.next_step).filter(|_| half_way) {
-            sim.memory.execute_half(step, &mut running.launch.flights);
+        if let Some(step) = running.launch.steps.get(running.next_step).filter(|_| half_way).cloned() {
+            sim.memory.execute_half(&step, &mut running.launch);
         }
         running.launch.error = Some("a fault was injected".into());
         sim.counts.failed += 1;
@@ -231,7 +231,7 @@ struct Memory {
 }
 
 impl Memory {
-    fn execute(&mut self, step: &Step, flights: &mut [crate::memory::Flight]) {
+    fn execute(&mut self, step: &Step, launch: &mut Launch) {
         let raw_bytes = self.layout.raw_bytes();
         match step {
             Step::Zero { slot_offset } => self.bytes[*slot_offset..slot_offset + raw_bytes].fill(0),
@@ -240,17 +240,15 @@ impl Memory {
             }
             Step::Reopen { from_offset, to_offset, .. } => self.reopen(*from_offset, *to_offset),
             Step::Append(append) => {
-                let flight = &mut flights[append.flight];
-                if let Some(payload) = &flight.payload {
-                    flight.finite &= self.append(append, payload.bytes());
-                }
+                let finite = self.append(append, launch.payload(append.flight));
+                launch.flights[append.flight].finite &= finite;
             }
             Step::Seal { flight, format, from_offset, to_offset } => {
                 assert_eq!(*format, Format::Int8, "only int8 blocks are sealed by a launch");
-                flights[*flight].finite &= self.seal(*from_offset, *to_offset);
+                launch.flights[*flight].finite &= self.seal(*from_offset, *to_offset);
             }
             Step::Read(read) => {
-                if let Some(output) = &mut flights[read.flight].output {
+                if let Some(output) = &mut launch.flights[read.flight].output {
                     for plane in Plane::BOTH {
                         self.read(read, plane, output.plane_mut(plane));
                     }
@@ -260,7 +258,7 @@ impl Memory {
     }
 
     /// A step that is cut off in the middle.
-    fn execute_half(&mut self, step: &Step, flights: &mut [crate::memory::Flight]) {
+    fn execute_half(&mut self, step: &Step, launch: &mut Launch) {
         let half = self.layout.raw_bytes() / 8 * 4;
         match step {
             Step::Zero { slot_offset } => self.bytes[*slot_offset..slot_offset + half].fill(0),
@@ -270,10 +268,10 @@ impl Memory {
             Step::Append(append) => {
                 let mut append = append.clone();
                 append.tokens.end -= append.tokens.len() / 2;
-                self.execute(&Step::Append(append), flights);
+                self.execute(&Step::Append(append), launch);
             }
             // Reads and seals write where nobody looks before they are done: all of it or none of it is the same.
-            other => self.execute(other, flights),
+            other => self.execute(other, launch),
         }
     }
 

@@ -50,8 +50,8 @@ pub(crate) struct CpuLane {
 
 impl Lane for CpuLane {
     fn launch(&mut self, mut launch: Launch) {
-        let Launch { steps, flights, error } = &mut launch;
-        for step in steps.iter() {
+        let steps = std::mem::take(&mut launch.steps);
+        for step in &steps {
             match step {
                 Step::Zero { slot_offset } => self.zero(*slot_offset),
                 Step::Copy { from_offset, to_offset } => self.copy(*from_offset, *to_offset),
@@ -59,23 +59,22 @@ impl Lane for CpuLane {
                     self.reopen(*format, *from_offset, *to_offset)
                 }
                 Step::Append(append) => {
-                    let flight = &mut flights[append.flight];
-                    if let Some(payload) = &flight.payload {
-                        flight.finite &= self.append(append, payload.bytes());
-                    }
+                    let finite = self.append(append, launch.payload(append.flight));
+                    launch.flights[append.flight].finite &= finite;
                 }
                 Step::Seal { flight, format, from_offset, to_offset } => {
-                    flights[*flight].finite &= self.seal(*format, *from_offset, *to_offset);
+                    launch.flights[*flight].finite &= self.seal(*format, *from_offset, *to_offset);
                 }
                 Step::Read(read) => {
-                    if let Some(output) = &mut flights[read.flight].output {
+                    if let Some(output) = &mut launch.flights[read.flight].output {
                         self.read(read, output);
                     }
                 }
                 // Steps of a newer core: failing loudly beats leaving bytes out.
-                other => *error = Some(format!("the CPU device does not know {other:?}").into()),
+                other => launch.error = Some(format!("the CPU device does not know {other:?}").into()),
             }
         }
+        launch.steps = steps;
         self.done.push(launch);
     }
 
