@@ -120,14 +120,14 @@ pub(crate) fn open(
 impl Runtime {
     /// Submits one operation that carries `bytes` bytes in or out and opens `sequences` sequences. Tensors are copied by
     /// `build`, once the permits are had.
-    pub(crate) async fn one(
+    pub(crate) fn one(
         &self,
         bytes: u64,
         sequences: usize,
         build: impl FnOnce(&mut Inner),
-    ) -> Result<InnerOutcome, Error> {
+    ) -> impl Future<Output = Result<InnerOutcome, Error>> {
         let needs = Needs { amount: Amount { jobs: 1, bytes }, sequences };
-        self.submitter.submit_one(needs, build).await?.into_only().unwrap_or(Err(Error::Empty))
+        self.submitter.submit_one(needs, build)
     }
 
     pub(crate) fn can_admit(&self, tokens: u32) -> bool {

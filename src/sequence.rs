@@ -100,13 +100,14 @@ impl Sequence {
     /// # Errors
     /// Nothing has changed on any error: [`Error::Shape`], [`Error::ElementType`], [`Error::NotFinite`],
     /// [`Error::Capacity`], [`Error::SequenceTooLong`], [`Error::StagedTokens`], and those of a lost shard or closed cache.
-    pub async fn append<T: Element>(
+    // No `async fn`s, here and below: they would keep their arguments twice, in every task that waits.
+    pub fn append<T: Element>(
         &self,
         token_ids: &[u32],
         keys: &[T],
         values: &[T],
-    ) -> Result<u32, Error> {
-        self.append_with(None, token_ids, None, keys, values).await
+    ) -> impl Future<Output = Result<u32, Error>> {
+        self.append_with(None, token_ids, None, keys, values)
     }
 
     /// [`Sequence::append`] that fails with [`Error::Position`] unless exactly `at` tokens are committed, and whose tokens
@@ -114,20 +115,23 @@ impl Sequence {
     ///
     /// # Errors
     /// As [`Sequence::append`].
-    pub async fn append_with<T: Element>(
+    pub fn append_with<T: Element>(
         &self,
         at: Option<u32>,
         token_ids: &[u32],
         extra: Option<ExtraIdentity>,
         keys: &[T],
         values: &[T],
-    ) -> Result<u32, Error> {
+    ) -> impl Future<Output = Result<u32, Error>> {
         let bytes = (size_of_val(keys) + size_of_val(values)) as u64;
-        let build =
-            |batch: &mut Inner| batch.append(self.id(), at, token_ids, extra, tensor(keys), tensor(values));
-        match self.runtime.one(bytes, 0, build).await? {
-            InnerOutcome::Appended { committed } => Ok(committed),
-            other => Err(unexpected(&other)),
+        let build = move |batch: &mut Inner| {
+            batch.append(self.id(), at, token_ids, extra, tensor(keys), tensor(values));
+        };
+        async move {
+            match self.runtime.one(bytes, 0, build).await? {
+                InnerOutcome::Appended { committed } => Ok(committed),
+                other => Err(unexpected(&other)),
+            }
         }
     }
 

@@ -5,6 +5,7 @@
 //! the caller's task.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use smallvec::SmallVec;
 
@@ -16,20 +17,45 @@ use crate::permit::Permit;
 use crate::sequence::{OpenOptions, OpenSequence, SequenceId, Tenant};
 use crate::submission::Submission;
 
-/// The tensor bytes of a batch, shared by the launches that read them.
+/// The tensor bytes of a batch, lent to the launches that read them.
 #[derive(Debug, Default)]
-pub struct Payload {
-    bytes: Vec<u8>,
+pub(crate) enum Payload {
+    #[default]
+    None,
+    /// Of a batch of one operation: it moves into the launch and comes back with it. Most batches are of this kind, and
+    /// counting references to each would cost an allocation and a wait for memory.
+    One(Vec<u8>),
+    /// Of several operations, which may fly in different launches.
+    Many(Arc<Vec<u8>>),
 }
 
 impl Payload {
-    pub(crate) fn new(bytes: Vec<u8>) -> Self {
-        Payload { bytes }
+    pub(crate) fn new(bytes: Vec<u8>, operations: usize) -> Self {
+        match (bytes.len(), operations) {
+            (0, _) => Payload::None,
+            (_, 1) => Payload::One(bytes),
+            _ => Payload::Many(Arc::new(bytes)),
+        }
     }
 
-    /// The bytes.
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match self {
+            Payload::None => &[],
+            Payload::One(bytes) => bytes,
+            Payload::Many(bytes) => bytes,
+        }
+    }
+
+    /// For a launch. What was moved out is to be put back when the launch has landed: the caller's thread frees it.
+    pub(crate) fn lend(&mut self) -> Payload {
+        match self {
+            Payload::Many(bytes) => Payload::Many(bytes.clone()),
+            own => std::mem::take(own),
+        }
+    }
+
+    pub(crate) fn is_same(&self, other: &Payload) -> bool {
+        matches!((self, other), (Payload::Many(a), Payload::Many(b)) if Arc::ptr_eq(a, b))
     }
 }
 

@@ -172,7 +172,7 @@ pub struct Launch {
     /// What the steps work for.
     pub flights: Vec<Flight>,
     /// Host bytes that append steps read: one for all flights of a submission. See [`Launch::payload`].
-    payloads: Vec<Arc<Payload>>,
+    payloads: Vec<Payload>,
     /// Keep the slots that it reads in place.
     pub(crate) pins: Vec<SlotPin>,
     /// Set by the lane if the launch failed: none of its flights took effect as far as anybody may rely on it.
@@ -183,20 +183,20 @@ impl Launch {
     /// Host bytes that the append steps of a flight read; none if it has no such steps.
     pub fn payload(&self, flight: usize) -> &[u8] {
         let number = self.flights[flight].payload;
-        self.payloads.get(number as usize).map_or(&[], |payload| payload.bytes())
+        self.payloads.get(number as usize).map_or(&[], Payload::bytes)
     }
 
     /// Adds a flight that reads `payload`, and returns its index.
     pub(crate) fn add(
         &mut self,
         purpose: Purpose,
-        payload: Option<&Arc<Payload>>,
+        payload: Option<&mut Payload>,
         output: Option<Box<ReadBuffer>>,
     ) -> usize {
         let payload = payload.map_or(NO_PAYLOAD, |payload| {
             // Flights of a submission mostly stand together.
-            if !self.payloads.last().is_some_and(|last| Arc::ptr_eq(last, payload)) {
-                self.payloads.push(payload.clone());
+            if !self.payloads.last().is_some_and(|last| last.is_same(payload)) {
+                self.payloads.push(payload.lend());
             }
             self.payloads.len() as u32 - 1
         });
@@ -204,11 +204,23 @@ impl Launch {
         self.flights.len() - 1
     }
 
-    /// Lets go of everything but the memory and the flights: the device is done with it.
-    pub(crate) fn release(&mut self) {
+    /// Lets go of what it reads, and returns its flights with the payloads that they were lent.
+    pub(crate) fn land(&mut self) -> impl Iterator<Item = (Flight, Payload)> {
+        self.pins.clear();
+        let Launch { flights, payloads, .. } = self;
+        flights.drain(..).map(|flight| {
+            let payload = payloads.get_mut(flight.payload as usize).map(std::mem::take);
+            (flight, payload.unwrap_or_default())
+        })
+    }
+
+    /// Its memory, for another launch.
+    pub(crate) fn emptied(mut self) -> Launch {
         self.steps.clear();
+        self.flights.clear();
         self.payloads.clear();
         self.pins.clear();
+        Launch { error: None, ..self }
     }
 }
 

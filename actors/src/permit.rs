@@ -320,6 +320,15 @@ pub struct Permit {
 }
 
 impl Permit {
+    /// Adds another permit to this one, to be given back in one step. Permits of another budget are given back now.
+    pub(crate) fn absorb(&mut self, mut other: Permit) {
+        if Arc::ptr_eq(&self.shared, &other.shared) {
+            let Amount { jobs, bytes } = std::mem::take(&mut other.amount);
+            self.amount.jobs += jobs;
+            self.amount.bytes += bytes;
+        }
+    }
+
     /// Cuts `jobs` jobs off into a permit of their own; none if it has fewer.
     pub fn split(&mut self, jobs: u64) -> Option<Permit> {
         self.amount.jobs = self.amount.jobs.checked_sub(jobs)?;

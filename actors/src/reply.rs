@@ -84,7 +84,7 @@ pub(crate) enum ReplyTo {
     /// The whole submission ran on one shard.
     Whole(Reply),
     /// Some operations of a submission that was split over shards.
-    Part(PartReply),
+    Part(Box<PartReply>),
     /// Nobody waits (closes by drop).
     #[default]
     Nobody,

@@ -3,7 +3,6 @@
 //! It is written once, in the caller's task, into one box. From there to the answer only the box moves, and what the caller
 //! allocated is freed in the caller's task.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use smallvec::SmallVec;
@@ -21,7 +20,7 @@ pub struct Submission {
     pub(crate) operations: SmallVec<[Operation; 1]>,
     pub(crate) token_ids: SmallVec<[u32; 4]>,
     pub(crate) tenant: Option<Tenant>,
-    pub(crate) payload: Option<Arc<Payload>>,
+    pub(crate) payload: Payload,
     results: SmallVec<[Brief; 1]>,
     unanswered: u32,
     permit: Option<Permit>,
@@ -88,9 +87,7 @@ impl Submission {
         submitted_at: Option<Instant>,
     ) -> Box<Submission> {
         let (mut submission, payload) = batch.into_parts();
-        if !payload.is_empty() {
-            submission.payload = Some(Arc::new(Payload::new(payload)));
-        }
+        submission.payload = Payload::new(payload, submission.operations.len());
         submission.permit = permit;
         submission.reply = reply.map_or(ReplyTo::Nobody, ReplyTo::Whole);
         submission.submitted_at = submitted_at;
@@ -122,8 +119,8 @@ impl Submission {
                 operations: places.iter().map(take).collect(),
                 token_ids: self.token_ids.clone(),
                 tenant: self.tenant.clone(),
-                payload: self.payload.clone(),
-                reply: ReplyTo::Part(PartReply::new(join.clone(), places, shard as u16)),
+                payload: self.payload.lend(),
+                reply: ReplyTo::Part(Box::new(PartReply::new(join.clone(), places, shard as u16))),
                 submitted_at: self.submitted_at,
                 ..Submission::default()
             });
@@ -135,6 +132,18 @@ impl Submission {
 
     pub(crate) fn operations(&self) -> &[Operation] {
         &self.operations
+    }
+
+    /// Takes back what was lent to a launch that has landed.
+    pub(crate) fn payload_back(&mut self, lent: Payload) {
+        if let Payload::One(_) = lent {
+            self.payload = lent;
+        }
+    }
+
+    /// Its permit, for whoever gives back many at once.
+    pub(crate) fn take_permit(&mut self) -> Option<Permit> {
+        self.permit.take()
     }
 
     /// When it was submitted.
@@ -236,3 +245,18 @@ impl Iterator for AnsweredIter {
 }
 
 impl ExactSizeIterator for AnsweredIter {}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::memory::Flight;
+
+    /// What a decode step writes and reads once per token: its cost is the memory that it touches.
+    #[test]
+    fn what_there_is_one_of_per_operation_is_small() {
+        assert!(size_of::<Operation>() <= 64, "{}", size_of::<Operation>());
+        assert!(size_of::<Brief>() <= 16, "{}", size_of::<Brief>());
+        assert!(size_of::<Flight>() <= 32, "{}", size_of::<Flight>());
+        assert!(size_of::<Submission>() <= 256, "{}", size_of::<Submission>());
+    }
+}

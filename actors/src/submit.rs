@@ -1,10 +1,11 @@
 //! The caller's side of a submission: check at the door, take permits, send, wait.
 
+use std::ops::Deref;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use crate::batch::BatchCacheOperations;
+use crate::batch::{BatchCacheOperations, Outcome};
 use crate::error::Error;
 use crate::geometry::BlockLayout;
 use crate::permit::{Amount, Permit, Permits};
@@ -55,24 +56,32 @@ impl Submitter {
         let needs = self.needs(&batch);
         let sequences = self.sequences_for(needs.sequences)?;
         let permit = self.permits.acquire(needs.amount).await?;
-        self.send(batch, permit, sequences).await
+        self.send(batch, permit, sequences, &*self.supervisor).await
     }
 
-    /// [`Submitter::submit`] of a batch of one operation that is built once its permits are had: however many callers wait,
-    /// what they hold is theirs, and small.
+    /// [`Submitter::submit`] of a batch of one operation that is built once its permits are had, and its result: however
+    /// many callers wait, what they hold is theirs, and small.
     ///
     /// # Errors
-    /// As [`Submitter::submit`].
-    pub async fn submit_one(
+    /// As [`Submitter::submit`], and those of the operation.
+    // An `async fn` would keep its arguments twice, in every task that waits.
+    #[allow(clippy::manual_async_fn)]
+    pub fn submit_one(
         &self,
         needs: Needs,
         build: impl FnOnce(&mut BatchCacheOperations),
-    ) -> Result<Answered, Error> {
-        let sequences = self.sequences_for(needs.sequences)?;
-        let permit = self.permits.acquire(needs.amount).await?;
-        // Everything large lives inside this call and not across an await.
-        let waiting = self.build_and_send(permit, sequences, build);
-        waiting.await
+    ) -> impl Future<Output = Result<Outcome, Error>> {
+        async move {
+            let sequences = self.sequences_for(needs.sequences)?;
+            let permit = match self.permits.try_acquire(needs.amount) {
+                // Boxed: only those who wait need the room for it.
+                Err(Error::Overloaded { .. }) => Box::pin(self.permits.acquire(needs.amount)).await?,
+                answered => answered?,
+            };
+            // Everything large lives inside this call and not across an await.
+            let waiting = self.build_and_send(permit, sequences, build);
+            waiting.await?.into_only().unwrap_or(Err(Error::Empty))
+        }
     }
 
     fn build_and_send(
@@ -80,23 +89,23 @@ impl Submitter {
         permit: Permit,
         sequences: Option<Permit>,
         build: impl FnOnce(&mut BatchCacheOperations),
-    ) -> Waiting {
+    ) -> Waiting<&Supervisor> {
         let mut batch = BatchCacheOperations::new();
         build(&mut batch);
-        self.send(batch, permit, sequences)
+        self.send(batch, permit, sequences, &*self.supervisor)
     }
 
     /// Submits if permits are free now, and otherwise gives the batch back with the reason.
     ///
     /// # Errors
     /// [`Error::Overloaded`], and those of [`Submitter::submit`].
-    pub fn try_submit(&self, batch: BatchCacheOperations) -> Result<Waiting, Refused> {
+    pub fn try_submit(&self, batch: BatchCacheOperations) -> Result<Waiting<Arc<Supervisor>>, Refused> {
         let needs = self.needs(&batch);
         let permits = self
             .sequences_for(needs.sequences)
             .and_then(|sequences| Ok((sequences, self.permits.try_acquire(needs.amount)?)));
         match permits {
-            Ok((sequences, permit)) => Ok(self.send(batch, permit, sequences)),
+            Ok((sequences, permit)) => Ok(self.send(batch, permit, sequences, self.supervisor.clone())),
             Err(error) => Err((batch, error)),
         }
     }
@@ -118,7 +127,13 @@ impl Submitter {
         })
     }
 
-    fn send(&self, mut batch: BatchCacheOperations, permit: Permit, sequences: Option<Permit>) -> Waiting {
+    fn send<S>(
+        &self,
+        mut batch: BatchCacheOperations,
+        permit: Permit,
+        sequences: Option<Permit>,
+        supervisor: S,
+    ) -> Waiting<S> {
         if let Some(sequences) = sequences {
             batch.attach_sequence_permits(sequences);
         }
@@ -126,38 +141,39 @@ impl Submitter {
         batch.attach_read_buffers(&self.layout);
         let shard = batch.first_shard();
         let answer = self.router.submit(batch, permit);
-        Waiting { answer, shard, supervisor: self.supervisor.clone() }
+        Waiting { answer, shard, supervisor }
     }
 }
 
 /// The results of a batch that was submitted, to be awaited. Dropping it drops the results, not the work.
 #[derive(Debug)]
 #[must_use = "the operations take effect either way, but only this says how"]
-pub struct Waiting {
+pub struct Waiting<S> {
     answer: Answer,
     shard: Option<u16>,
-    supervisor: Arc<Supervisor>,
+    /// Where the reason for a lost reply stands. Counting references to it would be a write to memory that all callers
+    /// share: who can borrow it does.
+    supervisor: S,
 }
 
-impl Future for Waiting {
+impl<S: Deref<Target = Supervisor> + Unpin> Future for Waiting<S> {
     type Output = Result<Answered, Error>;
 
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        self.answer.poll_answered(context).map(|answer| match answer {
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let Waiting { answer, shard, supervisor } = self.get_mut();
+        answer.poll_answered(context).map(|answer| match answer {
             Ok(mut answered) => {
                 // Parts of a batch that died with their shard know no more than that: here stands why.
                 answered.map_errors(|error| match error {
-                    Error::ShardLost { shard, .. } => {
-                        Some(self.supervisor.lost(*shard).unwrap_or(Error::Closed))
-                    }
+                    Error::ShardLost { shard, .. } => Some(supervisor.lost(*shard).unwrap_or(Error::Closed)),
                     _ => None,
                 });
                 Ok(answered)
             }
             Err(_) => {
                 // The reply was dropped: its shard is lost, or the router has ended.
-                let lost = self.shard.and_then(|shard| self.supervisor.lost(shard));
-                Err(lost.or_else(|| self.supervisor.any_lost()).unwrap_or(Error::Closed))
+                let lost = shard.and_then(|shard| supervisor.lost(shard));
+                Err(lost.or_else(|| supervisor.any_lost()).unwrap_or(Error::Closed))
             }
         })
     }

@@ -105,7 +105,7 @@ impl Pending {
         &self.0[op.submission as usize]
     }
 
-    fn submission_mut(&mut self, op: OpRef) -> &mut Submission {
+    pub(super) fn submission_mut(&mut self, op: OpRef) -> &mut Submission {
         &mut self.0[op.submission as usize]
     }
 
@@ -136,10 +136,10 @@ impl Building {
         &mut self,
         lane: LaneKind,
         op: OpRef,
-        submission: &Submission,
+        submission: &mut Submission,
         output: Option<Box<ReadBuffer>>,
     ) -> (&mut Launch, usize) {
-        let payload = submission.payload.as_ref().filter(|_| output.is_none());
+        let payload = output.is_none().then_some(&mut submission.payload);
         let launch = self.launch(lane);
         let purpose = Purpose::Operation { submission: op.submission, index: op.index };
         let flight = launch.add(purpose, payload, output);
@@ -148,7 +148,7 @@ impl Building {
 
     fn recycle(&mut self, launch: Launch) {
         if self.spare.len() < 8 {
-            self.spare.push(launch);
+            self.spare.push(launch.emptied());
         }
     }
 }
@@ -433,12 +433,12 @@ impl DeviceCore {
         if error.is_some() {
             self.counters.failed_launches += 1;
         }
-        launch.release();
-        for flight in launch.flights.drain(..) {
+        for (flight, payload) in launch.land() {
             let Flight { purpose, output, finite, .. } = flight;
             match purpose {
                 Purpose::Operation { submission, index } => {
                     let op = OpRef { submission, index };
+                    self.pending.submission_mut(op).payload_back(payload);
                     if error.is_none() && finite && output.is_none() && self.land_in_place(op, effects) {
                         continue;
                     }
@@ -521,7 +521,7 @@ impl DeviceCore {
         op: OpRef,
         output: Option<Box<ReadBuffer>>,
     ) -> (&mut Launch, usize) {
-        self.building.flight(lane, op, self.pending.submission(op), output)
+        self.building.flight(lane, op, self.pending.submission_mut(op), output)
     }
 
     /// Plans the seals of one launch.

@@ -70,7 +70,8 @@ impl DeviceCore {
         let bytes = tensors.bytes();
         counters.bytes_in += bytes as u64;
         let lane = config.lane_for(LaneKind::Upload, bytes);
-        let (launch, flight) = building.flight(lane, op, submission, None);
+        let tensors = *tensors;
+        let (launch, flight) = building.flight(lane, op, pending.submission_mut(op), None);
         launch.steps.push(Step::Append(AppendStep {
             flight,
             layers: 0..config.layout.layers,

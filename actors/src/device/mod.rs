@@ -242,6 +242,12 @@ impl<L: Lane> DeviceActor<L> {
                 // Whoever has an answer finds its effect in the statistics, and in what admission looks at.
                 self.stats.lock().counters = *self.core.counters();
             }
+            // All permits in one step, and before anybody is answered: whoever has an answer finds its permit free.
+            let permits = self.effects.answers.iter_mut().filter_map(|answer| answer.take_permit());
+            drop(permits.reduce(|mut all, permit| {
+                all.absorb(permit);
+                all
+            }));
             for answer in self.effects.answers.drain(..) {
                 answered += 1;
                 answer.send();
