@@ -33,8 +33,13 @@ fn main() {
     }
     criterion.final_summary();
     let only = std::env::var("ONLY").unwrap_or_default();
+    // ONLY=tasks, step or sequences: that part alone, for a profiler.
     if only == "tasks" {
         many_tasks(&tokio);
+    } else if only == "step" {
+        decode_step(&tokio);
+    } else if only == "sequences" {
+        many_sequences(&tokio);
     } else if !testing {
         println!("\n{:<64} {:>14} {:>14} {:>8}", "what", "ours", "beside it", "ratio");
         decode_step(&tokio);
