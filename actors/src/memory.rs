@@ -204,13 +204,14 @@ impl Launch {
         self.flights.len() - 1
     }
 
-    /// Lets go of what it reads, and returns its flights with the payloads that they were lent.
-    pub(crate) fn land(&mut self) -> impl Iterator<Item = (Flight, Payload)> {
+    /// Lets go of the slots that it reads, and returns its flights, with the payloads that have to go back.
+    pub(crate) fn land(&mut self) -> impl Iterator<Item = (Flight, Option<Payload>)> {
         self.pins.clear();
         let Launch { flights, payloads, .. } = self;
         flights.drain(..).map(|flight| {
-            let payload = payloads.get_mut(flight.payload as usize).map(std::mem::take);
-            (flight, payload.unwrap_or_default())
+            let lent =
+                payloads.get_mut(flight.payload as usize).filter(|lent| matches!(lent, Payload::One(_)));
+            (flight, lent.map(std::mem::take))
         })
     }
 

@@ -134,13 +134,6 @@ impl Submission {
         &self.operations
     }
 
-    /// Takes back what was lent to a launch that has landed.
-    pub(crate) fn payload_back(&mut self, lent: Payload) {
-        if let Payload::One(_) = lent {
-            self.payload = lent;
-        }
-    }
-
     /// Its permit, for whoever gives back many at once.
     pub(crate) fn take_permit(&mut self) -> Option<Permit> {
         self.permit.take()

@@ -438,7 +438,9 @@ impl DeviceCore {
             match purpose {
                 Purpose::Operation { submission, index } => {
                     let op = OpRef { submission, index };
-                    self.pending.submission_mut(op).payload_back(payload);
+                    if let Some(payload) = payload {
+                        self.pending.submission_mut(op).payload = payload;
+                    }
                     if error.is_none() && finite && output.is_none() && self.land_in_place(op, effects) {
                         continue;
                     }
