@@ -86,7 +86,7 @@ fn step(name: &str, count: usize, copied: bool) {
             next = (next + 7919) % count;
             batch.append(ids[next], None, &[1], None, host, host);
         }
-        batch.check(&layout, 1 << 20);
+        batch.check(&layout, 1 << 20, &[]);
         times.lap(0, &mut started);
         let (reply, mut answer) = Reply::new();
         let submissions = vec![Submission::new(batch, None, Some(reply), None)];

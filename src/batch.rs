@@ -1,10 +1,12 @@
 //! `BatchCacheOperations` with typed tensors and handles.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 
 use kv_cache_actors::batch::{BatchCacheOperations as Inner, Outcome as InnerOutcome};
 use kv_cache_actors::memory::ReadBuffer;
+use kv_cache_actors::reach::LentMemory;
 
 use crate::element::{Element, check_type, tensor};
 use crate::runtime::Runtime;
@@ -43,6 +45,49 @@ impl BatchCacheOperations {
     /// An empty batch.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    pub(crate) fn lent(memory: Box<dyn LentMemory>) -> Self {
+        BatchCacheOperations(Inner::lent(memory))
+    }
+
+    /// Sets memory for `elements` elements aside in a batch made by [`Cache::batch`](crate::Cache::batch), to be filled
+    /// ([`BatchCacheOperations::fill`]) and appended without a copy. It holds whatever was there before.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the batch has no lent memory, or not so much left.
+    pub fn region<T: Element>(&mut self, elements: usize) -> Result<Region<T>, Error> {
+        let bytes = elements.checked_mul(size_of::<T>());
+        let start = bytes.and_then(|bytes| self.0.region(bytes)).ok_or(Error::Unsupported {
+            what: "a region of more memory than the batch was lent",
+            instead: "make the batch with `Cache::batch` and enough bytes",
+        })?;
+        Ok(Region { start, elements, element: PhantomData })
+    }
+
+    /// The elements of a region of this batch.
+    pub fn fill<T: Element>(&mut self, region: &Region<T>) -> &mut [T] {
+        let bytes = self.0.arena_mut().get_mut(region.bytes());
+        // Lent memory is aligned, and so are regions. One of another batch may lie anywhere, and gets nothing.
+        bytes.and_then(|bytes| bytemuck::try_cast_slice_mut(bytes).ok()).unwrap_or_default()
+    }
+
+    /// [`BatchCacheOperations::append`] of tensors that stand in regions of this batch.
+    pub fn append_region<T: Element>(
+        mut self,
+        sequence: impl Into<SequenceId>,
+        token_ids: &[u32],
+        keys: &Region<T>,
+        values: &Region<T>,
+    ) -> Self {
+        let end = self.0.arena_mut().len();
+        if keys.bytes().end > end || values.bytes().end > end {
+            let what = "a region of another batch";
+            self.0.refused(Error::Unsupported { what, instead: "append what this batch's `region` gave" });
+        } else {
+            self.0.append_region(sequence.into(), token_ids, T::TYPE, keys.bytes(), values.bytes());
+        }
+        self
     }
 
     /// Every operation must be on a sequence of `tenant`; others fail with [`Error::TenantMismatch`].
@@ -144,6 +189,38 @@ impl BatchCacheOperations {
     }
 }
 
+/// Memory of a batch that its caller fills: see [`BatchCacheOperations::region`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Region<T> {
+    start: usize,
+    elements: usize,
+    element: PhantomData<T>,
+}
+
+impl<T: Element> Region<T> {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.elements
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.elements == 0
+    }
+
+    /// Some of its elements. Those behind the end are left out, and the operation's shape check finds them missing.
+    #[must_use]
+    pub fn slice(&self, elements: Range<usize>) -> Region<T> {
+        let end = elements.end.min(self.elements);
+        let start = elements.start.min(end);
+        Region { start: self.start + start * size_of::<T>(), elements: end - start, element: PhantomData }
+    }
+
+    fn bytes(&self) -> Range<usize> {
+        self.start..self.start + self.elements * size_of::<T>()
+    }
+}
+
 /// What an operation of a batch has done.
 #[derive(Debug)]
 #[non_exhaustive]
@@ -167,6 +244,11 @@ pub enum Outcome {
     },
     /// Tokens were read.
     Read(KeysValues),
+    /// Tokens were read into device memory.
+    ReadDevice {
+        /// Tokens read.
+        tokens: u32,
+    },
     /// A sequence was forked.
     Forked(Vec<Sequence>),
     /// A sequence was cut.
@@ -186,6 +268,7 @@ impl Outcome {
             InnerOutcome::Staged { staged } => Outcome::Staged { staged },
             InnerOutcome::Committed { committed } => Outcome::Committed { committed },
             InnerOutcome::Read(buffer) => Outcome::Read(KeysValues::new(buffer, runtime.layout.element)),
+            InnerOutcome::ReadDevice { tokens } => Outcome::ReadDevice { tokens },
             InnerOutcome::Forked(forks) => {
                 Outcome::Forked(forks.into_iter().map(|fork| Sequence::new(fork, runtime.clone())).collect())
             }

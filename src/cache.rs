@@ -6,6 +6,7 @@ use std::time::Duration;
 use kv_cache_actors::batch::Outcome as InnerOutcome;
 use kv_cache_actors::router::FaultInjector;
 use kv_cache_actors::submission::Answered;
+use kv_cache_actors::submit::Submitter;
 use kv_cache_actors::supervisor::{ActorName, Exit};
 
 use crate::batch::{BatchCacheOperations, Outcome};
@@ -203,11 +204,24 @@ impl Cache {
         }
     }
 
-    fn outcomes(&self, answered: Answered) -> Vec<Result<Outcome, Error>> {
+    pub(crate) fn outcomes(&self, answered: Answered) -> Vec<Result<Outcome, Error>> {
         answered
             .into_iter()
             .map(|result| result.and_then(|inner| Outcome::new(inner, &self.runtime)))
             .collect()
+    }
+
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    pub(crate) fn submitter(&self) -> &Submitter {
+        &self.runtime.submitter
+    }
+
+    /// An empty batch over `bytes` bytes of memory that the devices read in place: page-locked where there are GPUs. Tensors
+    /// are copied once instead of twice, or not at all where they are computed into a [`Region`](crate::Region).
+    ///
+    /// The memory is the cache's and goes back when the batch is done: see [`CacheConfig::lent_memory_bytes`].
+    pub fn batch(&self, bytes: usize) -> BatchCacheOperations {
+        BatchCacheOperations::lent(self.runtime.lender.lend(bytes))
     }
 
     /// Whether `tokens` new tokens would find room on some shard now, all raw, as a prefill leaves them before they are

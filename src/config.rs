@@ -5,7 +5,7 @@ use std::path::Path;
 use kv_cache_actors::block::HashSecret;
 use kv_cache_actors::error::ConfigError;
 use kv_cache_actors::format::Format;
-use kv_cache_actors::geometry::{BlockLayout, Geometry};
+use kv_cache_actors::geometry::{BlockLayout, Geometry, Plane};
 use kv_cache_actors::permit::Amount;
 use kv_cache_actors::pool::PoolLayout;
 use kv_cache_actors::sequence::SINK_TOKENS;
@@ -21,18 +21,32 @@ const CPU_SHARDS_MAX: u16 = 256;
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Devices {
-    /// All GPUs if there are any, otherwise one CPU device. One log line says which and why. (No GPU backend is built yet:
-    /// it is one CPU device, and the line says so.)
+    /// All GPUs if there are any, otherwise one CPU device. One log line says which and why.
     #[default]
     Auto,
     /// So many shards in host memory.
     Cpu(u16),
+    /// The first so many GPUs, a shard each, or an error. `CUDA_VISIBLE_DEVICES` says which come first.
+    Cuda(u16),
 }
 
 impl Devices {
     /// See [`Devices::Auto`].
     pub fn auto() -> Self {
         Devices::Auto
+    }
+
+    /// See [`Devices::Cuda`].
+    pub fn cuda(gpus: u16) -> Self {
+        Devices::Cuda(gpus)
+    }
+
+    /// GPUs that [`Devices::Auto`] would take, or why there is none.
+    ///
+    /// # Errors
+    /// In words for a person.
+    pub fn gpus_found() -> Result<usize, String> {
+        crate::backend::gpus().map(|gpus| gpus.len())
     }
 
     /// See [`Devices::Cpu`].
@@ -151,9 +165,14 @@ pub struct CacheConfig {
     /// Token dropping.
     #[serde(default)]
     pub compression: Compression,
-    /// Bytes of page-locked host memory for copies to and from GPUs. CPU devices copy nothing across a bus: 0 for them.
-    #[serde(default)]
+    /// Bytes of page-locked host memory of each GPU, through which everything goes that is copied to or from it: a third for each
+    /// of its lanes, allocated at start. CPU devices copy nothing across a bus and take none.
+    #[serde(default = "defaults::pinned_memory_bytes")]
     pub pinned_memory_bytes: u64,
+    /// Bytes of page-locked host memory that batches are lent ([`Cache::batch`](crate::Cache::batch)) where there are GPUs,
+    /// allocated at start. Beyond it they get ordinary memory, which is copied once more.
+    #[serde(default = "defaults::lent_memory_bytes")]
+    pub lent_memory_bytes: u64,
     /// Large copies run on lanes of their own beside small operations; off, everything runs in submission order on one lane.
     #[serde(default = "defaults::yes")]
     pub non_blocking: bool,
@@ -178,6 +197,14 @@ pub struct CacheConfig {
 mod defaults {
     pub(super) fn memory_bytes_per_device() -> u64 {
         1 << 30
+    }
+    /// Three rings, each with room for two copies of 16 MiB: one is filled while the other flies.
+    pub(super) fn pinned_memory_bytes() -> u64 {
+        96 << 20
+    }
+    /// A few dozen decode steps of a large batch.
+    pub(super) fn lent_memory_bytes() -> u64 {
+        64 << 20
     }
     pub(super) fn max_tokens() -> u32 {
         1 << 20
@@ -219,7 +246,8 @@ impl CacheConfig {
             max_bytes_in_flight: defaults::max_bytes_in_flight(),
             quantisation: Quantisation::default(),
             compression: Compression::default(),
-            pinned_memory_bytes: 0,
+            pinned_memory_bytes: defaults::pinned_memory_bytes(),
+            lent_memory_bytes: defaults::lent_memory_bytes(),
             non_blocking: true,
             copy_lane_min_bytes: defaults::copy_lane_min_bytes(),
             eviction: None,
@@ -275,8 +303,14 @@ impl CacheConfig {
     /// What follows from the settings: the bytes of a block and the cut of a slab.
     pub(crate) fn plan(&self) -> Result<(BlockLayout, PoolLayout), ConfigError> {
         let layout = self.geometry.layout()?;
-        if self.devices == Devices::Cpu(0) {
-            return Err(ConfigError::invalid("devices", "cpu = 0", "use at least one CPU device"));
+        match self.devices {
+            Devices::Cpu(0) => {
+                return Err(ConfigError::invalid("devices", "cpu = 0", "use at least one CPU device"));
+            }
+            Devices::Cuda(0) => {
+                return Err(ConfigError::invalid("devices", "cuda = 0", "use at least one GPU, or auto"));
+            }
+            _ => {}
         }
         if let Devices::Cpu(shards) = self.devices
             && shards > CPU_SHARDS_MAX
@@ -307,6 +341,14 @@ impl CacheConfig {
         if self.compression.enabled && !(ratio > 0.0 && ratio <= 1.0) {
             return Err(ConfigError::invalid("compression.ratio", ratio, "use a share above 0 and up to 1"));
         }
+        // A unit of work is at most half a ring, and holds at least one token of one layer and a flag for each operation.
+        let token_bytes = layout.token_bytes(Plane::Key) + layout.token_bytes(Plane::Value);
+        let unit_least = token_bytes as u64 + 4 * self.max_jobs_in_flight as u64;
+        let pinned_least = 3 * (4 * unit_least).max(1 << 20);
+        if self.pinned_memory_bytes < pinned_least && !matches!(self.devices, Devices::Cpu(_)) {
+            let fix = format!("use at least {pinned_least}");
+            return Err(ConfigError::invalid("pinned_memory_bytes", self.pinned_memory_bytes, fix));
+        }
         self.check_built()?;
         Ok((layout, PoolLayout::plan(&layout, self.sealed_format(), self.memory_bytes_per_device)?))
     }
@@ -323,10 +365,6 @@ impl CacheConfig {
         if let Some(strategy) = self.eviction {
             let value = format!("{strategy:?}").to_lowercase();
             return not_built("eviction", value, "no setting: blocks are freed with their last sequence");
-        }
-        if self.pinned_memory_bytes > 0 {
-            let bytes = format!("{} bytes", self.pinned_memory_bytes);
-            return not_built("pinned_memory_bytes", bytes, "0: there is no GPU backend to copy to yet");
         }
         Ok(())
     }

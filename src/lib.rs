@@ -17,7 +17,14 @@ pub mod codec {
     pub use crate::backend::cpu::codec::Kernels;
 }
 
-pub use batch::{BatchCacheOperations, KeysValues, Outcome};
+/// What only a CUDA device has.
+#[cfg(feature = "cuda")]
+pub mod cuda {
+    pub use crate::backend::cuda::interop::{DeviceTensor, Enqueued, StreamPoint};
+    pub use crate::backend::cuda::measure::{Figure, driver_call_costs, kernel_figures};
+}
+
+pub use batch::{BatchCacheOperations, KeysValues, Outcome, Region};
 pub use blocking::{BlockingCache, BlockingSequence};
 pub use cache::{Cache, CacheBuilder, ShutdownReport};
 pub use config::{CacheConfig, Compression, CompressionMethod, Devices, EvictionStrategy, Quantisation};

@@ -15,14 +15,11 @@ use kv_cache_actors::submit::{Needs, Submitter};
 use kv_cache_actors::supervisor::Supervisor;
 use kv_cache_actors::tokens::TokenBudget;
 
-use crate::backend::{self, Memory, cpu};
+use crate::backend::{self, Lender, Memory};
 use crate::cache::ShutdownReport;
 use crate::config::CacheConfig;
 use crate::error::BuildError;
 use crate::{BlockLayout, Error};
-
-/// Blocks sealed in one launch: at about 10 µs a block of a common shape, a small operation waits at most this long.
-const SEALS_PER_LAUNCH: usize = 16;
 
 /// What every handle of a cache shares.
 pub(crate) struct Runtime {
@@ -34,6 +31,7 @@ pub(crate) struct Runtime {
     pub(crate) supervisor: Arc<Supervisor>,
     pub(crate) views: Vec<ShardView>,
     pub(crate) memories: Vec<Memory>,
+    pub(crate) lender: Lender,
     pub(crate) tokens: TokenBudget,
     pub(crate) faults: FaultInjector,
 }
@@ -50,13 +48,9 @@ pub(crate) fn open(
     mut config: CacheConfig,
 ) -> Result<(Runtime, impl Future<Output = ()> + Send + 'static), BuildError> {
     let (layout, pool) = config.plan()?;
-    let devices = backend::choose(config.devices);
+    let devices = backend::choose(config.devices)?;
     let memories = backend::allocate(&devices, &pool)?;
-    let kernels = match config.auto_tune && !config.deterministic {
-        true => cpu::codec::Kernels::tuned(),
-        false => cpu::codec::Kernels::best(),
-    };
-    tracing::debug!(target: "kv_cache::devices", kernels = kernels.name(), "CPU kernels chosen");
+    let lender = Lender::new(&devices, &memories, config.lent_memory_bytes)?;
     let secret = match config.hash_secret.take() {
         Some(secret) => secret,
         None if config.deterministic => HashSecret([0; 32]),
@@ -81,15 +75,12 @@ pub(crate) fn open(
             max_tokens: config.max_tokens,
             token_budget: tokens.clone(),
             copy_lane_min_bytes: if config.non_blocking { config.copy_lane_min_bytes } else { usize::MAX },
-            seals_per_launch: SEALS_PER_LAUNCH,
+            seals_per_launch: memory.seals_per_launch(),
             deterministic: config.deterministic,
             keep_ratio: config.keep_ratio(),
             secret,
         };
-        let Memory::Cpu(slab) = memory;
-        assembler
-            .add_shard(cpu::CpuBackend::new(slab.clone(), kernels), core)
-            .map_err(|reason| BuildError::Device { device: device.to_string(), reason })?;
+        backend::add_shard(&mut assembler, device, memory, core, &config)?;
     }
     let (assembly, router) = assembler.finish(config.deterministic);
     let jobs = Amount { jobs: config.max_jobs_in_flight as u64, bytes: config.max_bytes_in_flight };
@@ -97,6 +88,7 @@ pub(crate) fn open(
     let submitter = Submitter {
         layout,
         max_tokens: config.max_tokens,
+        devices: memories.iter().map(Memory::device).collect(),
         permits: Permits::new(jobs),
         sequences: Permits::new(sequences),
         router: assembly.router,
@@ -111,6 +103,7 @@ pub(crate) fn open(
         supervisor: assembly.supervisor,
         views: assembly.views,
         memories,
+        lender,
         tokens,
         faults: assembly.faults,
     };

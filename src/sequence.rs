@@ -190,10 +190,11 @@ impl Sequence {
     }
 
     /// Borrows a layer in place, without a copy or a message. The blocks stay where they are while the view lives; what is
-    /// appended meanwhile does not show in it.
+    /// appended meanwhile does not show in it. On a GPU a block is copied to host memory when it is first looked at, which
+    /// blocks: good for checks and debugging; kernels go through [`Cache::block_table`](crate::Cache::block_table).
     ///
     /// # Errors
-    /// [`Error::Layer`]; [`Error::ClosedSequence`]; [`Error::ShardLost`]; [`Error::Unsupported`] where the device's memory cannot be borrowed.
+    /// [`Error::Layer`]; [`Error::ClosedSequence`]; [`Error::ShardLost`].
     pub fn view(&self, layer: u32) -> Result<View, Error> {
         View::new(&self.runtime, self.open.shared(), layer)
     }

@@ -1,7 +1,7 @@
 //! Looking at stored blocks in place: views for the CPU, block tables for attention kernels.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::OnceLock;
 
 use half::f16;
 use kv_cache_actors::block::{BlockId, Place};
@@ -10,8 +10,7 @@ use kv_cache_actors::format::Int8Layout;
 use kv_cache_actors::sequence::{SequenceShared, SequenceState};
 use kv_cache_actors::slot::SlotPin;
 
-use crate::backend::Memory;
-use crate::backend::cpu::Slab;
+use crate::backend::{HostCopy, Memory};
 use crate::element::{Element, check_type};
 use crate::runtime::Runtime;
 use crate::{BlockLayout, ElementType, Error, Format, Plane, SequenceId};
@@ -74,7 +73,7 @@ fn check_layer(layout: &BlockLayout, layer: u32) -> Result<(), Error> {
 /// One layer of a sequence, borrowed in place. See [`Sequence::view`](crate::Sequence::view).
 #[derive(Debug)]
 pub struct View {
-    slab: Arc<Slab>,
+    memory: Memory,
     layout: BlockLayout,
     layer: usize,
     pieces: Vec<Piece>,
@@ -87,6 +86,8 @@ struct Piece {
     inside: Range<usize>,
     offset: usize,
     format: Format,
+    /// The block's bytes, where the host cannot look into the device's memory; made at the first look.
+    copy: OnceLock<Result<HostCopy, Error>>,
 }
 
 impl View {
@@ -100,19 +101,14 @@ impl View {
         if let Some(lost) = runtime.supervisor.lost(shard) {
             return Err(lost);
         }
-        let Memory::Cpu(slab) = &runtime.memories[shard as usize];
+        let memory = runtime.memories[shard as usize].clone();
         let shard = &runtime.views[shard as usize];
         let state = shared.state();
         if state.blocks.is_empty() && runtime.directory.get(shared.id()).is_none() {
             return Err(Error::ClosedSequence(shared.id()));
         }
-        let mut view = View {
-            slab: slab.clone(),
-            layout,
-            layer: layer as usize,
-            pieces: Vec::new(),
-            _pins: Pins::default(),
-        };
+        let mut view =
+            View { memory, layout, layer: layer as usize, pieces: Vec::new(), _pins: Pins::default() };
         for range in kept(&state, state.visible(layer as usize)) {
             let mut first_token = range.start;
             for (at, inside) in state.pieces(&layout, range) {
@@ -120,7 +116,8 @@ impl View {
                 let pinned = state.blocks.get(at).and_then(|&block| pin(shard, block));
                 let (place, pin) = pinned.ok_or(Error::ClosedSequence(shared.id()))?;
                 let offset = runtime.pool.offset_bytes(place.class, place.slot);
-                view.pieces.push(Piece { first_token, inside, offset, format: place.format });
+                let copy = OnceLock::new();
+                view.pieces.push(Piece { first_token, inside, offset, format: place.format, copy });
                 view._pins.push(shard, pin);
                 first_token += count;
             }
@@ -131,6 +128,12 @@ impl View {
     /// Tokens in the view.
     pub fn tokens(&self) -> u32 {
         self.pieces.iter().map(|piece| piece.inside.len() as u32).sum()
+    }
+
+    /// Bytes of one of its blocks.
+    fn bytes<'a>(&'a self, piece: &'a Piece, inside: Range<usize>) -> Result<&'a [u8], Error> {
+        let slot = piece.offset..piece.offset + piece.format.block_bytes(&self.layout);
+        self.memory.pinned(slot, inside, &piece.copy, self)
     }
 
     /// The blocks in order of their tokens.
@@ -189,7 +192,8 @@ impl<'a> BlockView<'a> {
     /// Keys of one head: rows of `key_dim` elements.
     ///
     /// # Errors
-    /// [`Error::ElementType`] if `T` is not the cache's element type; [`Error::Unsupported`] for a head that does not exist.
+    /// [`Error::ElementType`] if `T` is not the cache's element type; [`Error::Unsupported`] for a head that does not exist;
+    /// [`Error::Device`] if a GPU's bytes cannot be copied.
     pub fn keys<T: Element>(&self, head: usize) -> Result<Rows<'a, T>, Error> {
         self.rows(Plane::Key, head)
     }
@@ -213,15 +217,15 @@ impl<'a> BlockView<'a> {
         }
         let first = head * layout.block_tokens + self.piece.inside.start;
         let rows = first..first + self.piece.inside.len();
-        let (slab, slot, dim) = (&view.slab, self.piece.offset, layout.dim(plane));
+        let dim = layout.dim(plane);
         if self.piece.format == Format::Int8 {
             let int8 = Int8Layout::new(layout);
             let scale_bytes = layout.element.scale_bytes();
-            let codes = slot + int8.codes_at(layout, view.layer, plane);
-            let scales = slot + int8.scales_at(layout, view.layer, plane);
-            let codes = slab.pinned(codes + rows.start * dim..codes + rows.end * dim, view);
-            let scales =
-                slab.pinned(scales + rows.start * scale_bytes..scales + rows.end * scale_bytes, view);
+            let codes = int8.codes_at(layout, view.layer, plane);
+            let scales = int8.scales_at(layout, view.layer, plane);
+            let codes = view.bytes(self.piece, codes + rows.start * dim..codes + rows.end * dim)?;
+            let scales = scales + rows.start * scale_bytes..scales + rows.end * scale_bytes;
+            let scales = view.bytes(self.piece, scales)?;
             let scales = match layout.element {
                 ElementType::F16 => Scales::F16(bytemuck::cast_slice(scales)),
                 ElementType::Bf16 | ElementType::F32 => Scales::F32(bytemuck::cast_slice(scales)),
@@ -229,9 +233,11 @@ impl<'a> BlockView<'a> {
             return Ok(Rows::Int8 { codes: bytemuck::cast_slice(codes), scales });
         }
         let row = layout.row_bytes(plane);
-        let raw = slot + layout.plane_offset(view.layer, plane);
+        let raw = layout.plane_offset(view.layer, plane);
         // Slots and planes begin at multiples of the element size, so the cast cannot fail.
-        Ok(Rows::Raw(bytemuck::cast_slice(slab.pinned(raw + rows.start * row..raw + rows.end * row, view))))
+        Ok(Rows::Raw(bytemuck::cast_slice(
+            view.bytes(self.piece, raw + rows.start * row..raw + rows.end * row)?,
+        )))
     }
 }
 
@@ -283,7 +289,7 @@ impl BlockTable {
         let layout = runtime.layout;
         check_layer(&layout, layer)?;
         let int8 = Int8Layout::new(&layout);
-        let base_addresses = runtime.memories.iter().map(|Memory::Cpu(slab)| slab.address()).collect();
+        let base_addresses = runtime.memories.iter().map(Memory::address).collect();
         let mut table = BlockTable {
             block_tokens: layout.block_tokens as u32,
             value_offset_bytes: layout.plane_bytes(Plane::Key),

@@ -4,16 +4,19 @@
 //! tensor bytes lie in two arenas that operations point into, so a batch of any size is a handful of allocations, made in
 //! the caller's task.
 
+use std::any::Any;
 use std::ops::Range;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
+use tokio::sync::oneshot;
 
 use crate::block::ExtraIdentity;
 use crate::error::Error;
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::memory::ReadBuffer;
 use crate::permit::Permit;
+use crate::reach::{Arena, DeviceSource, LentMemory, Point, Reachable};
 use crate::sequence::{OpenOptions, OpenSequence, SequenceId, Tenant};
 use crate::submission::Submission;
 
@@ -27,14 +30,22 @@ pub(crate) enum Payload {
     One(Vec<u8>),
     /// Of several operations, which may fly in different launches.
     Many(Arc<Vec<u8>>),
+    /// Lent, or of a device.
+    Shared(Arc<Reachable>),
 }
 
 impl Payload {
-    pub(crate) fn new(bytes: Vec<u8>, operations: usize) -> Self {
-        match (bytes.len(), operations) {
-            (0, _) => Payload::None,
-            (_, 1) => Payload::One(bytes),
-            _ => Payload::Many(Arc::new(bytes)),
+    pub(crate) fn new(arena: Arena, device: Option<DeviceSource>, operations: usize) -> Self {
+        match (arena, device) {
+            (Arena::Own(bytes), None) => match (bytes.len(), operations) {
+                (0, _) => Payload::None,
+                (_, 1) => Payload::One(bytes),
+                _ => Payload::Many(Arc::new(bytes)),
+            },
+            (Arena::Own(arena), device) => Payload::Shared(Arc::new(Reachable { arena, lent: None, device })),
+            (Arena::Lent { memory, .. }, device) => {
+                Payload::Shared(Arc::new(Reachable { arena: Vec::new(), lent: Some(memory), device }))
+            }
         }
     }
 
@@ -43,6 +54,14 @@ impl Payload {
             Payload::None => &[],
             Payload::One(bytes) => bytes,
             Payload::Many(bytes) => bytes,
+            Payload::Shared(reachable) => reachable.bytes(),
+        }
+    }
+
+    pub(crate) fn reachable(&self) -> Option<&Reachable> {
+        match self {
+            Payload::Shared(reachable) => Some(reachable),
+            _ => None,
         }
     }
 
@@ -50,13 +69,29 @@ impl Payload {
     pub(crate) fn lend(&mut self) -> Payload {
         match self {
             Payload::Many(bytes) => Payload::Many(bytes.clone()),
+            Payload::Shared(reachable) => Payload::Shared(reachable.clone()),
             own => std::mem::take(own),
         }
     }
 
     pub(crate) fn is_same(&self, other: &Payload) -> bool {
-        matches!((self, other), (Payload::Many(a), Payload::Many(b)) if Arc::ptr_eq(a, b))
+        match (self, other) {
+            (Payload::Many(a), Payload::Many(b)) => Arc::ptr_eq(a, b),
+            (Payload::Shared(a), Payload::Shared(b)) => Arc::ptr_eq(a, b),
+            _ => false,
+        }
     }
+}
+
+/// A tensor in the memory of the device that a batch names ([`BatchCacheOperations::device_source`]).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceSpan {
+    /// Element type.
+    pub element: ElementType,
+    /// Where it begins.
+    pub address: u64,
+    /// Its bytes.
+    pub bytes: usize,
 }
 
 /// A tensor in host memory: its bytes, little endian, and their type.
@@ -81,22 +116,36 @@ impl IdSpan {
     }
 }
 
-/// Keys and behind them values of an operation, inside the payload.
+/// Where the keys and values of an operation are.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct TensorSpans {
+    /// In the payload, or the device's address.
     pub(crate) keys_at: usize,
-    keys_bytes: usize,
-    values_bytes: usize,
+    pub(crate) values_at: usize,
+    keys_bytes: u32,
+    values_bytes: u32,
     element: ElementType,
+    pub(crate) on_device: bool,
 }
 
 impl TensorSpans {
-    pub(crate) fn values_at(&self) -> usize {
-        self.keys_at + self.keys_bytes
+    fn new(keys: (usize, usize), values: (usize, usize), elements: [ElementType; 2], on_device: bool) -> Self {
+        // One that 32 bits do not count is of no shape that a batch can carry: the door says so.
+        let bytes = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
+        let element = elements[usize::from(elements[0] != elements[1])];
+        TensorSpans {
+            keys_at: keys.0,
+            values_at: values.0,
+            keys_bytes: bytes(keys.1),
+            values_bytes: bytes(values.1),
+            element,
+            on_device,
+        }
     }
 
+    /// Bytes of both.
     pub(crate) fn bytes(&self) -> usize {
-        self.keys_bytes + self.values_bytes
+        self.keys_bytes as usize + self.values_bytes as usize
     }
 }
 
@@ -133,6 +182,10 @@ pub(crate) enum Operation {
         tokens: Range<u32>,
         buffer: Option<Box<ReadBuffer>>,
     },
+    ReadDevice {
+        sequence: SequenceId,
+        target: Box<ReadTarget>,
+    },
     Fork {
         sequence: SequenceId,
         count: u32,
@@ -151,7 +204,24 @@ pub(crate) enum Operation {
     Gone,
 }
 
+/// A read into device memory.
+#[derive(Debug, Clone)]
+pub(crate) struct ReadTarget {
+    pub(crate) layer: u32,
+    pub(crate) tokens: Range<u32>,
+    pub(crate) tensors: TensorSpans,
+}
+
 impl Operation {
+    /// The tensors that it reads or writes in device memory.
+    fn on_device(&self) -> bool {
+        match self {
+            Operation::Append { tensors, .. } | Operation::Stage { tensors, .. } => tensors.on_device,
+            Operation::ReadDevice { .. } => true,
+            _ => false,
+        }
+    }
+
     /// The sequence it works on; none for opens and refusals.
     pub(crate) fn sequence(&self) -> Option<SequenceId> {
         match self {
@@ -160,6 +230,7 @@ impl Operation {
             | Operation::Stage { sequence, .. }
             | Operation::Commit { sequence, .. }
             | Operation::Read { sequence, .. }
+            | Operation::ReadDevice { sequence, .. }
             | Operation::Fork { sequence, .. }
             | Operation::Truncate { sequence, .. }
             | Operation::Close { sequence } => Some(*sequence),
@@ -190,6 +261,11 @@ pub enum Outcome {
     },
     /// Keys and values, decoded.
     Read(Box<ReadBuffer>),
+    /// Keys and values are where the caller wanted them in device memory: this many tokens.
+    ReadDevice {
+        /// Tokens read.
+        tokens: u32,
+    },
     /// Forks, in no particular order.
     Forked(Vec<OpenSequence>),
     /// The sequence was cut.
@@ -212,7 +288,8 @@ pub type Results = SmallVec<[Result<Outcome, Error>; 1]>;
 pub struct BatchCacheOperations {
     /// What travels, from the start.
     submission: Box<Submission>,
-    payload: Vec<u8>,
+    arena: Arena,
+    device: Option<DeviceSource>,
 }
 
 impl BatchCacheOperations {
@@ -233,7 +310,50 @@ impl BatchCacheOperations {
 
     /// Makes room for `bytes` more bytes of tensors.
     pub fn reserve_bytes(&mut self, bytes: usize) {
-        self.payload.reserve_exact(bytes);
+        self.arena.reserve(bytes);
+    }
+
+    /// An empty batch whose tensors go into memory that was lent.
+    pub fn lent(memory: Box<dyn LentMemory>) -> Self {
+        BatchCacheOperations { arena: Arena::Lent { memory, used: 0 }, ..Self::default() }
+    }
+
+    /// Sets `bytes` bytes of the lent memory aside, and says where they begin. None if there are not so many.
+    pub fn region(&mut self, bytes: usize) -> Option<usize> {
+        self.arena.region(bytes)
+    }
+
+    /// The bytes of all tensors so far.
+    pub fn arena_mut(&mut self) -> &mut [u8] {
+        self.arena.bytes_mut()
+    }
+
+    /// Names the device memory that the batch's operations on device tensors touch.
+    pub fn device_source(&mut self, source: DeviceSource) {
+        self.device = Some(source);
+    }
+
+    /// The device that was named.
+    pub fn device(&self) -> Option<u16> {
+        self.device.as_ref().map(DeviceSource::device)
+    }
+
+    /// Keeps the owner of some of that memory until no launch needs it any more.
+    pub fn keep(&mut self, owner: &Arc<dyn Any + Send + Sync>) {
+        if let Some(source) = &mut self.device {
+            source.keep(owner);
+        }
+    }
+
+    /// An operation that is wrong already: it is answered with `error`.
+    pub fn refused(&mut self, error: Error) {
+        self.submission.operations.push(Operation::Refused(Box::new(error)));
+    }
+
+    /// Is told once every operation of the batch is on its device's queue. None if the batch names no device memory.
+    pub fn expect_enqueued(&mut self) -> Option<oneshot::Receiver<Arc<dyn Point>>> {
+        let operations = self.len();
+        self.device.as_ref().map(|device| device.expect(operations))
     }
 
     /// Operations in the batch.
@@ -271,6 +391,67 @@ impl BatchCacheOperations {
             extra: extra.map(Box::new),
             tensors,
         });
+    }
+
+    /// [`BatchCacheOperations::append`] of tensors that stand in a region ([`BatchCacheOperations::region`]): where the keys
+    /// begin and their bytes, and the values likewise.
+    pub fn append_region(
+        &mut self,
+        sequence: SequenceId,
+        token_ids: &[u32],
+        element: ElementType,
+        keys: Range<usize>,
+        values: Range<usize>,
+    ) {
+        let ids = self.push_ids(token_ids);
+        let (keys, values) = ((keys.start, keys.len()), (values.start, values.len()));
+        let tensors = TensorSpans::new(keys, values, [element; 2], false);
+        self.submission.operations.push(Operation::Append { sequence, at: None, ids, extra: None, tensors });
+    }
+
+    /// [`BatchCacheOperations::append`] of tensors in device memory.
+    pub fn append_device(
+        &mut self,
+        sequence: SequenceId,
+        token_ids: &[u32],
+        extra: Option<ExtraIdentity>,
+        keys: DeviceSpan,
+        values: DeviceSpan,
+    ) {
+        let (ids, tensors) = (self.push_ids(token_ids), Self::device_tensors(keys, values));
+        let extra = extra.map(Box::new);
+        self.submission.operations.push(Operation::Append { sequence, at: None, ids, extra, tensors });
+    }
+
+    /// [`BatchCacheOperations::stage`] of tensors in device memory.
+    pub fn stage_device(
+        &mut self,
+        sequence: SequenceId,
+        layer: u32,
+        tokens: u32,
+        keys: DeviceSpan,
+        values: DeviceSpan,
+    ) {
+        let tensors = Self::device_tensors(keys, values);
+        self.submission.operations.push(Operation::Stage { sequence, layer, tokens, tensors });
+    }
+
+    /// [`BatchCacheOperations::read`] into device memory.
+    pub fn read_device(
+        &mut self,
+        sequence: SequenceId,
+        layer: u32,
+        tokens: Range<u32>,
+        keys: DeviceSpan,
+        values: DeviceSpan,
+    ) {
+        let target = Box::new(ReadTarget { layer, tokens, tensors: Self::device_tensors(keys, values) });
+        self.submission.operations.push(Operation::ReadDevice { sequence, target });
+    }
+
+    fn device_tensors(keys: DeviceSpan, values: DeviceSpan) -> TensorSpans {
+        let span = |span: DeviceSpan| (span.address as usize, span.bytes);
+        TensorSpans::new(span(keys), span(values), [keys.element, values.element], true)
     }
 
     /// Writes `tokens` tokens of one layer after what that layer already holds: `keys` is `[tokens, kv_heads, key_dim]`.
@@ -323,13 +504,11 @@ impl BatchCacheOperations {
     }
 
     fn push_tensors(&mut self, keys: HostTensor<'_>, values: HostTensor<'_>) -> TensorSpans {
-        let start = self.payload.len();
-        self.payload.reserve(keys.bytes.len() + values.bytes.len());
-        self.payload.extend_from_slice(keys.bytes);
-        self.payload.extend_from_slice(values.bytes);
-        let element = if values.element == keys.element { keys.element } else { values.element };
-        let (keys_bytes, values_bytes) = (keys.bytes.len(), values.bytes.len());
-        TensorSpans { keys_at: start, keys_bytes, values_bytes, element }
+        self.arena.reserve(keys.bytes.len() + values.bytes.len());
+        let keys_at = self.arena.push(keys.bytes);
+        let values_at = self.arena.push(values.bytes);
+        let (keys_at, values_at) = ((keys_at, keys.bytes.len()), (values_at, values.bytes.len()));
+        TensorSpans::new(keys_at, values_at, [keys.element, values.element], false)
     }
 
     /// Sequences that the batch would open.
@@ -351,7 +530,7 @@ impl BatchCacheOperations {
             Operation::Read { tokens, .. } => read_bytes(layout, tokens, max_tokens),
             _ => 0,
         });
-        self.payload.len() as u64 + reads.sum::<u64>()
+        self.arena.len() as u64 + reads.sum::<u64>()
     }
 
     /// The shard of the first operation that is on a sequence.
@@ -359,12 +538,25 @@ impl BatchCacheOperations {
         self.submission.operations.iter().find_map(Operation::sequence).map(SequenceId::shard)
     }
 
-    /// Refuses what can be seen to be wrong without looking at any sequence: shapes, types, layers.
+    /// Refuses what can be seen to be wrong without looking at any sequence: shapes, types, layers, devices. `devices` says
+    /// which device each shard is on, where device memory can be used.
     ///
     /// The refused operations stay in place and are answered with their error; the others are not touched.
-    pub fn check(&mut self, layout: &BlockLayout, max_tokens: u32) {
+    pub fn check(&mut self, layout: &BlockLayout, max_tokens: u32, devices: &[Option<u16>]) {
+        let source = self.device.as_ref().map(DeviceSource::device);
+        let reaches = |operation: &Operation| {
+            let shard = operation.sequence().map_or(usize::MAX, |id| id.shard() as usize);
+            source.is_some() && devices.get(shard).copied().flatten() == source
+        };
         for operation in &mut self.submission.operations {
-            if let Err(error) = check(operation, layout, max_tokens) {
+            let checked = match operation.on_device() && !reaches(operation) {
+                true => Err(Error::Unsupported {
+                    what: "device memory of another device than the sequence's",
+                    instead: "name memory of the sequence's own GPU, or give host tensors",
+                }),
+                false => check(operation, layout, max_tokens),
+            };
+            if let Err(error) = checked {
                 *operation = Operation::Refused(Box::new(error));
             }
         }
@@ -390,9 +582,11 @@ impl BatchCacheOperations {
         }
     }
 
-    /// What travels, and the tensors.
-    pub(crate) fn into_parts(self) -> (Box<Submission>, Vec<u8>) {
-        (self.submission, self.payload)
+    /// What travels, with its tensors.
+    pub(crate) fn into_submission(self) -> Box<Submission> {
+        let BatchCacheOperations { mut submission, arena, device } = self;
+        submission.payload = Payload::new(arena, device, submission.operations.len());
+        submission
     }
 }
 
@@ -415,6 +609,7 @@ fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result
         }
         for (plane, bytes) in [(Plane::Key, tensors.keys_bytes), (Plane::Value, tensors.values_bytes)] {
             let expected_bytes = (layers * tokens).checked_mul(layout.token_bytes(plane));
+            let bytes = bytes as usize;
             if expected_bytes != Some(bytes) {
                 return Err(Error::Shape {
                     plane,
@@ -438,6 +633,14 @@ fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result
         Operation::Stage { layer, tokens, tensors, .. } => {
             check_layer(*layer)?;
             check_tensors(tensors, 1, *tokens as usize)
+        }
+        Operation::ReadDevice { target, .. } => {
+            check_layer(target.layer)?;
+            let tokens = target.tokens.clone();
+            if tokens.start > tokens.end || tokens.end > max_tokens {
+                return Err(Error::TokenRange { range: tokens, visible: max_tokens });
+            }
+            check_tensors(&target.tensors, 1, tokens.len())
         }
         Operation::Commit { ids, .. } if ids.count == 0 => Err(Error::Empty),
         Operation::Read { layer, tokens, .. } => {

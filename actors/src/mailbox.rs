@@ -192,12 +192,26 @@ impl TransferMailbox {
             recv(self.doorbell) -> _ => TransferWake::Doorbell,
             recv(self.launches) -> launch => match launch {
                 Ok((lane, launch)) => TransferWake::Launch(lane, launch),
-                Err(_) => {
-                    self.launches = never();
-                    TransferWake::Closed
-                }
+                Err(_) => self.closed(),
             },
         }
+    }
+
+    /// The next message if there is one.
+    pub(crate) fn try_next(&mut self) -> Option<TransferWake> {
+        if self.doorbell.try_recv().is_ok() {
+            return Some(TransferWake::Doorbell);
+        }
+        match self.launches.try_recv() {
+            Ok((lane, launch)) => Some(TransferWake::Launch(lane, launch)),
+            Err(TryRecvError::Disconnected) => Some(self.closed()),
+            Err(TryRecvError::Empty) => None,
+        }
+    }
+
+    fn closed(&mut self) -> TransferWake {
+        self.launches = never();
+        TransferWake::Closed
     }
 
     /// Reports a launch that has landed. False if the device actor is gone.

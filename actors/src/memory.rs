@@ -10,12 +10,14 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::batch::Payload;
 use crate::block::BlockId;
 use crate::format::Format;
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::pool::PoolLayout;
+use crate::reach::{Point, Reachable};
 use crate::slot::{FilledSlot, SlotPin};
 
 /// Which of a device's lanes.
@@ -70,10 +72,26 @@ pub trait Lane: Send + 'static {
     /// [`DeviceLost`]: the device will not do anything any more, and launches still inside are never acknowledged.
     fn poll(&mut self, done: &mut Vec<Launch>) -> Result<(), DeviceLost>;
 
-    /// Has `doorbell` rung whenever a launch may have become done. A lane that finishes inside [`Lane::launch`] never rings.
+    /// Has `doorbell` rung whenever a launch may have become done and the owner has asked for it ([`Lane::ring_when_done`]).
+    /// Called once, on the thread that owns the lane from then on.
     fn on_progress(&mut self, doorbell: Doorbell) {
         drop(doorbell);
     }
+
+    /// Whether nothing is under way: no launch will ever be returned unless one is launched first.
+    fn is_idle(&self) -> bool {
+        true
+    }
+
+    /// How long the owner looks for launches to be done, and for more work, before it sleeps: a few times what a small launch
+    /// takes where that is less than waking up does. Nothing for a lane that is done when it is launched.
+    fn spin(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    /// The owner is about to sleep: has the doorbell rung once the oldest launch under way is done, or the device is lost.
+    /// A lane that is idle does nothing.
+    fn ring_when_done(&mut self) {}
 }
 
 /// Rung by a lane when polling it may pay.
@@ -126,17 +144,19 @@ pub enum Step {
     Read(ReadStep),
 }
 
-/// See [`Step::Append`]. Payload tensors are `[layers, payload_tokens, kv_heads, dim]`, keys and values apart.
+/// See [`Step::Append`]. The tensors are `[layers, payload_tokens, kv_heads, dim]`, keys and values apart.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AppendStep {
     /// Whose payload.
     pub flight: usize,
     /// Layers written; the payload holds exactly these.
     pub layers: Range<usize>,
-    /// Where the key tensor begins in the payload.
+    /// Where the key tensor begins in the payload, or in the device's address space.
     pub keys_at: usize,
-    /// Where the value tensor begins in the payload.
+    /// Where the value tensor begins, likewise.
     pub values_at: usize,
+    /// The tensors are in memory of the device.
+    pub on_device: bool,
     /// Tokens of the payload's tensors.
     pub payload_tokens: usize,
     /// First token of the payload that goes to this slot.
@@ -162,6 +182,8 @@ pub struct ReadStep {
     pub tokens: Range<usize>,
     /// Token of the output where they go.
     pub output_token: usize,
+    /// Where the output's keys and values begin in the device's memory; none: they go to the flight's buffer.
+    pub on_device: Option<[u64; 2]>,
 }
 
 /// Work for one lane, with everything that it touches on the host.
@@ -184,6 +206,33 @@ impl Launch {
     pub fn payload(&self, flight: usize) -> &[u8] {
         let number = self.flights[flight].payload;
         self.payloads.get(number as usize).map_or(&[], Payload::bytes)
+    }
+
+    /// Whether the device reads a flight's payload where it lies.
+    pub fn payload_is_reachable(&self, flight: usize) -> bool {
+        let payload = self.payloads.get(self.flights[flight].payload as usize);
+        payload.and_then(Payload::reachable).is_some_and(Reachable::is_reachable)
+    }
+
+    /// What has to be reached before the device memory of callers may be touched.
+    pub fn waits_for(&self) -> impl Iterator<Item = &Arc<dyn Point>> {
+        let sources = self.payloads.iter().filter_map(Payload::reachable);
+        sources.filter_map(|reachable| reachable.device.as_ref()?.ready())
+    }
+
+    /// Whether somebody waits for the launch to be on the device's queue: see [`Launch::enqueued`].
+    pub fn is_awaited_enqueued(&self) -> bool {
+        self.payloads.iter().filter_map(Payload::reachable).any(|reachable| reachable.device.is_some())
+    }
+
+    /// To be called once all steps are on the device's queue, with a point behind them.
+    pub fn enqueued(&self, point: &Arc<dyn Point>) {
+        for (number, reachable) in self.payloads.iter().enumerate() {
+            if let Some(reachable) = reachable.reachable() {
+                let flights = self.flights.iter().filter(|flight| flight.payload as usize == number).count();
+                reachable.passed(flights, point);
+            }
+        }
     }
 
     /// Adds a flight that reads `payload`, and returns its index.

@@ -43,6 +43,7 @@ pub(crate) enum Brief {
     Truncated(u32),
     Closed,
     Read(Box<ReadBuffer>),
+    ReadDevice(u32),
     Opened(Box<Outcome>),
     Failed(Box<Error>),
 }
@@ -56,6 +57,7 @@ impl From<Result<Outcome, Error>> for Brief {
             Ok(Outcome::Truncated { committed }) => Brief::Truncated(committed),
             Ok(Outcome::Closed) => Brief::Closed,
             Ok(Outcome::Read(buffer)) => Brief::Read(buffer),
+            Ok(Outcome::ReadDevice { tokens }) => Brief::ReadDevice(tokens),
             Ok(opened @ (Outcome::Opened(_) | Outcome::Forked(_))) => Brief::Opened(Box::new(opened)),
             Err(error) => Brief::Failed(Box::new(error)),
         }
@@ -72,6 +74,7 @@ impl Brief {
             Brief::Truncated(committed) => Outcome::Truncated { committed },
             Brief::Closed => Outcome::Closed,
             Brief::Read(buffer) => Outcome::Read(buffer),
+            Brief::ReadDevice(tokens) => Outcome::ReadDevice { tokens },
             Brief::Opened(opened) => *opened,
             Brief::Failed(error) => return Some(Err(*error)),
         }))
@@ -86,8 +89,7 @@ impl Submission {
         reply: Option<Reply>,
         submitted_at: Option<Instant>,
     ) -> Box<Submission> {
-        let (mut submission, payload) = batch.into_parts();
-        submission.payload = Payload::new(payload, submission.operations.len());
+        let mut submission = batch.into_submission();
         submission.permit = permit;
         submission.reply = reply.map_or(ReplyTo::Nobody, ReplyTo::Whole);
         submission.submitted_at = submitted_at;

@@ -21,6 +21,8 @@ pub struct Submitter {
     pub layout: BlockLayout,
     /// Longest sequence.
     pub max_tokens: u32,
+    /// The device of each shard on which callers may have memory of their own.
+    pub devices: Vec<Option<u16>>,
     /// Operations and bytes in flight.
     pub permits: Permits,
     /// Open sequences, as jobs.
@@ -53,10 +55,18 @@ impl Submitter {
     /// [`Error::BatchTooLarge`], [`Error::TooManySequences`], [`Error::Closed`]; and [`Error::ShardLost`] if the shard
     /// died with the batch. What goes wrong with one operation is in its result.
     pub async fn submit(&self, batch: BatchCacheOperations) -> Result<Answered, Error> {
+        self.submit_only(batch).await?.await
+    }
+
+    /// [`Submitter::submit`] that returns when the batch is submitted; what it returns waits for the results.
+    ///
+    /// # Errors
+    /// As [`Submitter::submit`].
+    pub async fn submit_only(&self, batch: BatchCacheOperations) -> Result<Waiting<Arc<Supervisor>>, Error> {
         let needs = self.needs(&batch);
         let sequences = self.sequences_for(needs.sequences)?;
         let permit = self.permits.acquire(needs.amount).await?;
-        self.send(batch, permit, sequences, &*self.supervisor).await
+        Ok(self.send(batch, permit, sequences, self.supervisor.clone()))
     }
 
     /// [`Submitter::submit`] of a batch of one operation that is built once its permits are had, and its result: however
@@ -137,7 +147,7 @@ impl Submitter {
         if let Some(sequences) = sequences {
             batch.attach_sequence_permits(sequences);
         }
-        batch.check(&self.layout, self.max_tokens);
+        batch.check(&self.layout, self.max_tokens, &self.devices);
         batch.attach_read_buffers(&self.layout);
         let shard = batch.first_shard();
         let answer = self.router.submit(batch, permit);

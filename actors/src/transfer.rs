@@ -5,6 +5,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::mailbox::{TransferMailbox, TransferWake};
 use crate::memory::{DeviceLost, Lane, LaneKind, Launch};
@@ -49,7 +50,7 @@ impl<L: Lane> TransferActor<L> {
         tracing::debug!(target: "kv_cache::transfer", shard = self.shard, "running");
         let mut closed = false;
         while !(closed && self.in_flight == 0) {
-            match self.mailbox.next() {
+            match self.wait()? {
                 TransferWake::Launch(lane, launch) => {
                     self.in_flight += 1;
                     match lane {
@@ -70,5 +71,27 @@ impl<L: Lane> TransferActor<L> {
             }
         }
         Ok(())
+    }
+
+    /// Waits for the next message, or for a lane to come forward: as the device actor does.
+    fn wait(&mut self) -> Result<TransferWake, DeviceLost> {
+        let (started, spin) = (Instant::now(), self.upload.spin());
+        while !spin.is_zero() && started.elapsed() < spin {
+            self.upload.poll(&mut self.done)?;
+            self.download.poll(&mut self.done)?;
+            if !self.done.is_empty() {
+                return Ok(TransferWake::Doorbell);
+            }
+            if let Some(wake) = self.mailbox.try_next() {
+                return Ok(wake);
+            }
+            std::hint::spin_loop();
+        }
+        for lane in [&mut self.upload, &mut self.download] {
+            if !lane.is_idle() {
+                lane.ring_when_done();
+            }
+        }
+        Ok(self.mailbox.next())
     }
 }

@@ -54,6 +54,7 @@ impl Simulated {
         tokio::spawn(router);
         let submitter = Submitter {
             layout: layout.expect("a shard"),
+            devices: Vec::new(),
             max_tokens: setup.max_tokens,
             permits: Permits::new(Amount { jobs: 64, bytes: 1 << 20 }),
             sequences: Permits::new(Amount { jobs: 64, bytes: 0 }),

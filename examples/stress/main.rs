@@ -1,8 +1,9 @@
-//! Thousands of concurrent sequences on the CPU device, every byte of them checked.
+//! Thousands of concurrent sequences on CPU devices or GPUs, every byte of them checked.
 //!
 //! ```text
 //! cargo run --release --example stress                                  # 10,000 sequences, 10 seconds
 //! cargo run --release --example stress -- --sequences 1000 --shards 2 --format raw --json
+//! cargo run --release --example stress -- --gpus 1 --sequences 4096 --seconds 300
 //! cargo run --release --example stress -- --trace FILE --speed 60       # requests of a trace in the Mooncake format
 //! ```
 //!
@@ -47,7 +48,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use clap::{Parser, ValueEnum};
-use kv_cache::Format;
+use kv_cache::{Devices, Format};
 
 use crate::content::Shape;
 use crate::session::{Leaks, Session, Setup};
@@ -73,6 +74,9 @@ struct Options {
     /// Tasks that share the sequences [default: 1024, or one a sequence].
     #[arg(long)]
     tasks: Option<usize>,
+    /// Run on this many GPUs instead of CPU devices.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=64))]
+    gpus: Option<u16>,
     /// CPU devices.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     shards: u16,
@@ -209,19 +213,23 @@ async fn synthetic_load(options: &Options, session: &Session, stop: &Stop) -> (u
 }
 
 fn setup(options: &Options, trace: Option<&[Request]>) -> Setup {
-    let shards = u32::from(options.shards);
+    let (devices, shards) = match options.gpus {
+        Some(gpus) => (Devices::cuda(gpus), gpus),
+        None => (Devices::cpu(options.shards), options.shards),
+    };
     let default_shape = if trace.is_some() { shape(1, 1, 16) } else { shape(2, 2, 32) };
     let shape = options.geometry.map_or(default_shape, |geometry| geometry.0);
     let default_bytes = match trace {
         Some(_) => TRACE_MEMORY_BYTES,
-        None => synthetic::memory_bytes(&shape, options.sequences as usize, shards),
+        None => synthetic::memory_bytes(&shape, options.sequences as usize, u32::from(shards)),
     };
     // Besides the sequences: forks and cancelled opens that are about to close.
     let sequences_max = trace.map_or(options.sequences as usize, <[Request]>::len) + 8 * TASKS;
     Setup {
         shape,
         format: options.format.into(),
-        shards: options.shards,
+        devices,
+        shards,
         sequences_max,
         memory_bytes: options.memory_mib.map_or(default_bytes, |mib| mib << 20),
         seed: options.seed,

@@ -23,6 +23,7 @@ const SAMPLE_EVERY: Duration = Duration::from_millis(50);
 pub(crate) struct Setup {
     pub(crate) shape: Shape,
     pub(crate) format: Format,
+    pub(crate) devices: Devices,
     pub(crate) shards: u16,
     /// Bytes of all shards together.
     pub(crate) memory_bytes: u64,
@@ -51,7 +52,7 @@ impl Session {
         let Shape { layers, kv_heads, head_dim, block_tokens } = setup.shape;
         let geometry = Geometry::new(layers, kv_heads, head_dim, ElementType::F16).block_tokens(block_tokens);
         let cache = Cache::builder(geometry)
-            .devices(Devices::cpu(setup.shards))
+            .devices(setup.devices)
             .memory_bytes_per_device(setup.memory_bytes / u64::from(setup.shards))
             .sealed_format(setup.format)
             .max_sequences(setup.sequences_max)

@@ -25,8 +25,10 @@ async fn refused(config: CacheConfig) -> ConfigError {
 async fn every_field_out_of_range() {
     assert_eq!(base().validate(), Ok(()));
     type Change = fn(&mut CacheConfig);
-    let wrong: [(&str, &str, Change); 26] = [
+    let wrong: [(&str, &str, Change); 28] = [
         ("devices", "cpu = 0", |c| c.devices = Devices::cpu(0)),
+        ("devices", "cuda = 0", |c| c.devices = Devices::cuda(0)),
+        ("pinned_memory_bytes", "1", |c| (c.devices, c.pinned_memory_bytes) = (Devices::Auto, 1)),
         ("memory_bytes_per_device", "0", |c| c.memory_bytes_per_device = 0),
         ("memory_bytes_per_device", "1000", |c| c.memory_bytes_per_device = 1000),
         ("max_tokens", "0", |c| c.max_tokens = 0),
@@ -118,7 +120,7 @@ async fn a_budget_that_is_just_enough() {
 #[tokio::test]
 async fn settings_of_features_that_are_not_built() {
     type Change = fn(&mut CacheConfig);
-    let not_built: [(&str, &str, Change); 12] = [
+    let not_built: [(&str, &str, Change); 11] = [
         ("quantisation.bits", "4 bits", |c| c.quantisation.bits = 4),
         ("quantisation.bits", "2 bits", |c| c.quantisation.bits = 2),
         ("quantisation.bits", "0 bits", |c| c.quantisation.bits = 0),
@@ -129,7 +131,6 @@ async fn settings_of_features_that_are_not_built() {
         ("eviction", "lfu", |c| c.eviction = Some(EvictionStrategy::Lfu)),
         ("eviction", "slru", |c| c.eviction = Some(EvictionStrategy::Slru)),
         ("eviction", "auto", |c| c.eviction = Some(EvictionStrategy::Auto)),
-        ("pinned_memory_bytes", "1 bytes", |c| c.pinned_memory_bytes = 1),
         ("geometry.groups", "2 groups", |c| c.geometry.groups.extend(c.geometry.groups.clone())),
     ];
     for (field, value, change) in not_built {

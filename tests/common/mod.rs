@@ -52,7 +52,7 @@ pub struct Setup {
     pub host_memory: bool,
 }
 
-pub const SETUPS: [Setup; 5] = [
+pub const SETUPS: [Setup; 9] = [
     Setup { name: "cpu", builder: |g| Ok(Cache::builder(g).devices(Devices::cpu(1))), host_memory: true },
     Setup {
         name: "3 cpu shards",
@@ -84,7 +84,35 @@ pub const SETUPS: [Setup; 5] = [
         },
         host_memory: true,
     },
+    Setup { name: "cuda", builder: |g| cuda(g, |_| {}), host_memory: false },
+    Setup {
+        name: "cuda deterministic",
+        builder: |g| cuda(g, |c| c.deterministic = true),
+        host_memory: false,
+    },
+    Setup {
+        name: "cuda copy lanes",
+        builder: |g| cuda(g, |c| c.copy_lane_min_bytes = 1),
+        host_memory: false,
+    },
+    Setup {
+        name: "cuda, narrow rings on one lane",
+        builder: |g| {
+            cuda(g, |c| {
+                c.non_blocking = false;
+                c.max_jobs_in_flight = 4096;
+                c.pinned_memory_bytes = 3 << 20;
+            })
+        },
+        host_memory: false,
+    },
 ];
+
+/// A cache on one GPU, or why there is none.
+fn cuda(geometry: Geometry, change: impl FnOnce(&mut CacheConfig)) -> Result<CacheBuilder, String> {
+    Devices::gpus_found()?;
+    Ok(Cache::builder(geometry).devices(Devices::cuda(1)).configure(change))
+}
 
 pub const FORMATS: [Format; 2] = [Format::Raw, Format::Int8];
 pub const ELEMENTS: [ElementType; 3] = [ElementType::F16, ElementType::Bf16, ElementType::F32];

@@ -165,6 +165,9 @@ async fn a_block_table_agrees_with_the_view<E: Number>(rig: Rig<E>) {
             let base = table.base_addresses[sequence.id().shard() as usize];
             for (entry, block) in row.blocks.iter().zip(view.blocks()) {
                 assert_eq!((entry.first_token, entry.format), (block.first_token(), block.format()));
+                if !rig.combo.setup.host_memory {
+                    continue;
+                }
                 for head in 0..rig.layout.kv_heads {
                     let rows = head * rig.layout.block_tokens;
                     let keys =

@@ -16,8 +16,8 @@ use smallvec::SmallVec;
 
 use super::blocks::BlockStore;
 use super::entry::SequenceEntry;
-use super::plan::WriteTarget;
-use crate::batch::{Operation, Outcome};
+use super::plan::{ReadOutput, WriteTarget};
+use crate::batch::{Operation, Outcome, ReadTarget};
 use crate::block::{BlockId, BlockKey, HashSecret};
 use crate::error::Error;
 use crate::format::Format;
@@ -59,9 +59,9 @@ pub struct CoreConfig {
 }
 
 impl CoreConfig {
-    /// The lane for an operation that moves `bytes` bytes: `kind`, if that is many.
-    pub(super) fn lane_for(&self, kind: LaneKind, bytes: usize) -> LaneKind {
-        if bytes >= self.copy_lane_min_bytes { kind } else { LaneKind::Compute }
+    /// The lane for an operation that moves `bytes` bytes: `kind`, if that is many and has to cross a bus.
+    pub(super) fn lane_for(&self, kind: LaneKind, bytes: usize, on_device: bool) -> LaneKind {
+        if bytes >= self.copy_lane_min_bytes && !on_device { kind } else { LaneKind::Compute }
     }
 }
 
@@ -374,7 +374,12 @@ impl DeviceCore {
             }
             (Operation::Read { layer, tokens, buffer, .. }, Some(index)) => {
                 let (layer, tokens, buffer) = (*layer, tokens.clone(), buffer.take());
-                self.plan_read(op, index, layer, &tokens, buffer)
+                self.plan_read(op, index, layer, &tokens, ReadOutput::Buffer(buffer))
+            }
+            (Operation::ReadDevice { target, .. }, Some(index)) => {
+                let ReadTarget { layer, tokens, tensors } = (**target).clone();
+                let output = ReadOutput::Device([tensors.keys_at as u64, tensors.values_at as u64]);
+                self.plan_read(op, index, layer, &tokens, output)
             }
             (Operation::Commit { ids, extra, .. }, Some(index)) => {
                 let token_ids = SmallVec::<[u32; 8]>::from_slice(ids.of(&submission.token_ids));
@@ -491,6 +496,10 @@ impl DeviceCore {
                 let missing = || Error::Device("a read came back without its buffer".into());
                 let result = landed.and_then(|output| output.map(Outcome::Read).ok_or_else(missing));
                 (*sequence, result)
+            }
+            Operation::ReadDevice { sequence, target } => {
+                let tokens = target.tokens.len() as u32;
+                (*sequence, landed.map(|_| Outcome::ReadDevice { tokens }))
             }
             _ => return,
         };

@@ -69,14 +69,15 @@ impl DeviceCore {
         let first = config.layout.block_tokens - entry.glance.room as usize;
         let bytes = tensors.bytes();
         counters.bytes_in += bytes as u64;
-        let lane = config.lane_for(LaneKind::Upload, bytes);
+        let lane = config.lane_for(LaneKind::Upload, bytes, tensors.on_device);
         let tensors = *tensors;
         let (launch, flight) = building.flight(lane, op, pending.submission_mut(op), None);
         launch.steps.push(Step::Append(AppendStep {
             flight,
             layers: 0..config.layout.layers,
             keys_at: tensors.keys_at,
-            values_at: tensors.values_at(),
+            values_at: tensors.values_at,
+                on_device: tensors.on_device,
             payload_tokens: tokens as usize,
             first_token: 0,
             slot_offset,

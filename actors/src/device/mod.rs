@@ -155,7 +155,7 @@ impl<L: Lane> DeviceActor<L> {
                             continue;
                         }
                     }
-                    self.mailbox.next()
+                    self.wait()?
                 }
             };
             match wake {
@@ -178,6 +178,28 @@ impl<L: Lane> DeviceActor<L> {
             let answered = self.settle()?;
             self.publish(0, answered, started);
         }
+    }
+
+    /// Waits for the next message, or for the compute lane to come forward.
+    ///
+    /// A launch is mostly a matter of microseconds, which a sleeping thread would double: so it looks for a while first, and
+    /// for as long as work keeps coming it does not sleep.
+    fn wait(&mut self) -> Result<Wake, DeviceLost> {
+        let (started, spin) = (Instant::now(), self.compute.spin());
+        while !spin.is_zero() && started.elapsed() < spin {
+            self.compute.poll(&mut self.done)?;
+            if !self.done.is_empty() {
+                return Ok(Wake::Doorbell);
+            }
+            if let Some(wake) = self.mailbox.try_next() {
+                return Ok(wake);
+            }
+            std::hint::spin_loop();
+        }
+        if !self.compute.is_idle() {
+            self.compute.ring_when_done();
+        }
+        Ok(self.mailbox.next())
     }
 
     /// Carries out submissions, with all those that have queued up behind them, as one batch.

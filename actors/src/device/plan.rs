@@ -135,7 +135,7 @@ impl DeviceCore {
         tensors: &TensorSpans,
     ) -> Progress {
         let bytes = tensors.bytes();
-        let lane = self.config.lane_for(LaneKind::Upload, bytes);
+        let lane = self.config.lane_for(LaneKind::Upload, bytes, tensors.on_device);
         let DeviceCore { sequences, blocks, config, counters, .. } = self;
         let SequenceEntry { shared, rest, took_blocks, .. } = &mut sequences[index];
         let mut state = shared.state();
@@ -175,7 +175,8 @@ impl DeviceCore {
                 flight,
                 layers: layers.clone(),
                 keys_at: tensors.keys_at,
-                values_at: tensors.values_at(),
+                values_at: tensors.values_at,
+                on_device: tensors.on_device,
                 payload_tokens: tokens as usize,
                 first_token,
                 slot_offset,
@@ -300,7 +301,7 @@ impl DeviceCore {
         index: usize,
         layer: u32,
         tokens: &Range<u32>,
-        buffer: Option<Box<ReadBuffer>>,
+        output: ReadOutput,
     ) -> Progress {
         let shared = self.sequences[index].shared.clone();
         let state = shared.state();
@@ -308,10 +309,16 @@ impl DeviceCore {
             return Progress::Done(Err(error));
         }
         let layout = self.config.layout;
-        let output = buffer.unwrap_or_else(|| Box::new(ReadBuffer::new(&layout, tokens.len())));
-        if tokens.is_empty() {
-            return Progress::Done(Ok(Outcome::Read(output)));
-        }
+        let (output, on_device) = match output {
+            ReadOutput::Buffer(buffer) => {
+                let output = buffer.unwrap_or_else(|| Box::new(ReadBuffer::new(&layout, tokens.len())));
+                if tokens.is_empty() {
+                    return Progress::Done(Ok(Outcome::Read(output)));
+                }
+                (Some(output), None)
+            }
+            ReadOutput::Device(addresses) => (None, Some(addresses)),
+        };
         let bytes = tokens.len() * (layout.token_bytes(Plane::Key) + layout.token_bytes(Plane::Value));
         let sources: SmallVec<[_; 4]> = pieces(layout.block_tokens, tokens.clone())
             .map(|(at, inside)| {
@@ -319,8 +326,8 @@ impl DeviceCore {
                 (self.blocks.offset(id), self.blocks.format(id), self.blocks.pin(id), inside)
             })
             .collect();
-        let lane = self.config.lane_for(LaneKind::Download, bytes);
-        let (launch, flight) = self.flight(lane, op, Some(output));
+        let lane = self.config.lane_for(LaneKind::Download, bytes, on_device.is_some());
+        let (launch, flight) = self.flight(lane, op, output);
         let mut output_token = 0;
         for (slot_offset, format, pin, tokens) in sources {
             let count = tokens.len();
@@ -333,12 +340,21 @@ impl DeviceCore {
                 layer,
                 tokens,
                 output_token,
+                on_device,
             }));
             output_token += count;
         }
         self.counters.bytes_out += bytes as u64;
         Progress::Flying
     }
+}
+
+/// Where a read goes.
+pub(super) enum ReadOutput {
+    /// Host memory.
+    Buffer(Option<Box<ReadBuffer>>),
+    /// Keys and values in the device's memory.
+    Device([u64; 2]),
 }
 
 /// Where a write goes.

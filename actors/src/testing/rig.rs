@@ -112,7 +112,7 @@ impl Rig {
         let opens = Amount { jobs: batch.sequences_to_open() as u64, bytes: 0 };
         let opens = self.sequences.try_acquire(opens).expect("permits are plenty");
         batch.attach_sequence_permits(opens);
-        batch.check(&layout, self.config.max_tokens);
+        batch.check(&layout, self.config.max_tokens, &[]);
         batch.attach_read_buffers(&layout);
         let submission = Submission::new(batch, Some(permit), reply, None);
         self.apply(Event::Submission(submission));

@@ -58,14 +58,14 @@ impl Lane for CpuLane {
                 Step::Reopen { format, from_offset, to_offset } => {
                     self.reopen(*format, *from_offset, *to_offset)
                 }
-                Step::Append(append) => {
+                Step::Append(append) if !append.on_device => {
                     let finite = self.append(append, launch.payload(append.flight));
                     launch.flights[append.flight].finite &= finite;
                 }
                 Step::Seal { flight, format, from_offset, to_offset } => {
                     launch.flights[*flight].finite &= self.seal(*format, *from_offset, *to_offset);
                 }
-                Step::Read(read) => {
+                Step::Read(read) if read.on_device.is_none() => {
                     if let Some(output) = &mut launch.flights[read.flight].output {
                         self.read(read, output);
                     }

@@ -1,0 +1,68 @@
+//! What the CUDA backend reaches on the GPU of this machine, each figure beside what it is judged by, measured in the same run.
+//!
+//! ```text
+//! cargo run --release --example gpu_bench              # a table
+//! cargo run --release --example gpu_bench -- --json    # one JSON object per line
+//! cargo run --release --example gpu_bench -- --only step,transfer
+//! ```
+//!
+//! Without a GPU it says so and ends well.
+
+mod step;
+mod table;
+
+use clap::Parser;
+use kv_cache::{Devices, ElementType, Geometry};
+
+use crate::table::Table;
+
+/// Measures the CUDA backend.
+#[derive(Debug, Parser)]
+#[command(name = "gpu_bench")]
+struct Options {
+    /// One JSON object per line instead of a table.
+    #[arg(long)]
+    json: bool,
+    /// Only these groups: kernels, driver, step.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
+}
+
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).with_writer(std::io::stderr).init();
+    if let Err(reason) = Devices::gpus_found() {
+        eprintln!("nothing to measure: {reason}");
+        return Ok(());
+    }
+    let wanted = |group: &str| options.only.is_empty() || options.only.iter().any(|only| only == group);
+    let mut table = Table::new(options.json);
+    if wanted("kernels") {
+        kernels(&mut table)?;
+    }
+    if wanted("driver") {
+        table.group("calls of the driver, medians");
+        for (what, us) in kv_cache::cuda::driver_call_costs(0)? {
+            table.row(what, us, "µs", None);
+        }
+    }
+    if wanted("step") {
+        step::measure(&mut table)?;
+    }
+    Ok(())
+}
+
+/// The fused kernels over 256k tokens of one layer of 8 heads × 128, beside the device's own copies.
+fn kernels(table: &mut Table) -> anyhow::Result<()> {
+    for element in [ElementType::F16, ElementType::Bf16] {
+        let geometry = Geometry::new(1, 8, 128, element);
+        let figures = kv_cache::cuda::kernel_figures(0, &geometry, 1 << 18, 31)?;
+        let copy = figures[0].gb_per_s;
+        table.group(&format!("kernels, {element:?}, 262,144 tokens × 8 heads × 128"));
+        for figure in &figures {
+            let share = figure.gb_per_s / copy;
+            table.row(figure.what, figure.gb_per_s, "GB/s", Some((share, "of the copy rate, reach 0.90")));
+        }
+    }
+    Ok(())
+}

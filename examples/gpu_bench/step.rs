@@ -1,0 +1,203 @@
+//! A decode step through the public API: 256 sequences append one token each (8 heads × 128, f16, one layer) as one batch.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::time::Instant;
+
+use anyhow::Context;
+use cudarc::driver::DevicePtr;
+use kv_cache::cuda::{DeviceTensor, StreamPoint};
+use kv_cache::half::f16;
+use kv_cache::{BatchCacheOperations, Cache, Devices, ElementType, Geometry, OpenOptions, Sequence};
+
+use crate::table::{Table, median};
+
+const SEQUENCES: usize = 256;
+const HEADS: usize = 8;
+const DIM: usize = 128;
+/// Elements of one token's keys, or values.
+const TOKEN: usize = HEADS * DIM;
+const BLOCK: usize = 32;
+/// Rounds of 32 steps; the first one warms up.
+const ROUNDS: usize = 33;
+
+pub(crate) fn measure(table: &mut Table) -> anyhow::Result<()> {
+    let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    table.group("decode step: 256 sequences append one token, 8 heads × 128, f16, one layer; medians of 32 rounds");
+    // On a worker, as a server's tasks are.
+    let steps = tokio.block_on(async { tokio::spawn(from_host()).await })??;
+    steps.print(table, "from host memory", 200.0);
+    let steps = tokio.block_on(async { tokio::spawn(from_lent()).await })??;
+    steps.print(table, "from lent pinned memory", 120.0);
+    let steps = tokio.block_on(async { tokio::spawn(from_device(0)).await })??;
+    steps.print(table, "from device memory, each awaited until done", 40.0);
+    let steps = tokio.block_on(async { tokio::spawn(from_device(2)).await })??;
+    steps.print(table, "from device memory, back to back", 40.0);
+    Ok(())
+}
+
+/// Times of rounds of 32 steps.
+struct Steps {
+    started: Instant,
+    done: usize,
+    times: Vec<f64>,
+    /// Mean of the 32 steps of each round.
+    mean_us: Vec<f64>,
+    /// The step that fills all blocks.
+    filling_us: Vec<f64>,
+    /// From the start of that step until all 256 blocks are sealed.
+    sealed_us: Vec<f64>,
+}
+
+impl Steps {
+    fn new() -> Self {
+        let (times, mean_us, filling_us, sealed_us) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Steps { started: Instant::now(), done: 0, times, mean_us, filling_us, sealed_us }
+    }
+
+    /// Begins a step, or says that there were enough.
+    fn next(&mut self) -> bool {
+        self.started = Instant::now();
+        self.done < ROUNDS * BLOCK
+    }
+
+    /// Whether the step that has begun is the last before all blocks seal.
+    fn is_last_of_round(&self) -> bool {
+        (self.done + 1).is_multiple_of(BLOCK)
+    }
+
+    /// Ends a step, and after the last of a round waits until all blocks are sealed.
+    fn end(&mut self, cache: &Cache) {
+        let passed = |started: Instant| started.elapsed().as_secs_f64() * 1e6;
+        self.times.push(passed(self.started));
+        self.done += 1;
+        if !self.done.is_multiple_of(BLOCK) {
+            return;
+        }
+        let sealed = self.done / BLOCK * SEQUENCES;
+        while cache.stats().total.seals < sealed as u64 {
+            std::hint::spin_loop();
+        }
+        let times = std::mem::take(&mut self.times);
+        if self.done > BLOCK {
+            self.sealed_us.push(passed(self.started));
+            self.mean_us.push(times.iter().sum::<f64>() / BLOCK as f64);
+            self.filling_us.push(times[BLOCK - 1]);
+        }
+    }
+
+    fn print(mut self, table: &mut Table, what: &str, reach_us: f64) {
+        let mean = median(&mut self.mean_us);
+        table.row(&format!("{what}, mean of 32 steps"), mean, "µs", Some((mean / reach_us, &format!("of {reach_us} µs"))));
+        table.row(&format!("{what}, the step that fills all 256 blocks"), median(&mut self.filling_us), "µs", None);
+        table.row(&format!("{what}, from then until all are sealed"), median(&mut self.sealed_us), "µs", None);
+    }
+}
+
+async fn open() -> anyhow::Result<(Cache, Vec<Sequence>)> {
+    let cache = Cache::builder(Geometry::new(1, HEADS as u32, DIM as u32, ElementType::F16))
+        .devices(Devices::cuda(1))
+        .memory_bytes_per_device(4 << 30)
+        .build()
+        .await
+        .context("a cache on the GPU")?;
+    let mut sequences = Vec::new();
+    for _ in 0..SEQUENCES {
+        sequences.push(cache.open("bench", OpenOptions::default()).await?);
+    }
+    Ok((cache, sequences))
+}
+
+fn rows() -> Vec<f16> {
+    (0..2 * SEQUENCES * TOKEN).map(|i| f16::from_f32((i % 251) as f32 * 0.01 - 1.0)).collect()
+}
+
+/// The keys and values of a sequence among [`rows`].
+fn of(sequence: usize) -> [Range<usize>; 2] {
+    let at = 2 * TOKEN * sequence;
+    [at..at + TOKEN, at + TOKEN..at + 2 * TOKEN]
+}
+
+async fn from_host() -> anyhow::Result<Steps> {
+    let (cache, sequences) = open().await?;
+    let rows = rows();
+    let mut steps = Steps::new();
+    while steps.next() {
+        let mut batch = cache.batch(2 * rows.len());
+        for (at, sequence) in sequences.iter().enumerate() {
+            let [keys, values] = of(at);
+            batch = batch.append(sequence, &[1], &rows[keys], &rows[values]);
+        }
+        submit(&cache, batch).await?;
+        steps.end(&cache);
+    }
+    Ok(steps)
+}
+
+/// The model has left its rows in memory that the cache lends: filling it is not the cache's time.
+async fn from_lent() -> anyhow::Result<Steps> {
+    let (cache, sequences) = open().await?;
+    let rows = rows();
+    let mut steps = Steps::new();
+    loop {
+        let mut batch = cache.batch(2 * rows.len());
+        let region = batch.region::<f16>(rows.len())?;
+        batch.fill(&region).copy_from_slice(&rows);
+        if !steps.next() {
+            return Ok(steps);
+        }
+        for (at, sequence) in sequences.iter().enumerate() {
+            let [keys, values] = of(at).map(|range| region.slice(range));
+            batch = batch.append_region(sequence, &[1], &keys, &values);
+        }
+        submit(&cache, batch).await?;
+        steps.end(&cache);
+    }
+}
+
+async fn submit(cache: &Cache, batch: BatchCacheOperations) -> anyhow::Result<()> {
+    for result in cache.submit(batch).await? {
+        result?;
+    }
+    Ok(())
+}
+
+/// The rows lie in device memory behind a point of the model's stream, and the stream waits for the cache to have read them.
+///
+/// `ahead`: so many steps are submitted before the first of them is known to be on the queue, as a server does that enqueues
+/// its model's kernels ahead of the device.
+async fn from_device(ahead: usize) -> anyhow::Result<Steps> {
+    let (cache, sequences) = open().await?;
+    let stream = cudarc::driver::CudaContext::new(0)?.new_stream()?;
+    let bits: Vec<u16> = rows().iter().map(|x| x.to_bits()).collect();
+    let memory = stream.clone_htod(&bits)?;
+    stream.synchronize()?;
+    let (address, _guard) = memory.device_ptr(&stream);
+    // SAFETY: `memory` outlives the cache, and nobody writes to it.
+    let tensor = unsafe { DeviceTensor::from_raw::<f16>(address, bits.len())? };
+    let mut steps = Steps::new();
+    let mut outstanding = VecDeque::new();
+    while steps.next() {
+        let mut batch = BatchCacheOperations::new().device_memory(StreamPoint::record(&stream)?);
+        for (at, sequence) in sequences.iter().enumerate() {
+            let [keys, values] = of(at).map(|range| tensor.slice(range));
+            batch = batch.append_device(sequence, &[1], &keys, &values);
+        }
+        let step = cache.try_enqueue(batch).map_err(|(_, error)| error)?;
+        outstanding.push_back(Box::pin(step));
+        let most = if steps.is_last_of_round() { 0 } else { ahead };
+        while outstanding.len() > most {
+            if let Some(step) = outstanding.pop_front() {
+                let step = step.await?;
+                if let Some(point) = step.point() {
+                    point.wait(&stream)?;
+                }
+                for result in step.done().await? {
+                    result?;
+                }
+            }
+        }
+        steps.end(&cache);
+    }
+    Ok(steps)
+}

@@ -1,0 +1,102 @@
+//! What kernels are handed, byte for byte as in `kernels/cache.cu`.
+
+use bytemuck::{Pod, Zeroable};
+use kv_cache_actors::format::{Format, Int8Layout};
+use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
+
+/// Where everything lies in a block.
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Layout {
+    layers: u32,
+    kv_heads: u32,
+    block_tokens: u32,
+    element: u32,
+    dim: [u32; 2],
+    row_bytes: [u32; 2],
+    element_bytes: u32,
+    scale_bytes: u32,
+    plane_bytes: [u64; 2],
+    layer_bytes: u64,
+    scales_offset: u64,
+}
+
+impl Layout {
+    pub(super) fn new(block: &BlockLayout) -> Self {
+        let of = |f: &dyn Fn(Plane) -> usize| Plane::BOTH.map(f);
+        Layout {
+            layers: block.layers as u32,
+            kv_heads: block.kv_heads as u32,
+            block_tokens: block.block_tokens as u32,
+            element: match block.element {
+                ElementType::F16 => 0,
+                ElementType::Bf16 => 1,
+                ElementType::F32 => 2,
+            },
+            dim: of(&|plane| block.dim(plane)).map(|n| n as u32),
+            row_bytes: of(&|plane| block.row_bytes(plane)).map(|n| n as u32),
+            element_bytes: block.element.bytes() as u32,
+            scale_bytes: block.element.scale_bytes() as u32,
+            plane_bytes: of(&|plane| block.plane_bytes(plane)).map(|n| n as u64),
+            layer_bytes: block.layer_bytes() as u64,
+            scales_offset: Int8Layout::new(block).scales_offset as u64,
+        }
+    }
+}
+
+/// One append step.
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Append {
+    /// First token of the first layer, keys and values.
+    pub(super) source: [u64; 2],
+    pub(super) slot: u64,
+    pub(super) flag: u64,
+    /// Tokens from one layer to the next in the source.
+    pub(super) source_tokens: u32,
+    pub(super) first_layer: u32,
+    pub(super) layers: u32,
+    pub(super) first_token: u32,
+    pub(super) tokens: u32,
+    pub(super) padding: u32,
+}
+
+/// One seal or reopen step.
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Convert {
+    pub(super) from: u64,
+    pub(super) to: u64,
+    pub(super) flag: u64,
+}
+
+/// One read step.
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Read {
+    pub(super) slot: u64,
+    /// Where the first token's keys and values go.
+    pub(super) output: [u64; 2],
+    pub(super) layer: u32,
+    pub(super) first_token: u32,
+    pub(super) tokens: u32,
+    pub(super) format: u32,
+}
+
+/// One copy of bytes, or zeros if `from` is 0.
+#[derive(Debug, Clone, Copy, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct Move {
+    pub(super) from: u64,
+    pub(super) to: u64,
+    pub(super) bytes: u64,
+}
+
+/// The number of a format, where kernels know it.
+pub(super) fn format_number(format: Format) -> Option<u32> {
+    match format {
+        Format::Raw => Some(0),
+        Format::Int8 => Some(1),
+        _ => None,
+    }
+}

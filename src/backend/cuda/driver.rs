@@ -1,0 +1,465 @@
+//! Owned handles of the CUDA driver: each destroys what it owns, and says in words what went wrong.
+
+use std::ffi::{CString, c_void};
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use cudarc::driver::{result, sys};
+use kv_cache_actors::reach::Point;
+
+/// A call of the driver that failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum DriverError {
+    /// The driver's own error.
+    #[error("{call}: {name} ({text})")]
+    Call {
+        /// What was called.
+        call: &'static str,
+        /// Name of the error, as in NVIDIA's documentation.
+        name: String,
+        /// The driver's words for it.
+        text: String,
+    },
+    /// Memory that does not fit.
+    #[error("{requested_bytes} bytes of GPU memory asked for, {free_bytes} of {total_bytes} free: {} are missing; lower `memory_bytes_per_device`", requested_bytes - free_bytes)]
+    Memory {
+        /// Bytes asked for.
+        requested_bytes: u64,
+        /// Bytes free.
+        free_bytes: u64,
+        /// Bytes of the GPU.
+        total_bytes: u64,
+    },
+    /// A GPU that the kernels do not run on.
+    #[error("compute capability {major}.{minor} is too old: 8.0 (A100) or newer is needed")]
+    TooOld {
+        /// Major number.
+        major: i32,
+        /// Minor number.
+        minor: i32,
+    },
+}
+
+/// Names the call that failed.
+pub(super) fn check<T>(
+    call: &'static str,
+    outcome: Result<T, result::DriverError>,
+) -> Result<T, DriverError> {
+    outcome.map_err(|error| {
+        let text = |found: Result<&std::ffi::CStr, _>| match found {
+            Ok(text) => text.to_string_lossy().into_owned(),
+            Err(_) => format!("{:?}", error.0),
+        };
+        DriverError::Call { call, name: text(error.error_name()), text: text(error.error_string()) }
+    })
+}
+
+/// GPUs that the driver shows, or why there are none.
+pub(crate) fn device_count() -> Result<usize, String> {
+    // SAFETY: looks for the driver library by name and loads it; it runs no code of ours.
+    if !unsafe { sys::is_culib_present() } {
+        return Err("no NVIDIA driver was found".into());
+    }
+    let count =
+        check("cuInit", result::init()).and_then(|()| check("cuDeviceGetCount", result::device::get_count()));
+    match count {
+        Ok(0) => Err("an NVIDIA driver was found, but no GPU".into()),
+        Ok(count) => Ok(count as usize),
+        Err(error) => Err(format!("an NVIDIA driver was found, but no GPU: {error}")),
+    }
+}
+
+/// A GPU with its primary context, which other libraries of the process share.
+pub(crate) struct Gpu {
+    ordinal: usize,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    name: String,
+}
+
+// SAFETY: handles of the driver may be used from any thread on which the context is current (2).
+unsafe impl Send for Gpu {}
+// SAFETY: as above; nothing here changes after it was made.
+unsafe impl Sync for Gpu {}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Gpu({}, {})", self.ordinal, self.name)
+    }
+}
+
+impl Gpu {
+    /// Takes a share in the primary context of a GPU. [`device_count`] has found it.
+    fn open(ordinal: usize) -> Result<Arc<Gpu>, DriverError> {
+        check("cuInit", result::init())?;
+        let device = check("cuDeviceGet", result::device::get(ordinal as i32))?;
+        let name = check("cuDeviceGetName", result::device::get_name(device))?;
+        // SAFETY: the device is valid.
+        let attribute =
+            |which| unsafe { check("cuDeviceGetAttribute", result::device::get_attribute(device, which)) };
+        let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        if major < 8 {
+            return Err(DriverError::TooOld { major, minor });
+        }
+        // SAFETY: the device is valid; the share is given back when this is dropped.
+        let context = check("cuDevicePrimaryCtxRetain", unsafe { result::primary_ctx::retain(device) })?;
+        let gpu = Arc::new(Gpu { ordinal, device, context, name });
+        gpu.make_current()?;
+        Ok(gpu)
+    }
+
+    /// The GPU of this number, with others who have it open.
+    pub(crate) fn shared(ordinal: usize) -> Result<Arc<Gpu>, DriverError> {
+        static OPEN: Mutex<Vec<Weak<Gpu>>> = Mutex::new(Vec::new());
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(gpu) = open.iter().filter_map(Weak::upgrade).find(|gpu| gpu.ordinal == ordinal) {
+            return Ok(gpu);
+        }
+        let gpu = Gpu::open(ordinal)?;
+        open.retain(|weak| weak.strong_count() > 0);
+        open.push(Arc::downgrade(&gpu));
+        Ok(gpu)
+    }
+
+    /// Which GPU.
+    pub(crate) fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    /// The context, for comparing with the embedder's.
+    pub(super) fn context(&self) -> sys::CUcontext {
+        self.context
+    }
+
+    /// Makes its context current on this thread.
+    pub(crate) fn make_current(&self) -> Result<(), DriverError> {
+        // SAFETY: the context is held (1).
+        check("cuCtxSetCurrent", unsafe { result::ctx::set_current(self.context) })
+    }
+
+    /// Free and total bytes.
+    pub(crate) fn memory_info(&self) -> Result<(usize, usize), DriverError> {
+        self.make_current()?;
+        check("cuMemGetInfo", result::mem_get_info())
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        // SAFETY: one share was taken in `open`. An error at the end helps nobody.
+        let _ = unsafe { result::primary_ctx::release(self.device) };
+    }
+}
+
+/// Bytes of GPU memory.
+#[derive(Debug)]
+pub(super) struct DeviceMemory {
+    address: u64,
+    bytes: usize,
+    gpu: Arc<Gpu>,
+}
+
+impl DeviceMemory {
+    /// Allocates and zeroes. `cuMemAlloc`, not the stream-ordered allocator: peers reach it at full speed.
+    pub(super) fn zeroed(gpu: &Arc<Gpu>, bytes: usize) -> Result<DeviceMemory, DriverError> {
+        let (free, total) = gpu.memory_info()?;
+        let missing = DriverError::Memory {
+            requested_bytes: bytes as u64,
+            free_bytes: (free as u64).min(bytes as u64),
+            total_bytes: total as u64,
+        };
+        if bytes > free {
+            return Err(missing);
+        }
+        // SAFETY: the context is current (2).
+        let address = unsafe { result::malloc_sync(bytes.max(1)) };
+        let address = match address {
+            Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => return Err(missing),
+            other => check("cuMemAlloc", other)?,
+        };
+        let memory = DeviceMemory { address, bytes, gpu: gpu.clone() };
+        // SAFETY: all of the allocation, which nobody else knows yet.
+        check("cuMemsetD8", unsafe { result::memset_d8_sync(address, 0, bytes) })?;
+        check("cuCtxSynchronize", result::ctx::synchronize())?;
+        Ok(memory)
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Copies bytes from `from` on to the host, and waits.
+    ///
+    /// What is copied while the device writes to it is whatever it is then; callers look at nothing of the kind (4).
+    pub(super) fn read(&self, from: usize, to: &mut [u8]) -> Result<(), DriverError> {
+        assert!(from + to.len() <= self.bytes, "{from}+{} of {}", to.len(), self.bytes);
+        self.gpu.make_current()?;
+        // SAFETY: in bounds of an allocation that lives (1, 3).
+        check("cuMemcpyDtoH", unsafe { result::memcpy_dtoh_sync(to, self.address + from as u64) })
+    }
+
+    /// Copies bytes from the host to `to` on, and waits.
+    pub(super) fn write(&self, to: usize, from: &[u8]) -> Result<(), DriverError> {
+        assert!(to + from.len() <= self.bytes, "{to}+{} of {}", from.len(), self.bytes);
+        self.gpu.make_current()?;
+        // SAFETY: in bounds of an allocation that lives (1, 3).
+        check("cuMemcpyHtoD", unsafe { result::memcpy_htod_sync(self.address + to as u64, from) })
+    }
+
+    pub(super) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        if self.gpu.make_current().is_ok() {
+            // SAFETY: allocated by `cuMemAlloc`, freed once; lanes have waited for their streams (1).
+            let _ = unsafe { result::memory_free(self.address) };
+        }
+    }
+}
+
+/// Bytes of page-locked host memory that the GPU reads and writes at the same address.
+#[derive(Debug)]
+pub(super) struct PinnedMemory {
+    base: NonNull<u8>,
+    bytes: usize,
+    gpu: Arc<Gpu>,
+}
+
+// SAFETY: it owns its allocation; the accessors demand what makes shared access sound.
+unsafe impl Send for PinnedMemory {}
+// SAFETY: as above.
+unsafe impl Sync for PinnedMemory {}
+
+impl PinnedMemory {
+    /// Allocates zeroed memory. Cached, not write-combined: the host reads what comes back.
+    pub(super) fn zeroed(gpu: &Arc<Gpu>, bytes: usize) -> Result<PinnedMemory, DriverError> {
+        gpu.make_current()?;
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        let bytes = bytes.max(1);
+        // SAFETY: the context is current (2).
+        let base = check("cuMemHostAlloc", unsafe { result::malloc_host(bytes, flags) })?.cast::<u8>();
+        let base = NonNull::new(base).ok_or_else(|| DriverError::Call {
+            call: "cuMemHostAlloc",
+            name: "null".into(),
+            text: "no memory was returned".into(),
+        })?;
+        // SAFETY: all of the allocation, which nobody else knows yet.
+        unsafe { base.as_ptr().write_bytes(0, bytes) };
+        Ok(PinnedMemory { base, bytes, gpu: gpu.clone() })
+    }
+
+    /// Address for the host and, since addressing is unified, for the GPU.
+    pub(super) fn address(&self) -> u64 {
+        self.base.as_ptr() as u64
+    }
+
+    pub(super) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+impl Drop for PinnedMemory {
+    fn drop(&mut self) {
+        if self.gpu.make_current().is_ok() {
+            // SAFETY: allocated by `cuMemHostAlloc`, freed once; lanes have waited for their streams (1).
+            let _ = unsafe { result::free_host(self.base.as_ptr().cast()) };
+        }
+    }
+}
+
+/// An ordered queue of work on a GPU.
+#[derive(Debug)]
+pub(super) struct Stream {
+    raw: sys::CUstream,
+    gpu: Arc<Gpu>,
+}
+
+// SAFETY: see [`Gpu`].
+unsafe impl Send for Stream {}
+
+impl Stream {
+    /// A stream that does not wait for the legacy default stream.
+    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Stream, DriverError> {
+        gpu.make_current()?;
+        let raw = check("cuStreamCreate", result::stream::create(result::stream::StreamKind::NonBlocking))?;
+        Ok(Stream { raw, gpu: gpu.clone() })
+    }
+
+    pub(super) fn raw(&self) -> sys::CUstream {
+        self.raw
+    }
+
+    pub(super) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// Waits until everything on the stream is done.
+    pub(super) fn synchronize(&self) -> Result<(), DriverError> {
+        // SAFETY: the stream lives (1).
+        check("cuStreamSynchronize", unsafe { result::stream::synchronize(self.raw) })
+    }
+
+    /// Has the stream wait for an event that was recorded.
+    ///
+    /// # Safety
+    /// The event lives until the wait is done.
+    pub(super) unsafe fn wait(&self, event: sys::CUevent) -> Result<(), DriverError> {
+        let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+        // SAFETY: the stream lives (1), and the caller vouches for the event.
+        check("cuStreamWaitEvent", unsafe { result::stream::wait_event(self.raw, event, flags) })
+    }
+
+    /// Copies `bytes` bytes between any two places that the GPU reaches, in stream order.
+    ///
+    /// # Safety
+    /// Both ranges are in bounds and live until the copy is done, and nobody else writes to them (3, 4).
+    pub(super) unsafe fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<(), DriverError> {
+        // SAFETY: the caller vouches for it.
+        check("cuMemcpyAsync", unsafe { sys::cuMemcpyAsync(to, from, bytes, self.raw) }.result())
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.gpu.make_current().is_ok() {
+            // SAFETY: created in `new`, destroyed once.
+            let _ = unsafe { result::stream::destroy(self.raw) };
+        }
+    }
+}
+
+/// A point on a stream.
+#[derive(Debug)]
+pub(super) struct Event {
+    raw: sys::CUevent,
+    gpu: Arc<Gpu>,
+}
+
+// SAFETY: see [`Gpu`].
+unsafe impl Send for Event {}
+// SAFETY: the driver's calls on events may be made from several threads.
+unsafe impl Sync for Event {}
+
+impl Event {
+    /// An event whose waiters sleep, and that takes no time stamp.
+    pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Event, DriverError> {
+        gpu.make_current()?;
+        let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32
+            | sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: a place for the handle; the context is current (2).
+        check("cuEventCreate", unsafe { sys::cuEventCreate(&mut raw, flags) }.result())?;
+        Ok(Event { raw, gpu: gpu.clone() })
+    }
+
+    pub(super) fn raw(&self) -> sys::CUevent {
+        self.raw
+    }
+
+    pub(super) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// Marks the end of what is on `stream` now.
+    pub(super) fn record(&self, stream: sys::CUstream) -> Result<(), DriverError> {
+        // SAFETY: the event lives (1); the caller's stream does too, since it is in use.
+        check("cuEventRecord", unsafe { result::event::record(self.raw, stream) })
+    }
+
+    /// Sleeps until the point was reached.
+    pub(super) fn wait(&self) -> Result<(), DriverError> {
+        self.gpu.make_current()?;
+        // SAFETY: the event lives (1).
+        check("cuEventSynchronize", unsafe { result::event::synchronize(self.raw) })
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        if self.gpu.make_current().is_ok() {
+            // SAFETY: created in `new`, destroyed once.
+            let _ = unsafe { result::event::destroy(self.raw) };
+        }
+    }
+}
+
+impl Point for Event {}
+
+/// Code on a GPU.
+pub(super) struct Module {
+    raw: sys::CUmodule,
+    gpu: Arc<Gpu>,
+}
+
+// SAFETY: see [`Gpu`].
+unsafe impl Send for Module {}
+// SAFETY: as above.
+unsafe impl Sync for Module {}
+
+/// One kernel of a [`Module`], valid while that lives.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Function(sys::CUfunction);
+
+// SAFETY: see [`Gpu`].
+unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Sync for Function {}
+
+impl Module {
+    /// Loads PTX; the driver compiles it for the GPU, or finds it in its cache.
+    pub(super) fn load(gpu: &Arc<Gpu>, ptx: &str) -> Result<Module, DriverError> {
+        gpu.make_current()?;
+        let image = CString::new(ptx).map_err(|_| DriverError::Call {
+            call: "cuModuleLoadData",
+            name: "the PTX is broken".into(),
+            text: "it holds a zero byte".into(),
+        })?;
+        // SAFETY: a text that ends in zero, as the driver wants PTX.
+        let raw = check("cuModuleLoadData", unsafe { result::module::load_data(image.as_ptr().cast()) })?;
+        Ok(Module { raw, gpu: gpu.clone() })
+    }
+
+    /// A kernel by name.
+    pub(super) fn function(&self, name: &str) -> Result<Function, DriverError> {
+        let name = CString::new(name).unwrap_or_default();
+        // SAFETY: the module lives (1).
+        check("cuModuleGetFunction", unsafe { result::module::get_function(self.raw, name) }).map(Function)
+    }
+}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        if self.gpu.make_current().is_ok() {
+            // SAFETY: loaded in `load`, unloaded once; lanes that launch its kernels hold it (1).
+            let _ = unsafe { result::module::unload(self.raw) };
+        }
+    }
+}
+
+impl Function {
+    /// Launches it.
+    ///
+    /// # Safety
+    /// `parameters` point to what the kernel takes (7), and everything that it will reach through them is in bounds, alive
+    /// until it is done, and written by nobody else (3, 4).
+    pub(super) unsafe fn launch(
+        self,
+        stream: &Stream,
+        grid: (u32, u32, u32),
+        threads: u32,
+        parameters: &mut [*mut c_void],
+    ) -> Result<(), DriverError> {
+        // SAFETY: the caller vouches for it.
+        let launched =
+            unsafe { result::launch_kernel(self.0, grid, (threads, 1, 1), 0, stream.raw, parameters) };
+        check("cuLaunchKernel", launched)
+    }
+}

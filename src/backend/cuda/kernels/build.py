@@ -1,0 +1,77 @@
+#!/usr/bin/env python3
+"""Compiles the .cu sources beside this file to the PTX that the crate ships, with a pinned NVRTC. Needs no GPU.
+
+    python3 -m pip install nvidia-cuda-nvrtc-cu12==12.4.127 nvidia-cuda-runtime-cu12==12.4.127
+    python3 src/backend/cuda/kernels/build.py            # writes *.ptx
+    python3 src/backend/cuda/kernels/build.py --check    # fails if what is shipped is not what the sources give
+"""
+import ctypes
+import importlib.util
+import pathlib
+import re
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+VERSION = (12, 4)
+OPTIONS = [
+    "--gpu-architecture=compute_80",
+    "--std=c++17",
+    "--fmad=false",       # the CPU codecs do not contract either: same bytes
+    "--prec-div=true",
+    "--ftz=false",
+]
+
+
+def package_dir(name):
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(f"{name} is missing; see the first lines of {__file__}")
+    return pathlib.Path(list(spec.submodule_search_locations)[0])
+
+
+def compile_ptx(source):
+    nvrtc = ctypes.CDLL(str(next((package_dir("nvidia.cuda_nvrtc") / "lib").glob("libnvrtc.so.*"))))
+    include = package_dir("nvidia.cuda_runtime") / "include"
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+    if (major.value, minor.value) != VERSION:
+        sys.exit(f"NVRTC {major.value}.{minor.value} found, {VERSION[0]}.{VERSION[1]} is pinned")
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
+    options = [*OPTIONS, f"--include-path={include}"]
+    array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
+    result = nvrtc.nvrtcCompileProgram(program, len(options), array)
+    size = ctypes.c_size_t()
+    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+    log = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetProgramLog(program, log)
+    if log.value.strip():
+        print(log.value.decode(), file=sys.stderr)
+    if result != 0:
+        sys.exit(f"{source.name} does not compile")
+    nvrtc.nvrtcGetPTXSize(program, ctypes.byref(size))
+    ptx = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetPTX(program, ptx)
+    # The tool's banner and the absolute paths of comments say nothing about the code.
+    lines = [line for line in ptx.value.decode().splitlines() if not re.match(r"\s*//", line)]
+    return "\n".join(lines).strip() + "\n"
+
+
+def main():
+    stale = []
+    for source in sorted(HERE.glob("*.cu")):
+        target = source.with_suffix(".ptx")
+        ptx = compile_ptx(source)
+        if "--check" in sys.argv[1:]:
+            if not target.exists() or target.read_text() != ptx:
+                stale.append(target.name)
+        else:
+            target.write_text(ptx)
+            print(f"{target.name}: {len(ptx)} bytes, {ptx.count('.entry')} kernels")
+    if stale:
+        sys.exit(f"{', '.join(stale)}: not what the sources give; run build.py and commit the result")
+
+
+if __name__ == "__main__":
+    main()

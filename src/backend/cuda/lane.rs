@@ -1,0 +1,277 @@
+//! Lanes of the CUDA device: each turns launches into kernels on a stream of its own, and never waits for them.
+//!
+//! A launch becomes one unit, or several if its payload or output does not fit into half of the ring: it is written into the
+//! ring, at most one kernel of each kind is launched over it, and a fence ticket follows. When the ticket is reached, flags and
+//! outputs are taken from the ring and its bytes are free again.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kv_cache_actors::geometry::{BlockLayout, Plane};
+use kv_cache_actors::memory::{DeviceLost, Doorbell, Lane, LaneKind, Launch, Step};
+use kv_cache_actors::reach::Point;
+
+use super::Slab;
+use super::driver::{DriverError, Event, PinnedMemory, Stream};
+use super::fence::{Fence, Waiter};
+use super::kernels::Kernels;
+use super::ring::Ring;
+use super::unit::{Plan, ReadBack, Unit, split_large};
+
+/// A small launch takes 10 to 30 µs, and a decode step comes back in less than 100; waking a thread takes 15 to 50.
+const SPIN: Duration = Duration::from_micros(100);
+
+/// A lane of a CUDA device.
+pub(crate) struct CudaLane {
+    kind: LaneKind,
+    // First: dropped before what its work uses.
+    stream: Stream,
+    kernels: Arc<Kernels>,
+    slab: Arc<Slab>,
+    layout: BlockLayout,
+    ring: Ring,
+    fence: Fence,
+    waiter: Waiter,
+    /// Launches that are not done, in order.
+    launches: VecDeque<Launch>,
+    /// The launch that is being enqueued, and the first of its steps that is not.
+    enqueuing: usize,
+    next_step: usize,
+    /// Units on the stream, in order.
+    units: VecDeque<Flying>,
+    /// The last ticket for which the waiter was armed.
+    armed: u64,
+    failed: Option<DriverError>,
+    spare_reads: Vec<Vec<ReadBack>>,
+}
+
+/// A unit that is on the stream.
+struct Flying {
+    ticket: u64,
+    /// Its flags in the ring.
+    flags: Range<usize>,
+    reads: Vec<ReadBack>,
+    ends_launch: bool,
+    /// Recorded behind it if other units were on the stream before.
+    event: Option<Event>,
+}
+
+impl CudaLane {
+    /// Opens a lane with `ring_bytes` of page-locked memory.
+    pub(super) fn open(
+        kind: LaneKind,
+        slab: Arc<Slab>,
+        kernels: Arc<Kernels>,
+        layout: BlockLayout,
+        ring_bytes: usize,
+    ) -> Result<CudaLane, DriverError> {
+        let gpu = slab.gpu().clone();
+        let stream = Stream::new(&gpu)?;
+        let fence = Fence::new(&stream, &kernels)?;
+        let ring = Ring::new(PinnedMemory::zeroed(&gpu, ring_bytes)?);
+        Ok(CudaLane {
+            kind,
+            stream,
+            kernels,
+            slab,
+            layout,
+            ring,
+            fence,
+            waiter: Waiter::new(&gpu),
+            launches: VecDeque::new(),
+            enqueuing: 0,
+            next_step: 0,
+            units: VecDeque::new(),
+            armed: 0,
+            failed: None,
+            spare_reads: Vec::new(),
+        })
+    }
+
+    /// Puts as much on the stream as the ring has room for.
+    fn pump(&mut self) -> Result<(), DriverError> {
+        while self.enqueuing < self.launches.len() {
+            let launch = &self.launches[self.enqueuing];
+            let plan = Plan::of(&self.layout, launch, self.next_step, self.ring.unit_bytes_max());
+            let ends_launch = self.next_step + plan.steps == launch.steps.len();
+            if !self.enqueue(&plan, ends_launch)? {
+                return Ok(());
+            }
+            self.next_step += plan.steps;
+            if ends_launch {
+                self.enqueuing += 1;
+                self.next_step = 0;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts one unit on the stream; false if the ring has no room for it now.
+    fn enqueue(&mut self, plan: &Plan, ends_launch: bool) -> Result<bool, DriverError> {
+        let ticket = self.fence.next_ticket();
+        let Some(range) = self.ring.take(plan.bytes(), ticket) else { return Ok(false) };
+        let launch = &self.launches[self.enqueuing];
+        if self.next_step == 0 {
+            for event in launch.waits_for().filter_map(|point| (&**point as &dyn Any).downcast_ref::<Event>()) {
+                // SAFETY: the launch keeps the event until it has landed.
+                unsafe { self.stream.wait(event.raw()) }?;
+            }
+        }
+        let mut reads = self.spare_reads.pop().unwrap_or_default();
+        let address = self.ring.address(range.start);
+        // SAFETY: just taken; the device does not know of it yet.
+        let bytes = unsafe { self.ring.bytes_mut(range.clone()) };
+        let mut unit = Unit::new(&self.layout, launch, plan, self.slab.address(), bytes, address);
+        let data_at = range.start + plan.data_at();
+        let steps = self.next_step..self.next_step + plan.steps;
+        let written = launch.steps[steps].iter().try_for_each(|step| {
+            if let (Some(planes), Step::Read(read)) = (unit.write(step)?, step) {
+                let planes = planes.map(|plane| data_at + plane.start..data_at + plane.end);
+                reads.push(ReadBack { flight: read.flight, output_token: read.output_token, planes });
+            }
+            Ok(())
+        });
+        match written {
+            // SAFETY: the ring keeps the range until the ticket is reached (5), the launch its payloads and pins until it
+            // comes back, and the core's steps keep to the rest.
+            Ok(()) => unsafe { unit.launch(&self.stream, &self.kernels) }?,
+            Err(error) => self.launches[self.enqueuing].error = Some(error),
+        }
+        self.fence.issue(&self.stream, &self.kernels)?;
+        if ends_launch {
+            self.tell_enqueued()?;
+        }
+        // Whoever sleeps for the oldest unit must not sleep for the younger ones too.
+        let event = if self.units.is_empty() { None } else { Some(self.record()?) };
+        let flags = plan.flags();
+        let flags = range.start + flags.start..range.start + flags.end;
+        self.units.push_back(Flying { ticket, flags, reads, ends_launch, event });
+        Ok(true)
+    }
+
+    /// An event behind everything on the stream.
+    fn record(&self) -> Result<Event, DriverError> {
+        let event = Event::new(self.stream.gpu())?;
+        event.record(self.stream.raw())?;
+        Ok(event)
+    }
+
+    /// Tells those who wait for it that the launch that is being enqueued is on the stream.
+    fn tell_enqueued(&self) -> Result<(), DriverError> {
+        let launch = &self.launches[self.enqueuing];
+        if launch.is_awaited_enqueued() {
+            let point: Arc<dyn Point> = Arc::new(self.record()?);
+            launch.enqueued(&point);
+        }
+        Ok(())
+    }
+
+    /// Takes flags and outputs of finished units from the ring.
+    fn retire(&mut self, done: &mut Vec<Launch>) {
+        let reached = self.fence.reached();
+        while self.units.front().is_some_and(|unit| unit.ticket <= reached) {
+            let Some(mut unit) = self.units.pop_front() else { return };
+            let Some(launch) = self.launches.front_mut() else { return };
+            // SAFETY: the unit's ticket was reached, so the device is done with its range (6).
+            let flags = unsafe { self.ring.bytes_mut(unit.flags.clone()) };
+            for (flight, flag) in launch.flights.iter_mut().zip(flags.chunks_exact(4)) {
+                flight.finite &= flag == [0; 4];
+            }
+            for read in unit.reads.drain(..) {
+                let Some(output) = &mut launch.flights[read.flight].output else { continue };
+                for (plane, range) in Plane::BOTH.into_iter().zip(read.planes) {
+                    let to = read.output_token * self.layout.token_bytes(plane);
+                    // SAFETY: as above.
+                    let bytes = unsafe { self.ring.bytes_mut(range) };
+                    output.plane_mut(plane)[to..to + bytes.len()].copy_from_slice(bytes);
+                }
+            }
+            self.spare_reads.push(unit.reads);
+            self.ring.release(unit.ticket);
+            if unit.ends_launch {
+                self.enqueuing -= 1;
+                done.extend(self.launches.pop_front());
+            }
+        }
+    }
+
+    fn fail(&mut self, error: DriverError) {
+        tracing::error!(target: "kv_cache::cuda", lane = ?self.kind, %error, "the device is lost");
+        self.failed.get_or_insert(error);
+    }
+}
+
+impl Lane for CudaLane {
+    fn launch(&mut self, mut launch: Launch) {
+        split_large(&self.layout, &mut launch, self.ring.unit_bytes_max());
+        self.launches.push_back(launch);
+        if self.failed.is_none()
+            && let Err(error) = self.stream.gpu().make_current().and_then(|()| self.pump())
+        {
+            self.fail(error);
+        }
+    }
+
+    fn poll(&mut self, done: &mut Vec<Launch>) -> Result<(), DeviceLost> {
+        if let Some(error) = self.failed.as_ref().or_else(|| self.waiter.lost()) {
+            return Err(DeviceLost(error.to_string().into()));
+        }
+        self.retire(done);
+        if self.enqueuing < self.launches.len()
+            && let Err(error) = self.pump()
+        {
+            self.fail(error);
+        }
+        Ok(())
+    }
+
+    fn on_progress(&mut self, doorbell: Doorbell) {
+        self.waiter.set_doorbell(doorbell);
+        // This is the thread that will own the lane.
+        if let Err(error) = self.stream.gpu().make_current() {
+            self.fail(error);
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.launches.is_empty()
+    }
+
+    fn spin(&self) -> Duration {
+        SPIN
+    }
+
+    fn ring_when_done(&mut self) {
+        let Some(unit) = self.units.front_mut().filter(|unit| unit.ticket > self.armed) else {
+            // A lane that has failed has no unit to wait for, but its owner has to learn of it.
+            if self.failed.is_some() {
+                self.waiter.ring();
+            }
+            return;
+        };
+        let ticket = unit.ticket;
+        let event = match unit.event.take() {
+            Some(event) => Ok(event),
+            None => self.record(),
+        };
+        match event.and_then(|event| self.waiter.arm(event)) {
+            Ok(()) => self.armed = ticket,
+            Err(error) => {
+                self.fail(error);
+                self.waiter.ring();
+            }
+        }
+    }
+}
+
+impl Drop for CudaLane {
+    fn drop(&mut self) {
+        // Nothing on the stream may outlive the ring and the slab (1). An error means that nothing runs any more.
+        if self.stream.gpu().make_current().is_ok() {
+            let _ = self.stream.synchronize();
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! How fast the kernels are on this GPU, beside its own copies in the same run. `examples/gpu_bench` prints it.
+
+use std::sync::Arc;
+
+use cudarc::driver::{result, sys};
+use half::{bf16, f16};
+use kv_cache_actors::geometry::{BlockLayout, ElementType, Geometry};
+use serde::Serialize;
+
+use super::driver::{DeviceMemory, DriverError, Gpu, PinnedMemory, Stream, check};
+use super::kernels::{Descriptors, Kernels};
+use super::abi;
+use crate::error::BuildError;
+use crate::Format;
+
+/// Bytes moved in a time.
+#[derive(Debug, Clone, Serialize)]
+#[non_exhaustive]
+pub struct Figure {
+    /// What was done.
+    pub what: &'static str,
+    /// Bytes read and written.
+    pub bytes: u64,
+    /// Median over the rounds.
+    pub median_us: f64,
+    /// Bytes over the median.
+    pub gb_per_s: f64,
+}
+
+impl Figure {
+    pub(super) fn new(what: &'static str, bytes: u64, mut times_us: Vec<f64>) -> Self {
+        times_us.sort_by(f64::total_cmp);
+        let median_us = times_us[times_us.len() / 2];
+        Figure { what, bytes, median_us, gb_per_s: bytes as f64 / median_us / 1e3 }
+    }
+}
+
+/// A pair of events around work on a stream.
+pub(super) struct Clock([sys::CUevent; 2]);
+
+impl Clock {
+    pub(super) fn new() -> Result<Clock, DriverError> {
+        let event = || check("cuEventCreate", result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT));
+        Ok(Clock([event()?, event()?]))
+    }
+
+    /// Microseconds that the device needs for `work`.
+    pub(super) fn time_us(
+        &self,
+        stream: &Stream,
+        work: impl FnOnce() -> Result<(), DriverError>,
+    ) -> Result<f64, DriverError> {
+        let [start, end] = self.0;
+        // SAFETY: events and stream live (1).
+        check("cuEventRecord", unsafe { result::event::record(start, stream.raw()) })?;
+        work()?;
+        // SAFETY: as above.
+        check("cuEventRecord", unsafe { result::event::record(end, stream.raw()) })?;
+        stream.synchronize()?;
+        // SAFETY: as above; both were recorded and reached.
+        check("cuEventElapsedTime", unsafe { result::event::elapsed(start, end) }).map(|ms| f64::from(ms) * 1e3)
+    }
+}
+
+impl Drop for Clock {
+    fn drop(&mut self) {
+        for event in self.0 {
+            // SAFETY: created in `new`, destroyed once.
+            let _ = unsafe { result::event::destroy(event) };
+        }
+    }
+}
+
+/// Seals, decodes and gathers `tokens` tokens of `geometry` on GPU `ordinal`, `rounds` times each, beside copies of 512 MiB.
+///
+/// The data is random and larger than the GPU's caches if `tokens` is; every round goes over all of it.
+///
+/// # Errors
+/// [`BuildError::Device`]: there is no such GPU, or not enough memory on it.
+pub fn kernel_figures(
+    ordinal: usize,
+    geometry: &Geometry,
+    tokens: usize,
+    rounds: usize,
+) -> Result<Vec<Figure>, BuildError> {
+    let layout = geometry.layout()?;
+    measure(ordinal, &layout, tokens, rounds.max(1))
+        .map_err(|error| BuildError::Device { device: format!("GPU {ordinal}"), reason: error.to_string() })
+}
+
+fn measure(ordinal: usize, layout: &BlockLayout, tokens: usize, rounds: usize) -> Result<Vec<Figure>, DriverError> {
+    let gpu = Gpu::shared(ordinal)?;
+    let stream = Stream::new(&gpu)?;
+    let kernels = Kernels::load(&gpu, layout)?;
+    let clock = Clock::new()?;
+    let repeat = |what, bytes, work: &dyn Fn() -> Result<(), DriverError>| {
+        work()?;
+        let times: Result<Vec<f64>, DriverError> = (0..rounds).map(|_| clock.time_us(&stream, work)).collect();
+        Ok(Figure::new(what, bytes, times?))
+    };
+    let mut figures = Vec::new();
+    {
+        const COPY_BYTES: usize = 512 << 20;
+        let (from, to) = (random(&gpu, layout.element, COPY_BYTES)?, DeviceMemory::zeroed(&gpu, COPY_BYTES)?);
+        figures.push(repeat("device copy", 2 * COPY_BYTES as u64, &|| {
+            // SAFETY: two allocations of that size, which outlive the copy.
+            unsafe { stream.copy(to.address(), from.address(), COPY_BYTES) }
+        })?);
+    }
+    let blocks = tokens.div_ceil(layout.block_tokens);
+    let (raw_bytes, sealed_bytes) = (layout.raw_bytes(), Format::Int8.block_bytes(layout).next_multiple_of(128));
+    let raw = random(&gpu, layout.element, blocks * raw_bytes)?;
+    let sealed = DeviceMemory::zeroed(&gpu, blocks * sealed_bytes)?;
+    let decoded = DeviceMemory::zeroed(&gpu, blocks * raw_bytes)?;
+    let flag = PinnedMemory::zeroed(&gpu, 64)?;
+    let at = |memory: &DeviceMemory, block: usize, bytes: usize| memory.address() + (block * bytes) as u64;
+    let seals: Vec<abi::Convert> = (0..blocks)
+        .map(|block| abi::Convert {
+            from: at(&raw, block, raw_bytes),
+            to: at(&sealed, block, sealed_bytes),
+            flag: flag.address(),
+        })
+        .collect();
+    let reopens: Vec<abi::Convert> = (0..blocks)
+        .map(|block| abi::Convert {
+            from: at(&sealed, block, sealed_bytes),
+            to: at(&decoded, block, raw_bytes),
+            flag: 0,
+        })
+        .collect();
+    let reads: Vec<abi::Read> = (0..blocks * layout.layers)
+        .map(|at_layer| {
+            let (block, layer) = (at_layer / layout.layers, at_layer % layout.layers);
+            let to = at(&decoded, block, raw_bytes) + (layer * layout.layer_bytes()) as u64;
+            abi::Read {
+                slot: at(&sealed, block, sealed_bytes),
+                output: [to, to + (layout.layer_bytes() / 2) as u64],
+                layer: layer as u32,
+                first_token: 0,
+                tokens: layout.block_tokens as u32,
+                format: 1,
+            }
+        })
+        .collect();
+    let (seals, reopens, reads) = (upload(&gpu, &seals)?, upload(&gpu, &reopens)?, upload(&gpu, &reads)?);
+    let of = |memory: &DeviceMemory, count| Descriptors { address: memory.address(), count };
+    let moved = (blocks * (raw_bytes + Format::Int8.block_bytes(layout))) as u64;
+    // SAFETY: descriptors of allocations that outlive the kernels, as sized above (3).
+    figures.push(repeat("seal int8", moved, &|| unsafe { kernels.seal(&stream, of(&seals, blocks)) })?);
+    // SAFETY: as above.
+    figures.push(repeat("decode int8, whole blocks", moved, &|| unsafe { kernels.reopen(&stream, of(&reopens, blocks)) })?);
+    if layout.key_dim == layout.value_dim {
+        let count = blocks * layout.layers;
+        // SAFETY: as above; keys and values take half of a layer each.
+        let work = || unsafe { kernels.read(&stream, of(&reads, count), layout.block_tokens) };
+        figures.push(repeat("decode int8 and gather to [tokens, heads, dim]", moved, &work)?);
+    }
+    Ok(figures)
+}
+
+/// What calls of the driver cost this thread, in microseconds: what a launch is made of.
+///
+/// # Errors
+/// [`BuildError::Device`]: there is no such GPU.
+pub fn driver_call_costs(ordinal: usize) -> Result<Vec<(&'static str, f64)>, BuildError> {
+    call_costs(ordinal)
+        .map_err(|error| BuildError::Device { device: format!("GPU {ordinal}"), reason: error.to_string() })
+}
+
+fn call_costs(ordinal: usize) -> Result<Vec<(&'static str, f64)>, DriverError> {
+    const ROUNDS: usize = 501;
+    let gpu = Gpu::shared(ordinal)?;
+    let (stream, other) = (Stream::new(&gpu)?, Stream::new(&gpu)?);
+    let layout = Geometry::new(1, 1, 64, ElementType::F16).layout().map_err(|error| DriverError::Call {
+        call: "measuring",
+        name: "the geometry".into(),
+        text: error.to_string(),
+    })?;
+    let kernels = Kernels::load(&gpu, &layout)?;
+    let mut fence = super::fence::Fence::new(&stream, &kernels)?;
+    let word = PinnedMemory::zeroed(&gpu, 64)?;
+    let event = super::driver::Event::new(&gpu)?;
+    let mut costs = Vec::new();
+    let mut cost = |what, work: &mut dyn FnMut() -> Result<(), DriverError>| -> Result<(), DriverError> {
+        let mut times = Vec::new();
+        for round in 0..ROUNDS {
+            let started = std::time::Instant::now();
+            work()?;
+            times.push(started.elapsed().as_secs_f64() * 1e6);
+            if round % 16 == 0 {
+                stream.synchronize()?;
+            }
+        }
+        stream.synchronize()?;
+        times.sort_by(f64::total_cmp);
+        costs.push((what, times[ROUNDS / 2]));
+        Ok(())
+    };
+    cost("launch a kernel of one thread", &mut || kernels.signal(&stream, word.address(), 1))?;
+    cost("have the stream write a word", &mut || fence.issue(&stream, &kernels).map(drop))?;
+    cost("create and destroy an event", &mut || super::driver::Event::new(&gpu).map(drop))?;
+    cost("record an event", &mut || event.record(stream.raw()))?;
+    event.record(other.raw())?;
+    // SAFETY: the event outlives the wait.
+    cost("have the stream wait for an event", &mut || unsafe { stream.wait(event.raw()) })?;
+    cost("make the context current", &mut || gpu.make_current())?;
+    cost("launch a kernel, and see its word", &mut || {
+        kernels.signal(&stream, word.address(), 1)?;
+        let ticket = fence.issue(&stream, &kernels)?;
+        while fence.reached() < ticket {
+            std::hint::spin_loop();
+        }
+        Ok(())
+    })?;
+    Ok(costs)
+}
+
+/// Elements that are random and finite.
+fn random(gpu: &Arc<Gpu>, element: ElementType, bytes: usize) -> Result<DeviceMemory, DriverError> {
+    let mut seed = 0x9E37_79B9_7F4A_7C15u64;
+    let mut next = || {
+        seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        // The sum of a few uniform numbers is about normal.
+        let uniform = |shift: u32| (seed >> shift & 0xFFFF) as f32 / 65536.0 - 0.5;
+        2.0 * (uniform(16) + uniform(32) + uniform(48))
+    };
+    const PATTERN_BYTES: usize = 1 << 20;
+    let mut pattern = Vec::with_capacity(PATTERN_BYTES);
+    while pattern.len() < PATTERN_BYTES {
+        match element {
+            ElementType::F16 => pattern.extend(f16::from_f32(next()).to_le_bytes()),
+            ElementType::Bf16 => pattern.extend(bf16::from_f32(next()).to_le_bytes()),
+            ElementType::F32 => pattern.extend(next().to_le_bytes()),
+        }
+    }
+    let memory = DeviceMemory::zeroed(gpu, bytes)?;
+    for at in (0..bytes).step_by(PATTERN_BYTES) {
+        memory.write(at, &pattern[..PATTERN_BYTES.min(bytes - at)])?;
+    }
+    Ok(memory)
+}
+
+fn upload<T: bytemuck::Pod>(gpu: &Arc<Gpu>, values: &[T]) -> Result<DeviceMemory, DriverError> {
+    let bytes: &[u8] = bytemuck::cast_slice(values);
+    let memory = DeviceMemory::zeroed(gpu, bytes.len())?;
+    memory.write(0, bytes)?;
+    Ok(memory)
+}

@@ -1,0 +1,126 @@
+//! The CUDA device: a slab of GPU memory, and lanes that are streams.
+//!
+//! | on the CPU device | here |
+//! |---|---|
+//! | slab | one `cuMemAlloc`, addressed from its first byte |
+//! | lane | a stream, a ring of page-locked staging memory, a fence word that the stream counts up |
+//! | launch | at most one kernel of each kind, however many steps; payloads and descriptors are read by the kernels where they lie |
+//! | launch done | the fence word has reached the launch's ticket |
+//!
+//! Nothing here needs a CUDA toolkit: the driver is loaded at run time, and the kernels come as PTX with the crate.
+//!
+//! # Safety chapter
+//!
+//! `SAFETY` comments name the invariant that they rely on.
+//!
+//! 1. **Handles live.** A stream, event, module or allocation is owned by one value of `driver.rs`, which destroys it when it is
+//!    dropped and keeps the context alive until then. Lanes wait for their stream before they drop what it uses, so nothing in
+//!    flight outlives its memory. After a sticky error nothing is in flight any more.
+//! 2. **The context is current.** Every thread that calls the driver has made the context current before: lanes do so on their
+//!    first call on a thread. The driver counts users of the primary context, which the embedder may share.
+//! 3. **Addresses are in bounds.** Descriptors are made from steps of the device core, whose offsets name slots inside the slab,
+//!    and from ranges of the ring, of a payload or of an output that were checked when they were taken.
+//! 4. **One writer.** As on the CPU device: a step writes only slots (or rows) that its launch owns, readers hold pins.
+//!    Steps of one launch run kind by kind (zero, copy, reopen, append, seal, read), which keeps every order that the core relies on:
+//!    steps that prepare a slot come before the append to it, and no other two steps of a launch touch the same bytes.
+//! 5. **Rings are not reused early.** Bytes of a ring go back only once the fence word has passed the ticket that used them.
+//! 6. **The host reads what the device wrote only behind its ticket.** The fence word is written by the stream after, and with
+//!    a system-wide barrier behind, everything before it; the host reads it with acquire ordering.
+//! 7. **Layouts agree.** Structs handed to kernels are `repr(C)` mirrors of those in the `.cu` sources and hold plain integers.
+//! 8. **Plain memory.** Page-locked memory is allocated zeroed and holds bytes only.
+
+mod abi;
+mod driver;
+mod fence;
+pub(crate) mod interop;
+mod kernels;
+mod lane;
+mod lender;
+pub(crate) mod measure;
+mod ring;
+mod unit;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use kv_cache_actors::format::Format;
+use kv_cache_actors::geometry::BlockLayout;
+use kv_cache_actors::memory::{Backend, LaneKind, Lanes};
+use kv_cache_actors::pool::PoolLayout;
+
+use super::HostCopy;
+use crate::error::Error;
+use crate::view::View;
+
+use self::driver::DeviceMemory;
+pub(crate) use self::driver::{DriverError, Gpu, device_count};
+use self::kernels::Kernels;
+pub(crate) use self::lender::Lender;
+use self::lane::CudaLane;
+
+/// Lanes of a device with a ring of page-locked memory each.
+pub(crate) const RINGS: u64 = 3;
+
+/// The memory of an open CUDA device, shared by its lanes and by the handles that export addresses of it.
+#[derive(Debug)]
+pub(crate) struct Slab {
+    memory: DeviceMemory,
+}
+
+impl Slab {
+    /// Allocates `bytes` zero bytes on `gpu`.
+    pub(crate) fn allocate(gpu: &Arc<Gpu>, bytes: usize) -> Result<Slab, DriverError> {
+        Ok(Slab { memory: DeviceMemory::zeroed(gpu, bytes)? })
+    }
+
+    /// Where the slab begins in the GPU's memory.
+    pub(crate) fn address(&self) -> u64 {
+        self.memory.address()
+    }
+
+    /// A copy of the bytes of `range`, a slot that `view` pins. Waits for the copy, on no lane.
+    pub(crate) fn pinned(&self, range: Range<usize>, view: &View) -> Result<HostCopy, Error> {
+        let _ = view;
+        let mut copy = vec![0u64; range.len().div_ceil(size_of::<u64>())];
+        let bytes = &mut bytemuck::cast_slice_mut(&mut copy)[..range.len()];
+        self.memory.read(range.start, bytes).map_err(|error| Error::Device(error.to_string().into()))?;
+        Ok(copy)
+    }
+
+    /// The GPU that it lies on.
+    pub(crate) fn gpu(&self) -> &Arc<Gpu> {
+        self.memory.gpu()
+    }
+}
+
+/// A CUDA device to be opened over a slab.
+pub(crate) struct CudaBackend {
+    slab: Arc<Slab>,
+    ring_bytes: usize,
+}
+
+impl CudaBackend {
+    /// `ring_bytes` of page-locked memory go to each lane.
+    pub(crate) fn new(slab: Arc<Slab>, ring_bytes: usize) -> Self {
+        CudaBackend { slab, ring_bytes }
+    }
+}
+
+impl Backend for CudaBackend {
+    type Lane = CudaLane;
+
+    fn open(self, block: &BlockLayout, _: &PoolLayout, _: Format) -> Result<Lanes<CudaLane>, String> {
+        let gpu = self.slab.gpu().clone();
+        let open = || -> Result<Lanes<CudaLane>, DriverError> {
+            let kernels = Arc::new(Kernels::load(&gpu, block)?);
+            let lane =
+                |kind| CudaLane::open(kind, self.slab.clone(), kernels.clone(), *block, self.ring_bytes);
+            Ok(Lanes {
+                compute: lane(LaneKind::Compute)?,
+                upload: lane(LaneKind::Upload)?,
+                download: lane(LaneKind::Download)?,
+            })
+        };
+        open().map_err(|error| error.to_string())
+    }
+}

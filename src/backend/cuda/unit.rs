@@ -1,0 +1,365 @@
+//! A unit of work: the part of a launch that goes to the device at once. Its steps become descriptors, sorted by kind, and lie in
+//! the ring with the payload that they read and the output that they write:
+//!
+//! ```text
+//! | a flag per flight | moves | reopens | appends | seals | reads | payloads and outputs |
+//! ```
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use kv_cache_actors::format::Format;
+use kv_cache_actors::geometry::{BlockLayout, Plane};
+use kv_cache_actors::memory::{AppendStep, Launch, ReadStep, Step};
+
+use super::abi;
+use super::driver::{DriverError, Stream};
+use super::kernels::{Descriptors, Kernels};
+
+/// Payloads and outputs begin at multiples of this: what a thread loads or stores at once.
+const VECTOR_BYTES: usize = 16;
+
+/// How much of each thing a unit holds.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    pub(super) steps: usize,
+    flights: usize,
+    moves: usize,
+    reopens: usize,
+    appends: usize,
+    seals: usize,
+    reads: usize,
+    /// Bytes of payloads and outputs.
+    data_bytes: usize,
+}
+
+/// Output of a read step that lies in the ring: keys, then values.
+#[derive(Debug)]
+pub(super) struct ReadBack {
+    pub(super) flight: usize,
+    pub(super) output_token: usize,
+    pub(super) planes: [Range<usize>; 2],
+}
+
+fn token_bytes(layout: &BlockLayout) -> [usize; 2] {
+    Plane::BOTH.map(|plane| layout.token_bytes(plane))
+}
+
+/// Bytes of the ring that a step's payload or output takes: none if the device reaches it where it is.
+fn data_bytes(layout: &BlockLayout, launch: &Launch, step: &Step) -> usize {
+    let tokens = match step {
+        Step::Append(append) if append.on_device || launch.payload_is_reachable(append.flight) => 0,
+        Step::Append(append) => append.layers.len() * append.tokens.len(),
+        Step::Read(read) if read.on_device.is_none() => read.tokens.len(),
+        _ => 0,
+    };
+    token_bytes(layout).iter().map(|bytes| (tokens * bytes).next_multiple_of(VECTOR_BYTES)).sum()
+}
+
+impl Plan {
+    /// The steps of `launch` from `from` on that fit into `bytes_max` bytes. At least one does: see [`split_large`].
+    pub(super) fn of(layout: &BlockLayout, launch: &Launch, from: usize, bytes_max: usize) -> Plan {
+        let mut plan = Plan { flights: launch.flights.len(), ..Plan::default() };
+        for step in &launch.steps[from..] {
+            let data_bytes = data_bytes(layout, launch, step);
+            // The largest descriptor stands for any.
+            let more = plan.bytes() + data_bytes + size_of::<abi::Append>() + VECTOR_BYTES;
+            if plan.steps > 0 && more > bytes_max {
+                break;
+            }
+            match step {
+                Step::Zero { .. } | Step::Copy { .. } => plan.moves += 1,
+                Step::Reopen { .. } => plan.reopens += 1,
+                Step::Append(_) => plan.appends += 1,
+                Step::Seal { .. } => plan.seals += 1,
+                Step::Read(_) => plan.reads += 1,
+                _ => {}
+            }
+            plan.data_bytes += data_bytes;
+            plan.steps += 1;
+        }
+        plan
+    }
+
+    fn flags_bytes(&self) -> usize {
+        (self.flights * size_of::<u32>()).next_multiple_of(8)
+    }
+
+    /// Where payloads and outputs begin.
+    pub(super) fn data_at(&self) -> usize {
+        let descriptors = self.moves * size_of::<abi::Move>()
+            + (self.reopens + self.seals) * size_of::<abi::Convert>()
+            + self.appends * size_of::<abi::Append>()
+            + self.reads * size_of::<abi::Read>();
+        (self.flags_bytes() + descriptors).next_multiple_of(VECTOR_BYTES)
+    }
+
+    /// All bytes of the unit.
+    pub(super) fn bytes(&self) -> usize {
+        self.data_at() + self.data_bytes
+    }
+
+    /// Where the flags lie in the unit: one `u32` per flight of the launch, set if something was not finite.
+    pub(super) fn flags(&self) -> Range<usize> {
+        0..self.flights * size_of::<u32>()
+    }
+}
+
+/// Cuts steps whose payload or output is more than fits into `bytes_max` bytes.
+pub(super) fn split_large(layout: &BlockLayout, launch: &mut Launch, bytes_max: usize) {
+    let overhead = launch.flights.len() * size_of::<u32>() + size_of::<abi::Append>() + 3 * VECTOR_BYTES;
+    let most = bytes_max.saturating_sub(overhead);
+    if launch.steps.iter().all(|step| data_bytes(layout, launch, step) <= most) {
+        return;
+    }
+    let token: usize = token_bytes(layout).iter().sum();
+    let tokens_max = (most.saturating_sub(2 * VECTOR_BYTES) / token).max(1);
+    let mut steps = Vec::with_capacity(launch.steps.len() + 8);
+    for step in &launch.steps {
+        let large = data_bytes(layout, launch, step) > most;
+        match step {
+            Step::Append(append) if large => split_append(layout, append, tokens_max, &mut steps),
+            Step::Read(read) if large => {
+                for at in read.tokens.clone().step_by(tokens_max) {
+                    let tokens = at..read.tokens.end.min(at + tokens_max);
+                    let output_token = read.output_token + at - read.tokens.start;
+                    steps.push(Step::Read(ReadStep { tokens, output_token, ..read.clone() }));
+                }
+            }
+            other => steps.push(other.clone()),
+        }
+    }
+    launch.steps = steps;
+}
+
+fn split_append(layout: &BlockLayout, append: &AppendStep, tokens_max: usize, steps: &mut Vec<Step>) {
+    let [key_token, value_token] = token_bytes(layout);
+    for (at, layer) in append.layers.clone().enumerate() {
+        let before = at * append.payload_tokens;
+        for first in append.tokens.clone().step_by(tokens_max) {
+            steps.push(Step::Append(AppendStep {
+                layers: layer..layer + 1,
+                keys_at: append.keys_at + before * key_token,
+                values_at: append.values_at + before * value_token,
+                first_token: append.first_token + first - append.tokens.start,
+                tokens: first..append.tokens.end.min(first + tokens_max),
+                ..append.clone()
+            }));
+        }
+    }
+}
+
+/// Descriptors of one kind, being written.
+struct Section<'a, T> {
+    at: Descriptors,
+    left: std::slice::IterMut<'a, T>,
+}
+
+impl<T> Section<'_, T> {
+    fn put(&mut self, value: T) {
+        // The plan has counted them.
+        if let Some(place) = self.left.next() {
+            *place = value;
+        }
+    }
+}
+
+/// A unit that is being written into its bytes of the ring.
+pub(super) struct Unit<'a> {
+    layout: &'a BlockLayout,
+    launch: &'a Launch,
+    /// Address of the slab.
+    slab: u64,
+    flags: u64,
+    moves: Section<'a, abi::Move>,
+    reopens: Section<'a, abi::Convert>,
+    appends: Section<'a, abi::Append>,
+    seals: Section<'a, abi::Convert>,
+    reads: Section<'a, abi::Read>,
+    data: &'a mut [u8],
+    data_address: u64,
+    data_used: usize,
+    /// The most layers and tokens of an append, tokens of a read, bytes of a move.
+    most: (usize, usize, usize, usize),
+}
+
+/// Takes bytes off the front of a unit.
+struct Carver<'a> {
+    bytes: &'a mut [u8],
+    address: u64,
+}
+
+impl<'a> Carver<'a> {
+    fn bytes(&mut self, bytes: usize) -> &'a mut [u8] {
+        let (head, rest) = std::mem::take(&mut self.bytes).split_at_mut(bytes);
+        self.bytes = rest;
+        self.address += bytes as u64;
+        head
+    }
+
+    fn section<T: bytemuck::Pod>(&mut self, count: usize) -> Section<'a, T> {
+        let at = Descriptors { address: self.address, count };
+        // Aligned: units begin at multiples of 128 bytes, and sizes are multiples of 8.
+        Section { at, left: bytemuck::cast_slice_mut(self.bytes(count * size_of::<T>())).iter_mut() }
+    }
+}
+
+impl<'a> Unit<'a> {
+    /// Lays the unit out over `bytes`, which the device sees at `address`.
+    pub(super) fn new(
+        layout: &'a BlockLayout,
+        launch: &'a Launch,
+        plan: &Plan,
+        slab: u64,
+        bytes: &'a mut [u8],
+        address: u64,
+    ) -> Self {
+        let mut carver = Carver { bytes, address };
+        let flags = carver.address;
+        carver.bytes(plan.flags_bytes()).fill(0);
+        let moves = carver.section(plan.moves);
+        let reopens = carver.section(plan.reopens);
+        let appends = carver.section(plan.appends);
+        let seals = carver.section(plan.seals);
+        let reads = carver.section(plan.reads);
+        carver.bytes((address + plan.data_at() as u64 - carver.address) as usize);
+        let Carver { bytes: data, address: data_address } = carver;
+        let most = (1, 1, 1, 0);
+        Unit { layout, launch, slab, flags, moves, reopens, appends, seals, reads, data, data_address, data_used: 0, most }
+    }
+
+    /// Writes the descriptors of a step, and its payload. Returns where its output will lie, counted from the unit's payloads
+    /// and outputs on, if it has one there.
+    ///
+    /// # Errors
+    /// In words, a step that this device does not know.
+    pub(super) fn write(&mut self, step: &Step) -> Result<Option<[Range<usize>; 2]>, Arc<str>> {
+        let block_bytes = self.layout.raw_bytes() as u64;
+        let at = |offset: &usize| self.slab + *offset as u64;
+        match step {
+            Step::Zero { slot_offset } => {
+                let to = at(slot_offset);
+                self.moves.put(abi::Move { from: 0, to, bytes: block_bytes });
+                self.most.3 = block_bytes as usize;
+            }
+            Step::Copy { from_offset, to_offset } => {
+                let (from, to) = (at(from_offset), at(to_offset));
+                self.moves.put(abi::Move { from, to, bytes: block_bytes });
+                self.most.3 = block_bytes as usize;
+            }
+            Step::Reopen { format: Format::Int8, from_offset, to_offset } => {
+                let (from, to) = (at(from_offset), at(to_offset));
+                self.reopens.put(abi::Convert { from, to, flag: 0 });
+            }
+            Step::Seal { flight, format: Format::Int8, from_offset, to_offset } => {
+                let (from, to, flag) = (at(from_offset), at(to_offset), self.flag(*flight));
+                self.seals.put(abi::Convert { from, to, flag });
+            }
+            Step::Append(append) => self.append(append),
+            Step::Read(read) if abi::format_number(read.format).is_some() => return Ok(self.read(read)),
+            // Steps and formats of a newer core: failing loudly beats leaving bytes out.
+            other => return Err(format!("the CUDA device does not know {other:?}").into()),
+        }
+        Ok(None)
+    }
+
+    fn flag(&self, flight: usize) -> u64 {
+        self.flags + (size_of::<u32>() * flight) as u64
+    }
+
+    fn append(&mut self, append: &AppendStep) {
+        let launch = self.launch;
+        let payload = launch.payload(append.flight);
+        // Where the device reaches the tensors as they are.
+        let origin = match append.on_device {
+            true => Some(0),
+            false => launch.payload_is_reachable(append.flight).then_some(payload.as_ptr() as u64),
+        };
+        let [key_token, value_token] = token_bytes(self.layout);
+        let planes = [(append.keys_at, key_token), (append.values_at, value_token)];
+        let source = planes.map(|(from, token)| match origin {
+            Some(origin) => origin + (from + append.first_token * token) as u64,
+            None => self.stage(append, payload, from, token),
+        });
+        let source_tokens = if origin.is_some() { append.payload_tokens } else { append.tokens.len() };
+        let (slot, flag) = (self.slab + append.slot_offset as u64, self.flag(append.flight));
+        self.most.0 = self.most.0.max(append.layers.len());
+        self.most.1 = self.most.1.max(append.tokens.len());
+        self.appends.put(abi::Append {
+            source,
+            slot,
+            flag,
+            source_tokens: source_tokens as u32,
+            first_layer: append.layers.start as u32,
+            layers: append.layers.len() as u32,
+            first_token: append.tokens.start as u32,
+            tokens: append.tokens.len() as u32,
+            padding: 0,
+        });
+    }
+
+    /// Copies the tokens of one tensor that a step takes to the unit, and returns their address.
+    fn stage(&mut self, append: &AppendStep, payload: &[u8], from: usize, token: usize) -> u64 {
+        let (start, bytes) = (self.data_used, append.tokens.len() * token);
+        for layer in 0..append.layers.len() {
+            let from = from + (layer * append.payload_tokens + append.first_token) * token;
+            self.data[start + layer * bytes..][..bytes].copy_from_slice(&payload[from..from + bytes]);
+        }
+        self.data_used += (append.layers.len() * bytes).next_multiple_of(VECTOR_BYTES);
+        self.data_address + start as u64
+    }
+
+    fn read(&mut self, read: &ReadStep) -> Option<[Range<usize>; 2]> {
+        let tokens = token_bytes(self.layout);
+        let (output, planes) = match read.on_device {
+            Some(output) => ([0, 1].map(|plane| output[plane] + (read.output_token * tokens[plane]) as u64), None),
+            None => {
+                let planes = tokens.map(|token| {
+                    let start = self.data_used;
+                    self.data_used += (read.tokens.len() * token).next_multiple_of(VECTOR_BYTES);
+                    start..start + read.tokens.len() * token
+                });
+                ([0, 1].map(|plane: usize| self.data_address + planes[plane].start as u64), Some(planes))
+            }
+        };
+        self.most.2 = self.most.2.max(read.tokens.len());
+        self.reads.put(abi::Read {
+            slot: self.slab + read.slot_offset as u64,
+            output,
+            layer: read.layer as u32,
+            first_token: read.tokens.start as u32,
+            tokens: read.tokens.len() as u32,
+            format: abi::format_number(read.format).unwrap_or_default(),
+        });
+        planes
+    }
+
+    /// Launches a kernel for each kind of step that there is, in the order that the core relies on.
+    ///
+    /// # Safety
+    /// The unit's bytes stay as they are until the device is done with them, and so do slab and payloads; the steps keep to
+    /// invariants 3 and 4.
+    pub(super) unsafe fn launch(&self, stream: &Stream, kernels: &Kernels) -> Result<(), DriverError> {
+        let (layers, append_tokens, read_tokens, move_bytes) = self.most;
+        let some = |descriptors: Descriptors| (descriptors.count > 0).then_some(descriptors);
+        // SAFETY: the descriptors are those of the kernels (7); the caller vouches for what they name.
+        unsafe {
+            if let Some(moves) = some(self.moves.at) {
+                kernels.move_blocks(stream, moves, move_bytes)?;
+            }
+            if let Some(reopens) = some(self.reopens.at) {
+                kernels.reopen(stream, reopens)?;
+            }
+            if let Some(appends) = some(self.appends.at) {
+                kernels.append(stream, appends, layers, append_tokens)?;
+            }
+            if let Some(seals) = some(self.seals.at) {
+                kernels.seal(stream, seals)?;
+            }
+            if let Some(reads) = some(self.reads.at) {
+                kernels.read(stream, reads, read_tokens)?;
+            }
+        }
+        Ok(())
+    }
+}
