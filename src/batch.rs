@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 
-use kv_cache_actors::batch::{BatchCacheOperations as Inner, Outcome as InnerOutcome};
+use kv_cache_actors::batch::{BatchCacheOperations as Inner, EachTensors, Outcome as InnerOutcome};
 use kv_cache_actors::memory::ReadBuffer;
 use kv_cache_actors::reach::LentMemory;
 
@@ -80,10 +80,8 @@ impl BatchCacheOperations {
         keys: &Region<T>,
         values: &Region<T>,
     ) -> Self {
-        let end = self.0.arena_mut().len();
-        if keys.bytes().end > end || values.bytes().end > end {
-            let what = "a region of another batch";
-            self.0.refused(Error::Unsupported { what, instead: "append what this batch's `region` gave" });
+        if !self.holds(keys) || !self.holds(values) {
+            self.0.refused(foreign_region());
         } else {
             self.0.append_region(sequence.into(), token_ids, T::TYPE, keys.bytes(), values.bytes());
         }
@@ -148,6 +146,54 @@ impl BatchCacheOperations {
         self
     }
 
+    /// Appends one token to each of some sequences, as a decode step does: an operation, and a result, per sequence, over
+    /// tensors that they share. `keys` is `[layers, sequences, kv_heads, key_dim]`, `values` likewise.
+    pub fn append_each<T: Element>(
+        mut self,
+        sequences: &[&Sequence],
+        token_ids: &[u32],
+        keys: &[T],
+        values: &[T],
+    ) -> Self {
+        self.0.append_each(ids(sequences), token_ids, EachTensors::Host(tensor(keys), tensor(values)));
+        self
+    }
+
+    /// [`BatchCacheOperations::append_each`] of tensors that stand in regions of this batch.
+    pub fn append_each_region<T: Element>(
+        mut self,
+        sequences: &[&Sequence],
+        token_ids: &[u32],
+        keys: &Region<T>,
+        values: &Region<T>,
+    ) -> Self {
+        match self.holds(keys) && self.holds(values) {
+            true => {
+                let tensors = EachTensors::Region(T::TYPE, keys.bytes(), values.bytes());
+                self.0.append_each(ids(sequences), token_ids, tensors);
+            }
+            false => sequences.iter().for_each(|_| self.0.refused(foreign_region())),
+        }
+        self
+    }
+
+    /// Stages one token of one layer for each of some sequences: an operation, and a result, per sequence. `keys` is
+    /// `[sequences, kv_heads, key_dim]`, `values` likewise.
+    pub fn stage_each<T: Element>(
+        mut self,
+        sequences: &[&Sequence],
+        layer: u32,
+        keys: &[T],
+        values: &[T],
+    ) -> Self {
+        self.0.stage_each(ids(sequences), layer, EachTensors::Host(tensor(keys), tensor(values)));
+        self
+    }
+
+    fn holds<T: Element>(&mut self, region: &Region<T>) -> bool {
+        region.bytes().end <= self.0.arena_mut().len()
+    }
+
     /// Commits the first `token_ids.len()` staged tokens and discards the others: [`Outcome::Committed`].
     pub fn commit(mut self, sequence: impl Into<SequenceId>, token_ids: &[u32]) -> Self {
         self.0.commit(sequence.into(), token_ids, None);
@@ -187,6 +233,14 @@ impl BatchCacheOperations {
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
+}
+
+pub(crate) fn ids(sequences: &[&Sequence]) -> impl ExactSizeIterator<Item = SequenceId> {
+    sequences.iter().map(|sequence| sequence.id())
+}
+
+fn foreign_region() -> Error {
+    Error::Unsupported { what: "a region of another batch", instead: "append what this batch's `region` gave" }
 }
 
 /// Memory of a batch that its caller fills: see [`BatchCacheOperations::region`].

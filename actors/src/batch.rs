@@ -83,6 +83,17 @@ impl Payload {
     }
 }
 
+/// Tensors for [`BatchCacheOperations::append_each`]: keys `[layers, sequences, kv_heads, key_dim]`, values likewise.
+#[derive(Debug, Clone)]
+pub enum EachTensors<'a> {
+    /// In host memory, to be copied.
+    Host(HostTensor<'a>, HostTensor<'a>),
+    /// In a region of the batch: where the keys and values begin and end.
+    Region(ElementType, Range<usize>, Range<usize>),
+    /// In the memory of the batch's device.
+    Device(DeviceSpan, DeviceSpan),
+}
+
 /// A tensor in the memory of the device that a batch names ([`BatchCacheOperations::device_source`]).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceSpan {
@@ -126,6 +137,9 @@ pub(crate) struct TensorSpans {
     values_bytes: u32,
     element: ElementType,
     pub(crate) on_device: bool,
+    /// Of tensors that hold a token for each of several sequences: which one, and of how many. 0 of 0: they are all its own.
+    pub(crate) row: u32,
+    rows: u32,
 }
 
 impl TensorSpans {
@@ -140,18 +154,25 @@ impl TensorSpans {
             values_bytes: bytes(values.1),
             element,
             on_device,
+            row: 0,
+            rows: 0,
         }
     }
 
-    /// Bytes of both.
+    /// Bytes of both that belong to the operation.
     pub(crate) fn bytes(&self) -> usize {
-        self.keys_bytes as usize + self.values_bytes as usize
+        (self.keys_bytes as usize + self.values_bytes as usize) / self.rows.max(1) as usize
+    }
+
+    /// Tokens from one layer to the next, for an operation on `tokens` tokens.
+    pub(crate) fn tokens(&self, tokens: u32) -> usize {
+        if self.rows == 0 { tokens as usize } else { self.rows as usize }
     }
 }
 
 /// One operation. Build them with the methods of [`BatchCacheOperations`].
 ///
-/// One cache line: a decode step writes and reads hundreds of them.
+/// About one cache line: a decode step writes and reads hundreds of them.
 #[derive(Debug)]
 pub(crate) enum Operation {
     Open {
@@ -449,6 +470,51 @@ impl BatchCacheOperations {
         self.submission.operations.push(Operation::ReadDevice { sequence, target });
     }
 
+    fn each_tensors(&mut self, tensors: EachTensors<'_>) -> TensorSpans {
+        match tensors {
+            EachTensors::Host(keys, values) => self.push_tensors(keys, values),
+            EachTensors::Region(element, keys, values) => {
+                let (keys, values) = ((keys.start, keys.len()), (values.start, values.len()));
+                TensorSpans::new(keys, values, [element; 2], false)
+            }
+            EachTensors::Device(keys, values) => Self::device_tensors(keys, values),
+        }
+    }
+
+    /// Appends one token to each of some sequences: an operation each, over tensors that they share.
+    pub fn append_each(
+        &mut self,
+        sequences: impl ExactSizeIterator<Item = SequenceId>,
+        token_ids: &[u32],
+        tensors: EachTensors<'_>,
+    ) {
+        let rows = sequences.len();
+        if token_ids.len() != rows {
+            return sequences.for_each(|_| self.refused(Error::EachTokens { tokens: token_ids.len(), sequences: rows }));
+        }
+        let (ids, tensors) = (self.push_ids(token_ids), self.each_tensors(tensors));
+        self.submission.operations.reserve(rows);
+        for (row, sequence) in (0u32..).zip(sequences) {
+            let ids = IdSpan { start: ids.start + row, count: 1 };
+            let tensors = TensorSpans { row, rows: rows as u32, ..tensors };
+            self.submission.operations.push(Operation::Append { sequence, at: None, ids, extra: None, tensors });
+        }
+    }
+
+    /// Writes one token of one layer to each of some sequences.
+    pub fn stage_each(
+        &mut self,
+        sequences: impl ExactSizeIterator<Item = SequenceId>,
+        layer: u32,
+        tensors: EachTensors<'_>,
+    ) {
+        let (rows, tensors) = (sequences.len() as u32, self.each_tensors(tensors));
+        for (row, sequence) in (0u32..).zip(sequences) {
+            let tensors = TensorSpans { row, rows, ..tensors };
+            self.submission.operations.push(Operation::Stage { sequence, layer, tokens: 1, tensors });
+        }
+    }
+
     fn device_tensors(keys: DeviceSpan, values: DeviceSpan) -> TensorSpans {
         let span = |span: DeviceSpan| (span.address as usize, span.bytes);
         TensorSpans::new(span(keys), span(values), [keys.element, values.element], true)
@@ -607,6 +673,8 @@ fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result
         if tensors.element != layout.element {
             return Err(Error::ElementType { given: tensors.element, expected: layout.element });
         }
+        // Of shared tensors every operation sees the whole.
+        let tokens = tensors.tokens(tokens as u32);
         for (plane, bytes) in [(Plane::Key, tensors.keys_bytes), (Plane::Value, tensors.values_bytes)] {
             let expected_bytes = (layers * tokens).checked_mul(layout.token_bytes(plane));
             let bytes = bytes as usize;

@@ -77,6 +77,14 @@ pub enum Error {
     /// An operation over no tokens.
     #[error("no tokens given; give at least one")]
     Empty,
+    /// Each of some sequences was to get one token, and there are not as many tokens as sequences.
+    #[error("{tokens} token ids for {sequences} sequences; give one each")]
+    EachTokens {
+        /// Token ids given.
+        tokens: usize,
+        /// Sequences.
+        sequences: usize,
+    },
     /// NaN or infinity in the input. The sequence is as it was.
     #[error("NaN or infinity in the keys or values given")]
     NotFinite,
@@ -211,6 +219,7 @@ impl Error {
             | Error::TokensDropped { .. }
             | Error::Position { .. }
             | Error::Empty
+            | Error::EachTokens { .. }
             | Error::NotStaged { .. }
             | Error::StagedTokens { .. }
             | Error::SequenceTooLong { .. }

@@ -1,7 +1,6 @@
 //! A decode step through the public API: 256 sequences append one token each (8 heads × 128, f16, one layer) as one batch.
 
 use std::collections::VecDeque;
-use std::ops::Range;
 use std::time::Instant;
 
 use anyhow::Context;
@@ -17,6 +16,9 @@ const HEADS: usize = 8;
 const DIM: usize = 128;
 /// Elements of one token's keys, or values.
 const TOKEN: usize = HEADS * DIM;
+/// Elements of the keys, or values, of a step.
+const HALF: usize = SEQUENCES * TOKEN;
+const TOKEN_IDS: [u32; SEQUENCES] = [1; SEQUENCES];
 const BLOCK: usize = 32;
 /// Rounds of 32 steps; the first one warms up.
 const ROUNDS: usize = 33;
@@ -108,26 +110,17 @@ async fn open() -> anyhow::Result<(Cache, Vec<Sequence>)> {
     Ok((cache, sequences))
 }
 
+/// Keys and behind them values, `[sequences, kv_heads, dim]`.
 fn rows() -> Vec<f16> {
     (0..2 * SEQUENCES * TOKEN).map(|i| f16::from_f32((i % 251) as f32 * 0.01 - 1.0)).collect()
 }
 
-/// The keys and values of a sequence among [`rows`].
-fn of(sequence: usize) -> [Range<usize>; 2] {
-    let at = 2 * TOKEN * sequence;
-    [at..at + TOKEN, at + TOKEN..at + 2 * TOKEN]
-}
-
 async fn from_host() -> anyhow::Result<Steps> {
     let (cache, sequences) = open().await?;
-    let rows = rows();
+    let (rows, all) = (rows(), sequences.iter().collect::<Vec<_>>());
     let mut steps = Steps::new();
     while steps.next() {
-        let mut batch = cache.batch(2 * rows.len());
-        for (at, sequence) in sequences.iter().enumerate() {
-            let [keys, values] = of(at);
-            batch = batch.append(sequence, &[1], &rows[keys], &rows[values]);
-        }
+        let batch = cache.batch(2 * rows.len()).append_each(&all, &TOKEN_IDS, &rows[..HALF], &rows[HALF..]);
         submit(&cache, batch).await?;
         steps.end(&cache);
     }
@@ -137,7 +130,7 @@ async fn from_host() -> anyhow::Result<Steps> {
 /// The model has left its rows in memory that the cache lends: filling it is not the cache's time.
 async fn from_lent() -> anyhow::Result<Steps> {
     let (cache, sequences) = open().await?;
-    let rows = rows();
+    let (rows, all) = (rows(), sequences.iter().collect::<Vec<_>>());
     let mut steps = Steps::new();
     loop {
         let mut batch = cache.batch(2 * rows.len());
@@ -146,10 +139,7 @@ async fn from_lent() -> anyhow::Result<Steps> {
         if !steps.next() {
             return Ok(steps);
         }
-        for (at, sequence) in sequences.iter().enumerate() {
-            let [keys, values] = of(at).map(|range| region.slice(range));
-            batch = batch.append_region(sequence, &[1], &keys, &values);
-        }
+        let batch = batch.append_each_region(&all, &TOKEN_IDS, &region.slice(0..HALF), &region.slice(HALF..2 * HALF));
         submit(&cache, batch).await?;
         steps.end(&cache);
     }
@@ -176,13 +166,13 @@ async fn from_device(ahead: usize) -> anyhow::Result<Steps> {
     // SAFETY: `memory` outlives the cache, and nobody writes to it.
     let tensor = unsafe { DeviceTensor::from_raw::<f16>(address, bits.len())? };
     let mut steps = Steps::new();
+    let (keys, values) = (tensor.slice(0..HALF), tensor.slice(HALF..2 * HALF));
+    let all: Vec<_> = sequences.iter().collect();
     let mut outstanding = VecDeque::new();
     while steps.next() {
-        let mut batch = BatchCacheOperations::new().device_memory(StreamPoint::record(&stream)?);
-        for (at, sequence) in sequences.iter().enumerate() {
-            let [keys, values] = of(at).map(|range| tensor.slice(range));
-            batch = batch.append_device(sequence, &[1], &keys, &values);
-        }
+        let batch = BatchCacheOperations::new()
+            .device_memory(StreamPoint::record(&stream)?)
+            .append_each_device(&all, &TOKEN_IDS, &keys, &values);
         let step = cache.try_enqueue(batch).map_err(|(_, error)| error)?;
         outstanding.push_back(Box::pin(step));
         let most = if steps.is_last_of_round() { 0 } else { ahead };

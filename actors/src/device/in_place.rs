@@ -78,8 +78,8 @@ impl DeviceCore {
             keys_at: tensors.keys_at,
             values_at: tensors.values_at,
                 on_device: tensors.on_device,
-            payload_tokens: tokens as usize,
-            first_token: 0,
+            payload_tokens: tensors.tokens(tokens),
+            first_token: tensors.row as usize,
             slot_offset,
             tokens: first..first + tokens as usize,
         }));

@@ -168,7 +168,7 @@ impl DeviceCore {
         let (launch, flight) = self.flight(lane, op, None);
         launch.pins.extend(pins);
         launch.steps.extend(prepared.steps);
-        let mut first_token = 0;
+        let mut first_token = tensors.row as usize;
         for (inside, slot_offset) in slots {
             let count = inside.len();
             launch.steps.push(Step::Append(AppendStep {
@@ -177,7 +177,7 @@ impl DeviceCore {
                 keys_at: tensors.keys_at,
                 values_at: tensors.values_at,
                 on_device: tensors.on_device,
-                payload_tokens: tokens as usize,
+                payload_tokens: tensors.tokens(tokens),
                 first_token,
                 slot_offset,
                 tokens: inside,

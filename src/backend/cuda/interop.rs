@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::task::Poll;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result, sys};
-use kv_cache_actors::batch::DeviceSpan;
+use kv_cache_actors::batch::{DeviceSpan, EachTensors};
 use kv_cache_actors::reach::{DeviceSource, Point};
 use kv_cache_actors::submission::Answered;
 use kv_cache_actors::submit::Waiting;
@@ -26,7 +26,8 @@ use kv_cache_actors::supervisor::Supervisor;
 use tokio::sync::oneshot;
 
 use super::driver::{Event, Gpu, check};
-use crate::{BatchCacheOperations, Cache, Element, ElementType, Error, Outcome, SequenceId};
+use crate::batch::ids;
+use crate::{BatchCacheOperations, Cache, Element, ElementType, Error, Outcome, Sequence, SequenceId};
 
 fn device_error(error: super::DriverError) -> Error {
     Error::Device(error.to_string().into())
@@ -211,8 +212,39 @@ impl BatchCacheOperations {
         keys: &DeviceTensor,
         values: &DeviceTensor,
     ) -> Self {
-        if self.accept(keys, values) {
-            self.0.append_device(sequence.into(), token_ids, None, keys.span(), values.span());
+        match self.accept(keys, values) {
+            Ok(()) => self.0.append_device(sequence.into(), token_ids, None, keys.span(), values.span()),
+            Err(error) => self.0.refused(error),
+        }
+        self
+    }
+
+    /// [`BatchCacheOperations::append_each`] of tensors in device memory.
+    pub fn append_each_device(
+        mut self,
+        sequences: &[&Sequence],
+        token_ids: &[u32],
+        keys: &DeviceTensor,
+        values: &DeviceTensor,
+    ) -> Self {
+        match self.accept(keys, values) {
+            Ok(()) => self.0.append_each(ids(sequences), token_ids, EachTensors::Device(keys.span(), values.span())),
+            Err(error) => sequences.iter().for_each(|_| self.0.refused(error.clone())),
+        }
+        self
+    }
+
+    /// [`BatchCacheOperations::stage_each`] of tensors in device memory.
+    pub fn stage_each_device(
+        mut self,
+        sequences: &[&Sequence],
+        layer: u32,
+        keys: &DeviceTensor,
+        values: &DeviceTensor,
+    ) -> Self {
+        match self.accept(keys, values) {
+            Ok(()) => self.0.stage_each(ids(sequences), layer, EachTensors::Device(keys.span(), values.span())),
+            Err(error) => sequences.iter().for_each(|_| self.0.refused(error.clone())),
         }
         self
     }
@@ -226,8 +258,9 @@ impl BatchCacheOperations {
         keys: &DeviceTensor,
         values: &DeviceTensor,
     ) -> Self {
-        if self.accept(keys, values) {
-            self.0.stage_device(sequence.into(), layer, tokens, keys.span(), values.span());
+        match self.accept(keys, values) {
+            Ok(()) => self.0.stage_device(sequence.into(), layer, tokens, keys.span(), values.span()),
+            Err(error) => self.0.refused(error),
         }
         self
     }
@@ -245,24 +278,24 @@ impl BatchCacheOperations {
         keys: &DeviceTensor,
         values: &DeviceTensor,
     ) -> Self {
-        if self.accept(keys, values) {
-            self.0.read_device(sequence.into(), layer, tokens, keys.span(), values.span());
+        match self.accept(keys, values) {
+            Ok(()) => self.0.read_device(sequence.into(), layer, tokens, keys.span(), values.span()),
+            Err(error) => self.0.refused(error),
         }
         self
     }
 
-    /// Keeps the tensors' owners, or puts a refusal in the operation's place.
-    fn accept(&mut self, keys: &DeviceTensor, values: &DeviceTensor) -> bool {
+    /// Keeps the tensors' owners, if the tensors are where the batch says.
+    fn accept(&mut self, keys: &DeviceTensor, values: &DeviceTensor) -> Result<(), Error> {
         let device = self.0.device();
         if device != Some(keys.device) || device != Some(values.device) {
-            self.0.refused(Error::Unsupported {
+            return Err(Error::Unsupported {
                 what: "a device tensor on another GPU than the batch's, or before the batch names one",
                 instead: "call `device_memory` first, with a point on the tensors' GPU",
             });
-            return false;
         }
         [keys, values].into_iter().filter_map(|tensor| tensor.owner.as_ref()).for_each(|owner| self.0.keep(owner));
-        true
+        Ok(())
     }
 }
 
