@@ -10,7 +10,7 @@ use kv_cache_actors::reach::LentMemory;
 
 use crate::element::{Element, check_type, tensor};
 use crate::runtime::Runtime;
-use crate::{ElementType, Error, ExtraIdentity, OpenOptions, Sequence, SequenceId, Tenant};
+use crate::{ElementType, Error, ExtraIdentity, OpenOptions, Sequence, SequenceId, Tenant, Tier};
 
 /// Any mix of operations over any sequences, submitted and validated as one batch: one message, one result per operation.
 ///
@@ -218,6 +218,12 @@ impl BatchCacheOperations {
         self
     }
 
+    /// Moves the sealed blocks of a sequence to a tier: [`Outcome::Moved`]. See [`Sequence::offload`].
+    pub fn move_to(mut self, sequence: impl Into<SequenceId>, tier: Tier) -> Self {
+        self.0.move_to(sequence.into(), tier);
+        self
+    }
+
     /// Closes a sequence before its handle is dropped: [`Outcome::Closed`].
     pub fn close(mut self, sequence: impl Into<SequenceId>) -> Self {
         self.0.close(sequence.into());
@@ -240,7 +246,10 @@ pub(crate) fn ids(sequences: &[&Sequence]) -> impl ExactSizeIterator<Item = Sequ
 }
 
 fn foreign_region() -> Error {
-    Error::Unsupported { what: "a region of another batch", instead: "append what this batch's `region` gave" }
+    Error::Unsupported {
+        what: "a region of another batch",
+        instead: "append what this batch's `region` gave",
+    }
 }
 
 /// Memory of a batch that its caller fills: see [`BatchCacheOperations::region`].
@@ -310,6 +319,11 @@ pub enum Outcome {
         /// Committed tokens now.
         committed: u32,
     },
+    /// Sealed blocks were moved to another tier.
+    Moved {
+        /// Blocks that were not there yet.
+        blocks: u32,
+    },
     /// A sequence was closed.
     Closed,
 }
@@ -327,6 +341,7 @@ impl Outcome {
                 Outcome::Forked(forks.into_iter().map(|fork| Sequence::new(fork, runtime.clone())).collect())
             }
             InnerOutcome::Truncated { committed } => Outcome::Truncated { committed },
+            InnerOutcome::Moved { blocks } => Outcome::Moved { blocks },
             InnerOutcome::Closed => Outcome::Closed,
             _ => {
                 return Err(Error::Unsupported {

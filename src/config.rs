@@ -144,6 +144,10 @@ pub struct CacheConfig {
     /// Bytes of each device's slab, allocated at start.
     #[serde(default = "defaults::memory_bytes_per_device")]
     pub memory_bytes_per_device: u64,
+    /// Bytes of each device's host tier, to which sealed blocks can be moved ([`Sequence::offload`](crate::Sequence::offload)).
+    /// Page-locked where the device is a GPU; allocated at start. 0: there is none.
+    #[serde(default)]
+    pub host_tier_bytes_per_device: u64,
     /// Longest sequence, in tokens.
     #[serde(default = "defaults::max_tokens")]
     pub max_tokens: u32,
@@ -239,6 +243,7 @@ impl CacheConfig {
             geometry,
             devices: Devices::Auto,
             memory_bytes_per_device: defaults::memory_bytes_per_device(),
+            host_tier_bytes_per_device: 0,
             max_tokens: defaults::max_tokens(),
             max_total_tokens: defaults::max_total_tokens(),
             max_sequences: defaults::max_sequences(),
@@ -350,7 +355,8 @@ impl CacheConfig {
             return Err(ConfigError::invalid("pinned_memory_bytes", self.pinned_memory_bytes, fix));
         }
         self.check_built()?;
-        Ok((layout, PoolLayout::plan(&layout, self.sealed_format(), self.memory_bytes_per_device)?))
+        let pool = PoolLayout::plan(&layout, self.sealed_format(), self.memory_bytes_per_device)?;
+        Ok((layout, pool.with_host_bytes(self.host_tier_bytes_per_device)))
     }
 
     fn check_built(&self) -> Result<(), ConfigError> {

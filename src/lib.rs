@@ -36,6 +36,7 @@ pub use kv_cache_actors::format::Format;
 pub use kv_cache_actors::geometry::{
     BlockLayout, ElementType, Geometry, LayerGroup, Plane, Rope, RopeLayout,
 };
+pub use kv_cache_actors::pool::Tier;
 pub use kv_cache_actors::sequence::{OpenOptions, SequenceId, Tenant};
 pub use kv_cache_actors::stats::{BatchSizes, CoreCounters, Percentiles};
 pub use kv_cache_actors::supervisor::{ActorName, Exit};

@@ -11,7 +11,7 @@ use crate::batch::{KeysValues, Outcome};
 use crate::element::{Element, tensor};
 use crate::runtime::Runtime;
 use crate::view::View;
-use crate::{Error, ExtraIdentity, Format, SequenceId, Tenant};
+use crate::{Error, ExtraIdentity, Format, SequenceId, Tenant, Tier};
 
 /// An open sequence. Dropping it closes it, without waiting; its memory is free once what is in flight has ended.
 ///
@@ -43,8 +43,10 @@ pub struct SequenceInfo {
     pub dropped: Range<u32>,
     /// Blocks in the element type.
     pub raw_blocks: u32,
-    /// Blocks in the sealed format.
+    /// Blocks in the sealed format, on every tier.
     pub sealed_blocks: u32,
+    /// Of those, blocks in the host tier.
+    pub host_blocks: u32,
 }
 
 impl Sequence {
@@ -83,12 +85,16 @@ impl Sequence {
         let held = || state.blocks.iter().filter(|&&block| block != BlockId::DROPPED);
         let sealed = |block: &&BlockId| places.get(**block).is_some_and(|place| place.sealed);
         let sealed_blocks = held().filter(sealed).count() as u32;
+        let in_host =
+            |block: &&BlockId| places.get(**block).is_some_and(|place| place.class.tier() == Tier::Host);
+        let host_blocks = held().filter(in_host).count() as u32;
         SequenceInfo {
             committed: state.committed,
             staged: state.staged.clone(),
             dropped: state.dropped(),
             raw_blocks: held().count() as u32 - sealed_blocks,
             sealed_blocks,
+            host_blocks,
         }
     }
 
@@ -229,6 +235,33 @@ impl Sequence {
     /// [`Error::TokenRange`], [`Error::TokensDropped`]; those of a lost shard or closed cache.
     pub async fn truncate(&self, tokens: u32) -> Result<(), Error> {
         self.runtime.one(0, 0, |batch| batch.truncate(self.id(), tokens)).await.map(drop)
+    }
+
+    /// Moves its sealed blocks to the host tier, and returns how many were not there yet. That frees memory of the device; blocks
+    /// that forks share move for all of them.
+    ///
+    /// The blocks stay readable, in place and across the bus: [`Sequence::prefetch`] them before they are read often. Operations
+    /// on this sequence wait until the move is done; those on others do not.
+    ///
+    /// # Errors
+    /// [`Error::TierFull`]: nothing was moved; those of a lost shard or closed cache.
+    pub async fn offload(&self) -> Result<u32, Error> {
+        self.move_to(Tier::Host).await
+    }
+
+    /// Moves its sealed blocks back to the device, and returns how many were not there yet.
+    ///
+    /// # Errors
+    /// [`Error::TierFull`]: nothing was moved; those of a lost shard or closed cache.
+    pub async fn prefetch(&self) -> Result<u32, Error> {
+        self.move_to(Tier::Device).await
+    }
+
+    async fn move_to(&self, tier: Tier) -> Result<u32, Error> {
+        match self.runtime.one(0, 0, |batch| batch.move_to(self.id(), tier)).await? {
+            InnerOutcome::Moved { blocks } => Ok(blocks),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Closes the sequence and waits until its blocks are free.

@@ -13,7 +13,7 @@ use kv_cache_actors::slot::SlotPin;
 use crate::backend::{HostCopy, Memory};
 use crate::element::{Element, check_type};
 use crate::runtime::Runtime;
-use crate::{BlockLayout, ElementType, Error, Format, Plane, SequenceId};
+use crate::{BlockLayout, ElementType, Error, Format, Plane, SequenceId, Tier};
 
 /// Finds where a block is and keeps it there.
 fn pin(shard: &ShardView, block: BlockId) -> Option<(Place, SlotPin)> {
@@ -278,10 +278,15 @@ pub struct BlockEntry {
     pub first_token: u32,
     /// How it is stored.
     pub format: Format,
+    /// Which memory it is in. Offsets of blocks in the host tier count on from the end of the slab: kernels reach them by
+    /// [`BlockEntry::address`] alone.
+    pub tier: Tier,
     /// Where the block begins in the slab.
     pub slot_offset_bytes: usize,
     /// Where the layer's keys (raw elements, or codes) begin in the slab.
     pub keys_offset_bytes: usize,
+    /// The address of the layer's keys, as the device sees it.
+    pub address: u64,
 }
 
 impl BlockTable {
@@ -315,7 +320,10 @@ impl BlockTable {
                     Format::Int8 => int8.codes_at(&layout, layer as usize, Plane::Key),
                     _ => layout.plane_offset(layer as usize, Plane::Key),
                 };
+                let memory = &runtime.memories[id.shard() as usize];
                 blocks.push(BlockEntry {
+                    tier: place.class.tier(),
+                    address: memory.address_of(slot_offset_bytes + inside),
                     first_token: (at * layout.block_tokens) as u32,
                     format: place.format,
                     slot_offset_bytes,

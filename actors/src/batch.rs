@@ -16,6 +16,7 @@ use crate::error::Error;
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::memory::ReadBuffer;
 use crate::permit::Permit;
+use crate::pool::Tier;
 use crate::reach::{Arena, DeviceSource, LentMemory, Point, Reachable};
 use crate::sequence::{OpenOptions, OpenSequence, SequenceId, Tenant};
 use crate::submission::Submission;
@@ -143,7 +144,12 @@ pub(crate) struct TensorSpans {
 }
 
 impl TensorSpans {
-    fn new(keys: (usize, usize), values: (usize, usize), elements: [ElementType; 2], on_device: bool) -> Self {
+    fn new(
+        keys: (usize, usize),
+        values: (usize, usize),
+        elements: [ElementType; 2],
+        on_device: bool,
+    ) -> Self {
         // One that 32 bits do not count is of no shape that a batch can carry: the door says so.
         let bytes = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
         let element = elements[usize::from(elements[0] != elements[1])];
@@ -216,6 +222,10 @@ pub(crate) enum Operation {
         sequence: SequenceId,
         tokens: u32,
     },
+    MoveTo {
+        sequence: SequenceId,
+        tier: Tier,
+    },
     Close {
         sequence: SequenceId,
     },
@@ -254,6 +264,7 @@ impl Operation {
             | Operation::ReadDevice { sequence, .. }
             | Operation::Fork { sequence, .. }
             | Operation::Truncate { sequence, .. }
+            | Operation::MoveTo { sequence, .. }
             | Operation::Close { sequence } => Some(*sequence),
         }
     }
@@ -293,6 +304,11 @@ pub enum Outcome {
     Truncated {
         /// Committed tokens.
         committed: u32,
+    },
+    /// So many sealed blocks were moved to another tier.
+    Moved {
+        /// Blocks that were not there yet.
+        blocks: u32,
     },
     /// The sequence was closed.
     Closed,
@@ -490,14 +506,21 @@ impl BatchCacheOperations {
     ) {
         let rows = sequences.len();
         if token_ids.len() != rows {
-            return sequences.for_each(|_| self.refused(Error::EachTokens { tokens: token_ids.len(), sequences: rows }));
+            return sequences
+                .for_each(|_| self.refused(Error::EachTokens { tokens: token_ids.len(), sequences: rows }));
         }
         let (ids, tensors) = (self.push_ids(token_ids), self.each_tensors(tensors));
         self.submission.operations.reserve(rows);
         for (row, sequence) in (0u32..).zip(sequences) {
             let ids = IdSpan { start: ids.start + row, count: 1 };
             let tensors = TensorSpans { row, rows: rows as u32, ..tensors };
-            self.submission.operations.push(Operation::Append { sequence, at: None, ids, extra: None, tensors });
+            self.submission.operations.push(Operation::Append {
+                sequence,
+                at: None,
+                ids,
+                extra: None,
+                tensors,
+            });
         }
     }
 
@@ -552,6 +575,11 @@ impl BatchCacheOperations {
     /// Cuts a sequence to its first `tokens` committed tokens and discards what is staged.
     pub fn truncate(&mut self, sequence: SequenceId, tokens: u32) {
         self.submission.operations.push(Operation::Truncate { sequence, tokens });
+    }
+
+    /// Moves the sealed blocks of a sequence to a tier. They stay readable where they are, on the way and after.
+    pub fn move_to(&mut self, sequence: SequenceId, tier: Tier) {
+        self.submission.operations.push(Operation::MoveTo { sequence, tier });
     }
 
     /// Closes a sequence. Closing one that is closed already is answered with [`Error::ClosedSequence`].

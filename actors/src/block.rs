@@ -174,7 +174,7 @@ pub struct Place {
 /// moved (been sealed), reads the place again.
 #[derive(Debug, Clone)]
 pub struct Places {
-    // slot << 32 | generation << 4 | class << 1 | sealed: one word, so that a reader never sees half a move.
+    // slot << 32 | generation << 4 | class << 1 (two bits) | sealed: one word, so that a reader never sees half a move.
     words: Arc<Vec<AtomicU64>>,
     sealed_format: Format,
 }
@@ -202,7 +202,7 @@ impl Places {
         let sealed = word & 1 == 1;
         Some(Place {
             slot,
-            class: if word >> 1 & 1 == 1 { SizeClass::Sealed } else { SizeClass::Raw },
+            class: [SizeClass::Raw, SizeClass::Sealed, SizeClass::Host][(word >> 1 & 3) as usize % 3],
             generation: Generation((word >> 4) as u32 & ((1 << Generation::BITS) - 1)),
             format: if sealed { self.sealed_format } else { Format::Raw },
             sealed,

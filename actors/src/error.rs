@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::geometry::{ElementType, Plane};
+use crate::pool::Tier;
 use crate::sequence::SequenceId;
 
 /// Why an operation, or a whole submission, failed. Nothing that was stored before it has changed.
@@ -21,6 +22,18 @@ pub enum Error {
         free: u32,
         /// Blocks that eviction could free.
         evictable: u32,
+    },
+    /// Too few vacant slots in a tier to move blocks there. Nothing was moved.
+    #[error(
+        "{needed} blocks to move to the {tier:?} tier, {free} slots are free; move or close other sequences, then retry"
+    )]
+    TierFull {
+        /// Where they were to go.
+        tier: Tier,
+        /// Blocks to move.
+        needed: u32,
+        /// Slots that are free there.
+        free: u32,
     },
     /// A tensor's length does not match its shape.
     #[error("{plane:?} tensor of {bytes} bytes given, {expected_bytes} expected for shape {shape:?}")]
@@ -199,6 +212,7 @@ impl Error {
         matches!(
             self,
             Error::Capacity { .. }
+                | Error::TierFull { .. }
                 | Error::Overloaded { .. }
                 | Error::TooManySequences { .. }
                 | Error::TooManyTokens { .. }
@@ -209,9 +223,10 @@ impl Error {
     /// The kind, for counters.
     pub fn kind(&self) -> ErrorKind {
         match self {
-            Error::Capacity { .. } | Error::TooManyTokens { .. } | Error::TooManySequences { .. } => {
-                ErrorKind::Capacity
-            }
+            Error::Capacity { .. }
+            | Error::TierFull { .. }
+            | Error::TooManyTokens { .. }
+            | Error::TooManySequences { .. } => ErrorKind::Capacity,
             Error::Shape { .. }
             | Error::ElementType { .. }
             | Error::Layer { .. }

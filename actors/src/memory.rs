@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use crate::batch::Payload;
 use crate::block::BlockId;
+use crate::device::tier::TierMove;
 use crate::format::Format;
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::pool::PoolLayout;
@@ -102,7 +103,9 @@ pub type Doorbell = Arc<dyn Fn() + Send + Sync>;
 #[error("device lost: {0}")]
 pub struct DeviceLost(pub Arc<str>);
 
-/// One piece of work inside a [`Launch`]. Offsets are bytes from the start of the slab; `flight` indexes [`Launch::flights`].
+/// One piece of work inside a [`Launch`]. Offsets are bytes from the start of the slab; those behind its end are in the host tier.
+/// A step's slots are in the slab, except that sealed blocks are read wherever they are, and that transfers write to the tier.
+/// `flight` indexes [`Launch::flights`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Step {
@@ -117,6 +120,15 @@ pub enum Step {
         from_offset: usize,
         /// Slot written.
         to_offset: usize,
+    },
+    /// Copies a sealed block to another tier, byte by byte.
+    Transfer {
+        /// Slot read.
+        from_offset: usize,
+        /// Slot written.
+        to_offset: usize,
+        /// Bytes of the block.
+        bytes: usize,
     },
     /// Decodes a sealed block into a raw slot.
     Reopen {
@@ -296,6 +308,8 @@ pub(crate) enum Purpose {
     Operation { submission: u32, index: u32 },
     /// Sealing this block into this slot.
     Seal { block: BlockId, slot: FilledSlot },
+    /// Moving sealed blocks to another tier, for this operation.
+    Tier { submission: u32, index: u32, moves: Box<Vec<TierMove>> },
     /// Moving this raw block to this slot.
     Move { block: BlockId, slot: FilledSlot },
 }

@@ -16,6 +16,7 @@ use std::collections::VecDeque;
 use crate::error::ConfigError;
 use crate::format::Format;
 use crate::geometry::BlockLayout;
+use crate::runs::Runs;
 use crate::slot::{FilledSlot, SlotId, SlotTable, VacantSlot};
 
 /// Slots begin at multiples of this: whole cache lines on the CPU, aligned vector loads on a GPU.
@@ -27,13 +28,35 @@ const CHUNK_SLOTS_MAX: usize = 64;
 /// The least raw blocks that make a cache: one chunk for sealed slots, one as moving room, one to use.
 const BLOCKS_MIN: usize = 3;
 
-/// The two sizes of slots.
+/// The kinds of slots: two sizes in the device's slab, and the host tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SizeClass {
     /// Holds a block in the element type.
     Raw,
     /// Holds a block in the sealed format.
     Sealed,
+    /// Holds a block in the sealed format in host memory.
+    Host,
+}
+
+/// Where blocks are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Tier {
+    /// The device's slab.
+    Device,
+    /// Page-locked host memory.
+    Host,
+}
+
+impl SizeClass {
+    /// The tier of such slots.
+    pub fn tier(self) -> Tier {
+        match self {
+            SizeClass::Raw | SizeClass::Sealed => Tier::Device,
+            SizeClass::Host => Tier::Host,
+        }
+    }
 }
 
 /// How the bytes of one device are cut into chunks and slots.
@@ -49,6 +72,8 @@ pub struct PoolLayout {
     pub chunks: usize,
     /// Whether sealed blocks have slots of their own size (not so when the sealed format is `raw`).
     pub has_sealed_class: bool,
+    /// Slots of the host tier. They have numbers, and offsets, behind those of the slab.
+    pub host_slots: usize,
 }
 
 impl PoolLayout {
@@ -92,7 +117,22 @@ impl PoolLayout {
             chunk_bytes: slots * raw_slot_bytes,
             chunks,
             has_sealed_class,
+            host_slots: 0,
         })
+    }
+
+    /// Adds a host tier of at most `budget_bytes`.
+    #[must_use]
+    pub fn with_host_bytes(self, budget_bytes: u64) -> Self {
+        let slots = budget_bytes / self.sealed_slot_bytes as u64;
+        // Slot ids are 32 bits wide.
+        let most = (u32::MAX as usize - 1).saturating_sub(self.slot_ids());
+        PoolLayout { host_slots: usize::try_from(slots).unwrap_or(usize::MAX).min(most), ..self }
+    }
+
+    /// Bytes of the host tier.
+    pub fn host_bytes(&self) -> usize {
+        self.host_slots * self.sealed_slot_bytes
     }
 
     /// Bytes of the whole slab.
@@ -115,6 +155,7 @@ impl PoolLayout {
         match class {
             SizeClass::Raw => self.chunk_bytes / self.raw_slot_bytes,
             SizeClass::Sealed => (self.chunk_bytes / self.sealed_slot_bytes).min(CHUNK_SLOTS_MAX),
+            SizeClass::Host => 0,
         }
     }
 
@@ -123,13 +164,21 @@ impl PoolLayout {
         self.slots_per_chunk(SizeClass::Raw).max(self.slots_per_chunk(SizeClass::Sealed))
     }
 
-    /// Slot numbers of the whole slab; also the most blocks that can exist.
+    /// Slot numbers of the whole slab.
     pub fn slot_ids(&self) -> usize {
         self.chunks * self.slot_ids_per_chunk()
     }
 
-    /// Where a slot of `class` begins in the slab.
+    /// Slot numbers of all tiers; also the most blocks that can exist.
+    pub fn slot_ids_all_tiers(&self) -> usize {
+        self.slot_ids() + self.host_slots
+    }
+
+    /// Where a slot of `class` begins in the slab, or, behind the slab's end, in the host tier.
     pub fn offset_bytes(&self, class: SizeClass, slot: SlotId) -> usize {
+        if class == SizeClass::Host {
+            return self.slab_bytes() + (slot.0 as usize - self.slot_ids()) * self.sealed_slot_bytes;
+        }
         let (chunk, index) =
             (slot.0 as usize / self.slot_ids_per_chunk(), slot.0 as usize % self.slot_ids_per_chunk());
         chunk * self.chunk_bytes + index * self.slot_bytes(class)
@@ -139,7 +188,7 @@ impl PoolLayout {
     pub fn slot_bytes(&self, class: SizeClass) -> usize {
         match class {
             SizeClass::Raw => self.raw_slot_bytes,
-            SizeClass::Sealed => self.sealed_slot_bytes,
+            SizeClass::Sealed | SizeClass::Host => self.sealed_slot_bytes,
         }
     }
 }
@@ -188,7 +237,9 @@ pub struct Pool {
     residue: Vec<Residue>,
     quarantine: VecDeque<(SizeClass, FilledSlot)>,
     vacant_raw: usize,
-    used: [usize; 2],
+    used: [usize; 3],
+    /// Which slots of the host tier are free, counted from its first.
+    host: Runs,
     reserved_raw: usize,
     draining: Option<u32>,
 }
@@ -196,18 +247,20 @@ pub struct Pool {
 impl Pool {
     /// A pool with every slot vacant.
     pub fn new(layout: PoolLayout) -> Self {
-        let table = SlotTable::new(layout.slot_ids());
+        let slots = layout.slot_ids_all_tiers();
+        let table = SlotTable::new(slots);
         let mut pool = Pool {
             chunks: (0..layout.chunks)
                 .map(|_| Chunk { class: None, vacant: 0, listed_at: None, draining: false })
                 .collect(),
             stock: (0..layout.chunks as u32).rev().collect(),
             with_vacancy: [Vec::new(), Vec::new()],
-            vacant: (0..layout.slot_ids()).map(|id| Some(table.first(SlotId(id as u32)))).collect(),
+            vacant: (0..slots).map(|id| Some(table.first(SlotId(id as u32)))).collect(),
             residue: vec![Residue::Fresh; layout.slot_ids()],
             quarantine: VecDeque::new(),
             vacant_raw: 0,
-            used: [0; 2],
+            used: [0; 3],
+            host: Runs::new(layout.host_slots),
             reserved_raw: 0,
             draining: None,
             slot_ids_per_chunk: layout.slot_ids_per_chunk() as u32,
@@ -227,6 +280,9 @@ impl Pool {
 
     /// Where a slot of `class` begins in the slab.
     pub(crate) fn offset_bytes(&self, class: SizeClass, slot: SlotId) -> usize {
+        if class == SizeClass::Host {
+            return self.layout.offset_bytes(class, slot);
+        }
         let (chunk, index) = (slot.0 / self.slot_ids_per_chunk, slot.0 % self.slot_ids_per_chunk);
         chunk as usize * self.layout.chunk_bytes + index as usize * self.layout.slot_bytes(class)
     }
@@ -291,6 +347,27 @@ impl Pool {
         self.take(SizeClass::Raw, tenant)
     }
 
+    /// Slots of the host tier that can be taken.
+    pub fn host_available(&self) -> usize {
+        self.host.free_units()
+    }
+
+    /// Takes `count` slots of the host tier, in as few runs as there are: what is moved together shall lie together.
+    pub(crate) fn take_host(&mut self, count: usize) -> Option<Vec<FilledSlot>> {
+        if count > self.host_available() {
+            return None;
+        }
+        let mut slots = Vec::with_capacity(count);
+        while slots.len() < count {
+            let run = self.host.take_some(count - slots.len())?;
+            let first = self.layout.slot_ids();
+            // What is moved there overwrites the whole slot: nothing of another tenant's survives in it.
+            slots.extend(run.filter_map(|at| Some(self.vacant[first + at].take()?.fill())));
+        }
+        self.used[SizeClass::Host as usize] += count;
+        Some(slots)
+    }
+
     /// Takes a sealed slot for `tenant`, never at the cost of a raw slot that is reserved.
     pub(crate) fn take_sealed(&mut self, tenant: u32) -> Option<FilledSlot> {
         let needs_chunk = self.with_vacancy[SizeClass::Sealed as usize].is_empty();
@@ -330,7 +407,10 @@ impl Pool {
 
     /// The bytes of a slot are not what its owner was to write: they may be of whoever had it before.
     pub(crate) fn spoil(&mut self, slot: SlotId) {
-        self.residue[slot.0 as usize] = Residue::Mixed;
+        // The host tier keeps no count: whatever goes there overwrites the whole slot.
+        if let Some(residue) = self.residue.get_mut(slot.0 as usize) {
+            *residue = Residue::Mixed;
+        }
     }
 
     /// Gives a chunk of the stock to `class`.
@@ -433,6 +513,12 @@ impl Pool {
 
     fn put_back(&mut self, class: SizeClass, vacant: VacantSlot) {
         let id = vacant.id().0 as usize;
+        if class == SizeClass::Host {
+            self.used[class as usize] -= 1;
+            self.vacant[id] = Some(vacant);
+            let at = id - self.layout.slot_ids();
+            return self.host.give_back(at..at + 1);
+        }
         let (index, bit) = (id / self.layout.slot_ids_per_chunk(), id % self.layout.slot_ids_per_chunk());
         self.vacant[id] = Some(vacant);
         self.used[class as usize] -= 1;

@@ -43,7 +43,10 @@ struct Enqueuing {
 
 impl fmt::Debug for DeviceSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DeviceSource").field("device", &self.device).field("ready", &self.ready).finish_non_exhaustive()
+        f.debug_struct("DeviceSource")
+            .field("device", &self.device)
+            .field("ready", &self.ready)
+            .finish_non_exhaustive()
     }
 }
 

@@ -84,7 +84,9 @@ mod tests {
             let number = (seed >> 33) as usize;
             match runs.take(1 + number % 60) {
                 Some(run) if number % 3 > 0 => {
-                    assert!(run.end <= 1000 && taken.iter().all(|t| t.end <= run.start || run.end <= t.start));
+                    assert!(
+                        run.end <= 1000 && taken.iter().all(|t| t.end <= run.start || run.end <= t.start)
+                    );
                     taken.push(run);
                 }
                 Some(run) => runs.give_back(run),

@@ -29,6 +29,10 @@ pub struct CoreCounters {
     pub seal_stalls: u64,
     /// Raw blocks moved to make a chunk vacant for sealed slots.
     pub blocks_moved: u64,
+    /// Sealed blocks moved to another tier.
+    pub tier_moves: u64,
+    /// Bytes of sealed blocks sent to another tier.
+    pub bytes_moved: u64,
     /// Sequences made by forking.
     pub forks: u64,
     /// Blocks copied because somebody else still needed them as they were.
@@ -53,6 +57,8 @@ pub struct CoreCounters {
     pub blocks_waiting_to_seal: u64,
     /// Gauge: slots freed while somebody still looked at them.
     pub slots_quarantined: u64,
+    /// Gauge: slots of the host tier in use.
+    pub blocks_host: u64,
     /// Gauge: slab bytes in use.
     pub bytes_used: u64,
 }
@@ -68,6 +74,7 @@ impl CoreCounters {
             blocks_sealed: 0,
             blocks_waiting_to_seal: 0,
             slots_quarantined: 0,
+            blocks_host: 0,
             bytes_used: 0,
             ..self
         }
@@ -86,6 +93,8 @@ impl CoreCounters {
             seal_failures,
             seal_stalls,
             blocks_moved,
+            tier_moves,
+            bytes_moved,
             forks,
             copies_on_write,
             slots_zeroed,
@@ -98,6 +107,7 @@ impl CoreCounters {
             blocks_sealed,
             blocks_waiting_to_seal,
             slots_quarantined,
+            blocks_host,
             bytes_used,
         } = other;
         self.operations += operations;
@@ -110,6 +120,8 @@ impl CoreCounters {
         self.seal_failures += seal_failures;
         self.seal_stalls += seal_stalls;
         self.blocks_moved += blocks_moved;
+        self.tier_moves += tier_moves;
+        self.bytes_moved += bytes_moved;
         self.forks += forks;
         self.copies_on_write += copies_on_write;
         self.slots_zeroed += slots_zeroed;
@@ -122,6 +134,7 @@ impl CoreCounters {
         self.blocks_sealed += blocks_sealed;
         self.blocks_waiting_to_seal += blocks_waiting_to_seal;
         self.slots_quarantined += slots_quarantined;
+        self.blocks_host += blocks_host;
         self.bytes_used += bytes_used;
     }
 }

@@ -25,7 +25,9 @@ const ROUNDS: usize = 33;
 
 pub(crate) fn measure(table: &mut Table) -> anyhow::Result<()> {
     let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    table.group("decode step: 256 sequences append one token, 8 heads × 128, f16, one layer; medians of 32 rounds");
+    table.group(
+        "decode step: 256 sequences append one token, 8 heads × 128, f16, one layer; medians of 32 rounds",
+    );
     // On a worker, as a server's tasks are.
     let steps = tokio.block_on(async { tokio::spawn(from_host()).await })??;
     steps.print(table, "from host memory", 200.0);
@@ -90,9 +92,24 @@ impl Steps {
 
     fn print(mut self, table: &mut Table, what: &str, reach_us: f64) {
         let mean = median(&mut self.mean_us);
-        table.row(&format!("{what}, mean of 32 steps"), mean, "µs", Some((mean / reach_us, &format!("of {reach_us} µs"))));
-        table.row(&format!("{what}, the step that fills all 256 blocks"), median(&mut self.filling_us), "µs", None);
-        table.row(&format!("{what}, from then until all are sealed"), median(&mut self.sealed_us), "µs", None);
+        table.row(
+            &format!("{what}, mean of 32 steps"),
+            mean,
+            "µs",
+            Some((mean / reach_us, &format!("of {reach_us} µs"))),
+        );
+        table.row(
+            &format!("{what}, the step that fills all 256 blocks"),
+            median(&mut self.filling_us),
+            "µs",
+            None,
+        );
+        table.row(
+            &format!("{what}, from then until all are sealed"),
+            median(&mut self.sealed_us),
+            "µs",
+            None,
+        );
     }
 }
 
@@ -139,7 +156,8 @@ async fn from_lent() -> anyhow::Result<Steps> {
         if !steps.next() {
             return Ok(steps);
         }
-        let batch = batch.append_each_region(&all, &TOKEN_IDS, &region.slice(0..HALF), &region.slice(HALF..2 * HALF));
+        let batch =
+            batch.append_each_region(&all, &TOKEN_IDS, &region.slice(0..HALF), &region.slice(HALF..2 * HALF));
         submit(&cache, batch).await?;
         steps.end(&cache);
     }

@@ -25,7 +25,10 @@ impl Table {
     pub(crate) fn row(&mut self, what: &str, value: f64, unit: &str, judged: Option<(f64, &str)>) {
         if self.json {
             let (ratio, by) = judged.unzip();
-            println!("{}", json!({ "group": self.group, "what": what, "value": value, "unit": unit, "ratio": ratio, "ratio_of": by }));
+            println!(
+                "{}",
+                json!({ "group": self.group, "what": what, "value": value, "unit": unit, "ratio": ratio, "ratio_of": by })
+            );
             return;
         }
         let judged = judged.map_or(String::new(), |(ratio, by)| format!("{ratio:>9.2} {by}"));

@@ -62,6 +62,15 @@ impl Memory {
         }
     }
 
+    /// Where a byte of the slab or the host tier is, as the device sees it.
+    pub(crate) fn address_of(&self, offset: usize) -> u64 {
+        match self {
+            Memory::Cpu(slab) => (slab.address() + offset) as u64,
+            #[cfg(feature = "cuda")]
+            Memory::Cuda(slab) => slab.address_of(offset),
+        }
+    }
+
     /// The GPU that it is on.
     pub(crate) fn device(&self) -> Option<u16> {
         match self {
@@ -147,7 +156,9 @@ pub(crate) fn gpus() -> Result<Vec<Device>, String> {
 /// Allocates the slabs of all devices.
 pub(crate) fn allocate(devices: &[Device], pool: &PoolLayout) -> Result<Vec<Memory>, BuildError> {
     let in_host_memory = devices.iter().filter(|device| matches!(device, Device::Cpu(_))).count() as u64;
-    let requested_bytes = (pool.slab_bytes() as u64).saturating_mul(in_host_memory);
+    let (slab, host) = (pool.slab_bytes() as u64, pool.host_bytes() as u64);
+    let tiers = host.saturating_mul(devices.len() as u64);
+    let requested_bytes = slab.saturating_mul(in_host_memory).saturating_add(tiers);
     if let Some(available_bytes) = cpu::available_bytes()
         && requested_bytes > available_bytes
     {
@@ -155,14 +166,14 @@ pub(crate) fn allocate(devices: &[Device], pool: &PoolLayout) -> Result<Vec<Memo
         return Err(BuildError::Memory { requested_bytes, available_bytes, missing_bytes });
     }
     let slab = |device: &Device| match device {
-        Device::Cpu(_) => match cpu::Slab::allocate(pool.slab_bytes()) {
+        Device::Cpu(_) => match cpu::Slab::allocate(pool.slab_bytes() + pool.host_bytes()) {
             Some(slab) => Ok(Memory::Cpu(Arc::new(slab))),
-            None => Err(device.failed(format_args!("the allocator refused {} bytes", pool.slab_bytes()))),
+            None => Err(device.failed(format_args!("the allocator refused {requested_bytes} bytes"))),
         },
         #[cfg(feature = "cuda")]
         Device::Cuda(ordinal) => {
             let gpu = cuda::Gpu::shared(*ordinal as usize).map_err(|error| device.failed(error))?;
-            match cuda::Slab::allocate(&gpu, pool.slab_bytes()) {
+            match cuda::Slab::allocate(&gpu, pool.slab_bytes(), pool.host_bytes()) {
                 Ok(slab) => Ok(Memory::Cuda(Arc::new(slab))),
                 Err(cuda::DriverError::Memory { requested_bytes, free_bytes, .. }) => {
                     Err(BuildError::Memory {
@@ -192,7 +203,8 @@ impl Lender {
         #[cfg(feature = "cuda")]
         for (device, memory) in devices.iter().zip(memories) {
             if let Memory::Cuda(slab) = memory {
-                let lender = cuda::Lender::new(slab.gpu(), bytes as usize).map_err(|error| device.failed(error))?;
+                let lender =
+                    cuda::Lender::new(slab.gpu(), bytes as usize).map_err(|error| device.failed(error))?;
                 return Ok(Lender { pinned: Some(lender) });
             }
         }

@@ -181,6 +181,9 @@ pub fn all_combos() -> impl Iterator<Item = Combo> {
 /// Tokens that every cache of the suites has raw room for, on each shard.
 pub const ROOM_TOKENS: u64 = 1024;
 
+/// Blocks that the host tier of every shard of the suites' caches holds.
+pub const HOST_TIER_BLOCKS: u32 = 17;
+
 impl Combo {
     /// The builder with room for [`ROOM_TOKENS`] raw tokens; prints the reason if this machine lacks the backend.
     pub fn builder(&self) -> Option<CacheBuilder> {
@@ -190,8 +193,11 @@ impl Combo {
         match (self.setup.builder)(self.geometry.clone()) {
             // Some chunks are kept for sealed blocks.
             Ok(builder) => {
-                let builder =
-                    builder.sealed_format(self.format).memory_bytes_per_device(blocks * bytes * 18 / 16);
+                let sealed = (self.format.block_bytes(&block) as u64).next_multiple_of(128);
+                let builder = builder
+                    .sealed_format(self.format)
+                    .memory_bytes_per_device(blocks * bytes * 18 / 16)
+                    .configure(|c| c.host_tier_bytes_per_device = u64::from(HOST_TIER_BLOCKS) * sealed);
                 println!("on {self}");
                 Some(builder)
             }

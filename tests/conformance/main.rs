@@ -11,5 +11,6 @@ mod callers;
 mod memory;
 mod random;
 mod sharing;
+mod tiers;
 mod tokens;
 mod views;

@@ -40,7 +40,7 @@ impl DeviceCore {
         Holdings {
             sequences: self.sequences.len(),
             blocks: self.blocks.len(),
-            slots: pool.used(SizeClass::Raw) + pool.used(SizeClass::Sealed),
+            slots: pool.used(SizeClass::Raw) + pool.used(SizeClass::Sealed) + pool.used(SizeClass::Host),
             quarantined: pool.quarantined(),
             sealing: self.blocks.iter().filter(|(_, block)| block.state == BlockState::Sealing).count(),
             reserved: pool.reserved_raw(),
@@ -94,11 +94,20 @@ impl DeviceCore {
             }
         }
         let mut slots = HashSet::new();
-        let (mut raw, mut sealed, mut sealing, mut moving) = (0, 0, 0, 0);
+        let mut held_by_blocks = [0; 3];
+        let device_class = if self.config.pool.has_sealed_class { SizeClass::Sealed } else { SizeClass::Raw };
         for (id, block) in self.blocks.iter() {
             let seals = u32::from(block.state == BlockState::Sealing);
-            sealing += seals as usize;
-            moving += usize::from(block.moving);
+            // The target slots of seals and moves in flight are owned by their flights.
+            match (block.state, block.moving) {
+                (BlockState::Sealing, _) => held_by_blocks[SizeClass::Sealed as usize] += 1,
+                (BlockState::Sealed, true) if block.class == SizeClass::Host => {
+                    held_by_blocks[device_class as usize] += 1
+                }
+                (BlockState::Sealed, true) => held_by_blocks[SizeClass::Host as usize] += 1,
+                (_, true) => held_by_blocks[SizeClass::Raw as usize] += 1,
+                (_, false) => {}
+            }
             let held = holders.get(&id).copied().unwrap_or(0) + seals + u32::from(block.moving);
             if block.refs != held {
                 return Err(format!("{id:?}: {} references, {held} holders", block.refs));
@@ -110,19 +119,15 @@ impl DeviceCore {
             if (place.slot, place.generation) != (block.slot.id(), block.slot.generation()) {
                 return Err(format!("{id:?}: published at {place:?}, is in {:?}", block.slot));
             }
-            match block.class {
-                SizeClass::Raw => raw += 1,
-                SizeClass::Sealed => sealed += 1,
-            }
+            held_by_blocks[block.class as usize] += 1;
             if block.private && self.blocks.key(id).is_some() {
                 return Err(format!("{id:?} is private and has a key"));
             }
         }
-        // The target slots of seals and moves in flight are owned by their flights.
         let held = self.blocks.pool().held();
-        if held != [raw + moving, sealed + sealing] {
+        if held != held_by_blocks {
             return Err(format!(
-                "slots held: {held:?}; blocks hold {raw} and {sealed}, {sealing} are sealing"
+                "slots held, by class: {held:?}; blocks and flights hold {held_by_blocks:?}"
             ));
         }
         let unanswered: usize = self.pending.iter().map(|pending| pending.unanswered()).sum();

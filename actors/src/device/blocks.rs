@@ -15,9 +15,9 @@ use crate::stats::CoreCounters;
 /// Blocks and the slots that they are in.
 #[derive(Debug)]
 pub struct BlockStore {
-    blocks: Slab<Block>,
-    pool: Pool,
-    places: Places,
+    pub(super) blocks: Slab<Block>,
+    pub(super) pool: Pool,
+    pub(super) places: Places,
     /// The key of every block that is full and not private, by block number.
     keys: Vec<Option<BlockKey>>,
     /// Token ids of every block, `block_tokens` each, by block number.
@@ -85,7 +85,7 @@ pub(super) struct NewBlock {
 
 impl BlockStore {
     pub(super) fn new(pool: Pool, layout: BlockLayout, sealed_format: Format) -> Self {
-        let blocks = pool.layout().slot_ids();
+        let blocks = pool.layout().slot_ids_all_tiers();
         BlockStore {
             blocks: Slab::with_capacity(blocks),
             places: Places::new(blocks, sealed_format),
@@ -229,6 +229,16 @@ impl BlockStore {
         NewBlock { id, offset, must_zero: taken.must_zero }
     }
 
+    /// Lets readers outside of the device thread find the block where it is now.
+    pub(super) fn publish(&mut self, id: BlockId) {
+        let (block, owners) = (&self.blocks[id.0 as usize], &mut self.owners);
+        // Of the slab's slots only: nothing is ever looked up by a slot of another tier.
+        if let Some(owner) = owners.get_mut(block.slot.id().0 as usize) {
+            *owner = id;
+        }
+        self.places.publish(id, block);
+    }
+
     pub(super) fn retain(&mut self, id: BlockId) {
         self.get_mut(id).refs += 1;
     }
@@ -257,7 +267,7 @@ impl BlockStore {
         self.pool.spoil(slot);
     }
 
-    fn free_slot(&mut self, class: SizeClass, slot: FilledSlot) {
+    pub(super) fn free_slot(&mut self, class: SizeClass, slot: FilledSlot) {
         self.pool.free(class, slot);
         self.seal_stalled = false;
     }
@@ -445,6 +455,7 @@ impl BlockStore {
         counters.blocks_sealed = self.sealed_blocks;
         counters.blocks_waiting_to_seal = self.to_seal.len() as u64;
         counters.slots_quarantined = self.pool.quarantined() as u64;
+        counters.blocks_host = self.pool.used(SizeClass::Host) as u64;
         let used = |class| (self.pool.used(class) * self.pool.layout().slot_bytes(class)) as u64;
         counters.bytes_used = used(SizeClass::Raw) + used(SizeClass::Sealed);
     }

@@ -92,8 +92,8 @@ pub struct Effects {
 /// One operation of a pending submission.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct OpRef {
-    submission: u32,
-    index: u32,
+    pub(super) submission: u32,
+    pub(super) index: u32,
 }
 
 /// Submissions that are not answered yet.
@@ -127,7 +127,7 @@ pub(super) struct Building {
 }
 
 impl Building {
-    fn launch(&mut self, lane: LaneKind) -> &mut Launch {
+    pub(super) fn launch(&mut self, lane: LaneKind) -> &mut Launch {
         self.launches[lane as usize].get_or_insert_with(|| self.spare.pop().unwrap_or_default())
     }
 
@@ -394,6 +394,10 @@ impl DeviceCore {
                 let tokens = *tokens;
                 Progress::Done(self.truncate(index, tokens))
             }
+            (Operation::MoveTo { tier, .. }, Some(index)) => {
+                let tier = *tier;
+                self.plan_move(op, index, tier)
+            }
             (Operation::Close { sequence }, Some(index)) => {
                 let id = *sequence;
                 for parked in self.close(index, effects) {
@@ -460,6 +464,16 @@ impl DeviceCore {
                     let sealed = error.is_none().then_some(finite);
                     self.blocks.land_seal(block, slot, sealed, &mut self.counters);
                 }
+                Purpose::Tier { submission, index, moves } => {
+                    let op = OpRef { submission, index };
+                    let outcome = self.land_moves(*moves, error.is_none());
+                    let sequence = self.pending.operation(op).sequence();
+                    let result = error.clone().map_or(Ok(outcome), |reason| Err(Error::Device(reason)));
+                    self.answer(op, result, effects);
+                    if let Some(id) = sequence {
+                        self.resume(id.index(), effects);
+                    }
+                }
                 Purpose::Move { block, slot } => self.blocks.land_move(block, slot, error.is_none()),
             }
         }
@@ -518,6 +532,9 @@ impl DeviceCore {
         // In order, until one of them flies (or closes the sequence).
         while let Some(entry) = self.sequences.get_mut(index).filter(|entry| entry.id == id && !entry.busy) {
             let Some(next) = entry.unpark() else { break };
+            if self.append_in_place(next) {
+                break;
+            }
             match self.find(id, next) {
                 Ok(index) => self.start(next, Some(index), effects),
                 Err(error) => self.answer(next, Err(error), effects),

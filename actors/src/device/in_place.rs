@@ -77,7 +77,7 @@ impl DeviceCore {
             layers: 0..config.layout.layers,
             keys_at: tensors.keys_at,
             values_at: tensors.values_at,
-                on_device: tensors.on_device,
+            on_device: tensors.on_device,
             payload_tokens: tensors.tokens(tokens),
             first_token: tensors.row as usize,
             slot_offset,

@@ -10,6 +10,7 @@ mod core;
 mod entry;
 mod in_place;
 mod plan;
+pub(crate) mod tier;
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -208,6 +209,11 @@ impl<L: Lane> DeviceActor<L> {
         let mut operations = 0;
         let mut submissions = 0;
         let mut next = Some(first);
+        // What is done by now stands in nobody's way.
+        self.compute.poll(&mut self.done)?;
+        for launch in self.done.drain(..) {
+            self.core.apply(Event::Launched(launch), &mut self.effects);
+        }
         while let Some(arrived) = next {
             let mut stats = self.stats.lock();
             for submission in &arrived {

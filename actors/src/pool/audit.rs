@@ -14,9 +14,10 @@ impl Pool {
     }
 
     /// Slots taken and not given back, and not in quarantine either, by class.
-    pub fn held(&self) -> [usize; 2] {
+    pub fn held(&self) -> [usize; 3] {
         let quarantined = |class| self.quarantine.iter().filter(|(c, _)| *c == class).count();
-        [SizeClass::Raw, SizeClass::Sealed].map(|class| self.used(class) - quarantined(class))
+        [SizeClass::Raw, SizeClass::Sealed, SizeClass::Host]
+            .map(|class| self.used(class) - quarantined(class))
     }
 
     /// Whether `slot` is vacant, or freed and still looked at.
@@ -58,6 +59,7 @@ impl Pool {
                 return Err(format!("chunk {index} is not where it belongs: {chunk:?}"));
             }
         }
+        let host_taken = self.vacant[self.layout.slot_ids()..].iter().filter(|slot| slot.is_none()).count();
         let in_stock = self.chunks.iter().filter(|chunk| chunk.class.is_none()).count();
         let listed: usize = self.with_vacancy.iter().map(Vec::len).sum();
         let with_vacancy = self.chunks.iter().filter(|chunk| chunk.vacant != 0 && !chunk.draining).count();
@@ -66,6 +68,8 @@ impl Pool {
             ("chunks in stock", in_stock, self.stock.len()),
             ("chunks with vacancies", with_vacancy, listed),
             ("slots taken", taken, self.used[0] + self.used[1]),
+            ("host slots taken", host_taken, self.used[2]),
+            ("host slots free", self.layout.host_slots - host_taken, self.host.free_units()),
         ] {
             if counted != kept {
                 return Err(format!("{what}: {counted} counted, {kept} kept"));

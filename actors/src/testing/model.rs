@@ -14,6 +14,7 @@ use crate::error::Error;
 use crate::format::Format;
 use crate::geometry::{BlockLayout, Plane};
 use crate::memory::{Elements, ReadBuffer};
+use crate::pool::Tier;
 use crate::sequence::{SINK_TOKENS, SequenceId};
 
 /// What all sequences of a model have in common.
@@ -85,6 +86,11 @@ pub enum Op {
     Truncate {
         /// To how many tokens.
         tokens: u32,
+    },
+    /// Move to a tier.
+    MoveTo {
+        /// Which.
+        tier: Tier,
     },
     /// Close.
     Close,
@@ -230,7 +236,7 @@ impl ModelSequence {
                 let hits = dropped.start < *tokens && *tokens < dropped.end;
                 hits.then_some(Error::TokensDropped { range: 0..*tokens, dropped })
             }
-            Op::Fork { .. } | Op::Close => None,
+            Op::Fork { .. } | Op::MoveTo { .. } | Op::Close => None,
         }
     }
 
@@ -250,7 +256,10 @@ impl ModelSequence {
                 let counts = writes || matches!(op, Op::Commit { .. } | Op::Fork { .. });
                 counts && *max_total_tokens == rules.max_total_tokens && tokens > max_total_tokens
             }
-            Error::Device(_) => rules.faults && (writes || matches!(op, Op::Read { .. })),
+            Error::TierFull { tier, needed, free } => {
+                matches!(op, Op::MoveTo { tier: to } if to == tier && needed > free)
+            }
+            Error::Device(_) => rules.faults && (writes || matches!(op, Op::Read { .. } | Op::MoveTo { .. })),
             _ => false,
         }
     }
@@ -284,6 +293,7 @@ impl ModelSequence {
             }
             // How many was checked by whoever took the handles out.
             (Op::Fork { .. }, Ok(Outcome::Forked(_))) => true,
+            (Op::MoveTo { .. }, Ok(Outcome::Moved { .. })) => true,
             (Op::Close, Ok(Outcome::Closed)) => true,
             (Op::Read { layer, tokens }, Ok(Outcome::Read(buffer))) => {
                 return self.check_read(&rules.layout, *layer as usize, tokens, buffer);
@@ -360,7 +370,7 @@ impl ModelSequence {
             }
             Op::Fork { .. } => self.promised_tokens = 0,
             Op::Close => self.closed = true,
-            Op::Read { .. } => {}
+            Op::Read { .. } | Op::MoveTo { .. } => {}
         }
     }
 

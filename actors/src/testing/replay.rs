@@ -13,6 +13,7 @@ use super::values::not_finite;
 use crate::batch::{BatchCacheOperations, Outcome, Results};
 use crate::block::{BlockId, Place};
 use crate::device::Event;
+use crate::pool::Tier;
 use crate::sequence::{OpenOptions, OpenSequence, SequenceId};
 
 /// One operation of a script, with the ids that the first run gave.
@@ -115,7 +116,7 @@ fn choose(rng: &mut Rng, setup: &Setup, committed: u32, stamp: u64, crowded: boo
     };
     let layers = setup.geometry.groups[0].layers as usize;
     let finite = !rng.one_in(24);
-    match rng.below(20) {
+    match rng.below(22) {
         0..9 => Op::Append { at: None, stamp, tokens, finite, extra: None },
         9..11 => Op::Stage { layer: rng.below(layers) as u32, stamp, tokens, finite },
         11 => Op::Commit { stamp, tokens: 1 },
@@ -125,6 +126,7 @@ fn choose(rng: &mut Rng, setup: &Setup, committed: u32, stamp: u64, crowded: boo
         }
         16 if !crowded => Op::Fork { count: rng.between(1, 2) },
         17..19 => Op::Truncate { tokens: rng.between(committed / 2, committed) },
+        19 => Op::MoveTo { tier: rng.pick(&[Tier::Host, Tier::Device]) },
         _ if crowded => Op::Close,
         _ => Op::Truncate { tokens: committed },
     }
@@ -151,6 +153,7 @@ fn put(rig: &mut Rig, batch: &mut BatchCacheOperations, line: &Line) {
         Op::Read { layer, ref tokens } => batch.read(id, layer, tokens.clone()),
         Op::Fork { count } => batch.fork(id, count),
         Op::Truncate { tokens } => batch.truncate(id, tokens),
+        Op::MoveTo { tier } => batch.move_to(id, tier),
         Op::Close => batch.close(id),
     }
 }

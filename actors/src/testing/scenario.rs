@@ -31,6 +31,8 @@ pub struct Setup {
     pub keep_ratio: Option<f32>,
     /// Raw slots in a chunk, if not as many as the pool would choose.
     pub chunk_slots: Option<usize>,
+    /// Blocks that the host tier holds.
+    pub host_blocks: u64,
     /// Sequences that a run keeps open.
     pub sequences: usize,
 }
@@ -49,6 +51,7 @@ impl Setup {
             deterministic: false,
             keep_ratio: None,
             chunk_slots: None,
+            host_blocks: 16,
             sequences: 8,
         }
     }
@@ -75,6 +78,7 @@ impl Setup {
             deterministic: rng.one_in(6),
             keep_ratio: rng.one_in(3).then(|| rng.pick(&[0.1, 0.5, 0.8])),
             chunk_slots: None,
+            host_blocks: rng.pick(&[0, 6, 60]),
             sequences: rng.pick(&[2, 6, 12, 24]),
             geometry,
         }
@@ -95,6 +99,7 @@ impl Setup {
             deterministic: rng.one_in(12),
             keep_ratio: None,
             chunk_slots: Some(rng.between(2, 12) as usize),
+            host_blocks: rng.pick(&[0, 10, 200]),
             sequences: 40,
             geometry,
         }
@@ -113,6 +118,7 @@ impl Setup {
             pool.chunk_bytes = slots * pool.raw_slot_bytes;
             pool.chunks = self.blocks as usize / slots;
         }
+        let pool = pool.with_host_bytes(self.host_blocks * pool.sealed_slot_bytes as u64);
         CoreConfig {
             shard: 0,
             geometry: self.geometry.clone(),

@@ -84,7 +84,7 @@ impl SimDevice {
             memory: Memory {
                 layout: *layout,
                 int8: Int8Layout::new(layout),
-                bytes: vec![0; pool.slab_bytes()],
+                bytes: vec![0; pool.slab_bytes() + pool.host_bytes()],
             },
             tracker: Tracker::new(*layout, *pool),
             lanes: Default::default(),
@@ -238,6 +238,9 @@ impl Memory {
             Step::Copy { from_offset, to_offset } => {
                 self.bytes.copy_within(*from_offset..from_offset + raw_bytes, *to_offset);
             }
+            Step::Transfer { from_offset, to_offset, bytes } => {
+                self.bytes.copy_within(*from_offset..from_offset + bytes, *to_offset);
+            }
             Step::Reopen { from_offset, to_offset, .. } => self.reopen(*from_offset, *to_offset),
             Step::Append(append) => {
                 let finite = self.append(append, launch.payload(append.flight));
@@ -264,6 +267,9 @@ impl Memory {
             Step::Zero { slot_offset } => self.bytes[*slot_offset..slot_offset + half].fill(0),
             Step::Copy { from_offset, to_offset } => {
                 self.bytes.copy_within(*from_offset..from_offset + half, *to_offset);
+            }
+            Step::Transfer { from_offset, to_offset, bytes } => {
+                self.bytes.copy_within(*from_offset..from_offset + bytes / 2, *to_offset);
             }
             Step::Append(append) => {
                 let mut append = append.clone();

@@ -24,7 +24,7 @@ pub struct Tracker {
     /// Per sealed slot.
     sealed_written: Vec<bool>,
     /// Slots that hold tokens which were decoded, raw ones and sealed ones.
-    decoded: [Vec<bool>; 2],
+    decoded: [Vec<bool>; 3],
     /// Generations of the slots when last looked at.
     generations: Vec<u32>,
     /// Accesses under way, per chunk.
@@ -61,13 +61,13 @@ impl Access {
 impl Tracker {
     /// A tracker of a fresh slab.
     pub fn new(layout: BlockLayout, pool: PoolLayout) -> Self {
-        let slots = pool.slot_ids();
+        let slots = pool.slot_ids_all_tiers();
         Tracker {
             raw_written: vec![false; slots * layout.layers * layout.block_tokens],
             sealed_written: vec![false; slots],
-            decoded: [vec![false; slots], vec![false; slots]],
+            decoded: [(); 3].map(|()| vec![false; slots]),
             generations: vec![0; slots],
-            under_way: vec![Vec::new(); pool.chunks],
+            under_way: vec![Vec::new(); pool.chunks + 1],
             layout,
             pool,
         }
@@ -97,13 +97,32 @@ impl Tracker {
         self.decoded[class as usize][slot] = decoded;
     }
 
+    /// Where the accesses to the slot at `offset` are listed: by chunk, and all of the host tier together.
+    fn listed_at(&self, offset: usize) -> usize {
+        (offset / self.pool.chunk_bytes).min(self.pool.chunks)
+    }
+
     fn slot_of(&self, class: SizeClass, offset: usize) -> usize {
+        if offset >= self.pool.slab_bytes() {
+            let inside = offset - self.pool.slab_bytes();
+            assert_eq!(
+                inside % self.pool.sealed_slot_bytes,
+                0,
+                "offset {offset} is no slot of the host tier"
+            );
+            return self.pool.slot_ids() + inside / self.pool.sealed_slot_bytes;
+        }
         let chunk = offset / self.pool.chunk_bytes;
         let inside = offset % self.pool.chunk_bytes;
         assert_eq!(inside % self.pool.slot_bytes(class), 0, "offset {offset} is no {class:?} slot");
         let index = inside / self.pool.slot_bytes(class);
         assert!(index < self.pool.slots_per_chunk(class), "offset {offset} lies past the slots of its chunk");
         chunk * self.pool.slot_ids_per_chunk() + index
+    }
+
+    /// The class of the slot at `offset`, of a block that is stored so.
+    fn class_at(&self, format: Format, offset: usize) -> SizeClass {
+        if offset >= self.pool.slab_bytes() { SizeClass::Host } else { self.class_of(format) }
     }
 
     fn class_of(&self, format: Format) -> SizeClass {
@@ -138,8 +157,25 @@ impl Tracker {
             Step::Copy { from_offset, to_offset } => {
                 let marks = self.whole(*from_offset).to_vec();
                 self.whole(*to_offset).copy_from_slice(&marks);
-                let decoded = self.is_decoded(SizeClass::Raw, *from_offset);
+                let from_class = self.class_at(Format::Raw, *from_offset);
+                let decoded = self.is_decoded(from_class, *from_offset);
                 self.set_decoded(SizeClass::Raw, *to_offset, decoded);
+            }
+            Step::Transfer { from_offset, to_offset, .. } => {
+                if !self.pool.has_sealed_class {
+                    let marks = self.whole(*from_offset).to_vec();
+                    self.whole(*to_offset).copy_from_slice(&marks);
+                }
+                let format = if self.pool.has_sealed_class { Format::Int8 } else { Format::Raw };
+                let (from_class, to_class) =
+                    (self.class_at(format, *from_offset), self.class_at(format, *to_offset));
+                let (from, to) = (self.slot_of(from_class, *from_offset), self.slot_of(to_class, *to_offset));
+                assert!(
+                    !self.pool.has_sealed_class || self.sealed_written[from],
+                    "moved before it was sealed: {step:?}"
+                );
+                self.sealed_written[to] = self.sealed_written[from];
+                self.decoded[to_class as usize][to] = self.decoded[from_class as usize][from];
             }
             Step::Reopen { format, from_offset, to_offset } => {
                 self.check_sealed(*format, *from_offset, step);
@@ -162,17 +198,18 @@ impl Tracker {
                 self.set_decoded(SizeClass::Sealed, *to_offset, decoded);
             }
             Step::Read(read) => match self.class_of(read.format) {
+                // Also of a block in the host tier.
                 SizeClass::Raw => assert!(
                     self.rows(read.slot_offset, read.layer, read.tokens.clone()).iter().all(|w| *w),
                     "read before it was written: {read:?}"
                 ),
-                SizeClass::Sealed => self.check_sealed(read.format, read.slot_offset, step),
+                SizeClass::Sealed | SizeClass::Host => self.check_sealed(read.format, read.slot_offset, step),
             },
         }
     }
 
     fn check_sealed(&self, format: Format, offset: usize, step: &Step) {
-        let slot = self.slot_of(self.class_of(format), offset);
+        let slot = self.slot_of(self.class_at(format, offset), offset);
         assert!(self.sealed_written[slot], "read before it was sealed: {step:?}");
     }
 
@@ -188,11 +225,20 @@ impl Tracker {
             match step {
                 Step::Zero { slot_offset } => self.access(lane, launch, true, raw, *slot_offset, whole, all),
                 Step::Copy { from_offset, to_offset } => {
-                    self.access(lane, launch, false, raw, *from_offset, whole.clone(), all.clone());
+                    let class = self.class_at(Format::Raw, *from_offset);
+                    self.access(lane, launch, false, class, *from_offset, whole.clone(), all.clone());
                     self.access(lane, launch, true, raw, *to_offset, whole, all);
                 }
-                Step::Reopen { from_offset, to_offset, .. } => {
-                    self.access(lane, launch, false, sealed, *from_offset, whole.clone(), all.clone());
+                Step::Transfer { from_offset, to_offset, .. } => {
+                    let format = if self.pool.has_sealed_class { Format::Int8 } else { Format::Raw };
+                    let class = |offset| self.class_at(format, offset);
+                    let (from, to) = (class(*from_offset), class(*to_offset));
+                    self.access(lane, launch, false, from, *from_offset, whole.clone(), all.clone());
+                    self.access(lane, launch, true, to, *to_offset, whole, all);
+                }
+                Step::Reopen { format, from_offset, to_offset } => {
+                    let class = self.class_at(*format, *from_offset);
+                    self.access(lane, launch, false, class, *from_offset, whole.clone(), all.clone());
                     self.access(lane, launch, true, raw, *to_offset, whole, all);
                 }
                 Step::Append(append) => {
@@ -205,7 +251,7 @@ impl Tracker {
                 }
                 Step::Read(read) => {
                     let (layers, tokens) = (read.layer..read.layer + 1, read.tokens.clone());
-                    let class = self.class_of(read.format);
+                    let class = self.class_at(read.format, read.slot_offset);
                     self.access(lane, launch, false, class, read.slot_offset, layers, tokens);
                 }
             }
@@ -225,7 +271,8 @@ impl Tracker {
     ) {
         let slot = offset..offset + self.pool.slot_bytes(class);
         let access = Access { lane, launch, write, slot, raw: class == SizeClass::Raw, layers, tokens };
-        let others = &mut self.under_way[offset / self.pool.chunk_bytes];
+        let listed_at = self.listed_at(offset);
+        let others = &mut self.under_way[listed_at];
         if let Some(other) = others.iter().find(|other| access.collides(other)) {
             panic!("lanes in each other's way: {access:?} was launched while {other:?} is under way");
         }
@@ -238,13 +285,15 @@ impl Tracker {
             let (a, b) = match step {
                 Step::Zero { slot_offset } => (*slot_offset, None),
                 Step::Copy { from_offset, to_offset }
+                | Step::Transfer { from_offset, to_offset, .. }
                 | Step::Reopen { from_offset, to_offset, .. }
                 | Step::Seal { from_offset, to_offset, .. } => (*from_offset, Some(*to_offset)),
                 Step::Append(append) => (append.slot_offset, None),
                 Step::Read(read) => (read.slot_offset, None),
             };
             for offset in [Some(a), b].into_iter().flatten() {
-                self.under_way[offset / self.pool.chunk_bytes].retain(|access| access.launch != launch);
+                let listed_at = self.listed_at(offset);
+                self.under_way[listed_at].retain(|access| access.launch != launch);
             }
         }
     }

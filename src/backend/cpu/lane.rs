@@ -54,7 +54,12 @@ impl Lane for CpuLane {
         for step in &steps {
             match step {
                 Step::Zero { slot_offset } => self.zero(*slot_offset),
-                Step::Copy { from_offset, to_offset } => self.copy(*from_offset, *to_offset),
+                Step::Copy { from_offset, to_offset } => {
+                    self.copy(*from_offset, *to_offset, self.layout.raw_bytes())
+                }
+                Step::Transfer { from_offset, to_offset, bytes } => {
+                    self.copy(*from_offset, *to_offset, *bytes)
+                }
                 Step::Reopen { format, from_offset, to_offset } => {
                     self.reopen(*format, *from_offset, *to_offset)
                 }
@@ -90,8 +95,7 @@ impl CpuLane {
         unsafe { self.slab.bytes_mut(slot..slot + self.layout.raw_bytes()) }.fill(0);
     }
 
-    fn copy(&self, from: usize, to: usize) {
-        let bytes = self.layout.raw_bytes();
+    fn copy(&self, from: usize, to: usize, bytes: usize) {
         // SAFETY: the source is pinned (3), the target a new slot of the launch's own (2): two slots, so they do not overlap.
         let (source, target) =
             unsafe { (self.slab.bytes(from..from + bytes), self.slab.bytes_mut(to..to + bytes)) };

@@ -189,6 +189,10 @@ impl DeviceMemory {
         self.address
     }
 
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// Copies bytes from `from` on to the host, and waits.
     ///
     /// What is copied while the device writes to it is whatever it is then; callers look at nothing of the kind (4).
@@ -259,6 +263,13 @@ impl PinnedMemory {
 
     pub(super) fn base(&self) -> NonNull<u8> {
         self.base
+    }
+
+    /// Copies bytes from `from` on. What the device writes to meanwhile is whatever it is; callers look at nothing of the kind (4).
+    pub(super) fn read(&self, from: usize, to: &mut [u8]) {
+        assert!(from + to.len() <= self.bytes, "{from}+{} of {}", to.len(), self.bytes);
+        // SAFETY: in bounds (3) and initialised (8); slots that a view pins are not written to (4).
+        unsafe { self.base.as_ptr().add(from).copy_to_nonoverlapping(to.as_mut_ptr(), to.len()) }
     }
 
     pub(super) fn bytes(&self) -> usize {

@@ -68,14 +68,16 @@ impl StreamPoint {
         }
         let mut context = std::ptr::null_mut();
         // SAFETY: a place for the handle; the caller vouches for the stream.
-        check("cuStreamGetCtx", unsafe { sys::cuStreamGetCtx(stream, &mut context) }.result()).map_err(device_error)?;
+        check("cuStreamGetCtx", unsafe { sys::cuStreamGetCtx(stream, &mut context) }.result())
+            .map_err(device_error)?;
         if context != gpu.context() {
             return Err(Error::Unsupported {
                 what: "a stream of another context",
                 instead: "use a stream of the GPU's primary context",
             });
         }
-        let event = Event::new(&gpu).and_then(|event| event.record(stream).map(|()| event)).map_err(device_error)?;
+        let event =
+            Event::new(&gpu).and_then(|event| event.record(stream).map(|()| event)).map_err(device_error)?;
         Ok(StreamPoint(Arc::new(event)))
     }
 
@@ -98,7 +100,8 @@ impl StreamPoint {
     pub unsafe fn wait_raw(&self, stream: sys::CUstream) -> Result<(), Error> {
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: the event was recorded, and the driver keeps what a stream waits for; the caller vouches for the stream.
-        check("cuStreamWaitEvent", unsafe { result::stream::wait_event(stream, self.0.raw(), flags) }).map_err(device_error)
+        check("cuStreamWaitEvent", unsafe { result::stream::wait_event(stream, self.0.raw(), flags) })
+            .map_err(device_error)
     }
 
     /// Waits on this thread.
@@ -157,9 +160,13 @@ impl DeviceTensor {
             // SAFETY: a place of the attribute's size; any address may be asked for.
             unsafe { sys::cuPointerGetAttribute(to, which, address) }.result().is_ok()
         };
-        let known = ask(sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, (&raw mut ordinal).cast())
-            && ask(sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR, (&raw mut start).cast())
-            && ask(sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_RANGE_SIZE, (&raw mut bytes).cast());
+        let known =
+            ask(sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, (&raw mut ordinal).cast())
+                && ask(
+                    sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_RANGE_START_ADDR,
+                    (&raw mut start).cast(),
+                )
+                && ask(sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_RANGE_SIZE, (&raw mut bytes).cast());
         let end = elements.checked_mul(size_of::<T>()).and_then(|bytes| address.checked_add(bytes as u64));
         match end {
             Some(end) if known && ordinal >= 0 && start <= address && end <= start + bytes as u64 => {
@@ -228,7 +235,9 @@ impl BatchCacheOperations {
         values: &DeviceTensor,
     ) -> Self {
         match self.accept(keys, values) {
-            Ok(()) => self.0.append_each(ids(sequences), token_ids, EachTensors::Device(keys.span(), values.span())),
+            Ok(()) => {
+                self.0.append_each(ids(sequences), token_ids, EachTensors::Device(keys.span(), values.span()))
+            }
             Err(error) => sequences.iter().for_each(|_| self.0.refused(error.clone())),
         }
         self
@@ -243,7 +252,9 @@ impl BatchCacheOperations {
         values: &DeviceTensor,
     ) -> Self {
         match self.accept(keys, values) {
-            Ok(()) => self.0.stage_each(ids(sequences), layer, EachTensors::Device(keys.span(), values.span())),
+            Ok(()) => {
+                self.0.stage_each(ids(sequences), layer, EachTensors::Device(keys.span(), values.span()))
+            }
             Err(error) => sequences.iter().for_each(|_| self.0.refused(error.clone())),
         }
         self
@@ -294,7 +305,10 @@ impl BatchCacheOperations {
                 instead: "call `device_memory` first, with a point on the tensors' GPU",
             });
         }
-        [keys, values].into_iter().filter_map(|tensor| tensor.owner.as_ref()).for_each(|owner| self.0.keep(owner));
+        [keys, values]
+            .into_iter()
+            .filter_map(|tensor| tensor.owner.as_ref())
+            .for_each(|owner| self.0.keep(owner));
         Ok(())
     }
 }
@@ -361,7 +375,8 @@ impl Cache {
     pub fn try_enqueue(
         &self,
         batch: BatchCacheOperations,
-    ) -> Result<impl Future<Output = Result<Enqueued, Error>> + Send + use<>, (BatchCacheOperations, Error)> {
+    ) -> Result<impl Future<Output = Result<Enqueued, Error>> + Send + use<>, (BatchCacheOperations, Error)>
+    {
         let mut batch = batch.0;
         let enqueued = batch.expect_enqueued();
         match self.submitter().try_submit(batch) {

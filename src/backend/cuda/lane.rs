@@ -115,7 +115,8 @@ impl CudaLane {
         let Some(range) = self.ring.take(plan.bytes(), ticket) else { return Ok(false) };
         let launch = &self.launches[self.enqueuing];
         if self.next_step == 0 {
-            for event in launch.waits_for().filter_map(|point| (&**point as &dyn Any).downcast_ref::<Event>()) {
+            for event in launch.waits_for().filter_map(|point| (&**point as &dyn Any).downcast_ref::<Event>())
+            {
                 // SAFETY: the launch keeps the event until it has landed.
                 unsafe { self.stream.wait(event.raw()) }?;
             }
@@ -124,7 +125,7 @@ impl CudaLane {
         let address = self.ring.address(range.start);
         // SAFETY: just taken; the device does not know of it yet.
         let bytes = unsafe { self.ring.bytes_mut(range.clone()) };
-        let mut unit = Unit::new(&self.layout, launch, plan, self.slab.address(), bytes, address);
+        let mut unit = Unit::new(&self.layout, launch, plan, &self.slab, bytes, address);
         let data_at = range.start + plan.data_at();
         let steps = self.next_step..self.next_step + plan.steps;
         let written = launch.steps[steps].iter().try_for_each(|step| {

@@ -7,11 +7,11 @@ use half::{bf16, f16};
 use kv_cache_actors::geometry::{BlockLayout, ElementType, Geometry};
 use serde::Serialize;
 
+use super::abi;
 use super::driver::{DeviceMemory, DriverError, Gpu, PinnedMemory, Stream, check};
 use super::kernels::{Descriptors, Kernels};
-use super::abi;
-use crate::error::BuildError;
 use crate::Format;
+use crate::error::BuildError;
 
 /// Bytes moved in a time.
 #[derive(Debug, Clone, Serialize)]
@@ -58,7 +58,8 @@ impl Clock {
         check("cuEventRecord", unsafe { result::event::record(end, stream.raw()) })?;
         stream.synchronize()?;
         // SAFETY: as above; both were recorded and reached.
-        check("cuEventElapsedTime", unsafe { result::event::elapsed(start, end) }).map(|ms| f64::from(ms) * 1e3)
+        check("cuEventElapsedTime", unsafe { result::event::elapsed(start, end) })
+            .map(|ms| f64::from(ms) * 1e3)
     }
 }
 
@@ -88,14 +89,20 @@ pub fn kernel_figures(
         .map_err(|error| BuildError::Device { device: format!("GPU {ordinal}"), reason: error.to_string() })
 }
 
-fn measure(ordinal: usize, layout: &BlockLayout, tokens: usize, rounds: usize) -> Result<Vec<Figure>, DriverError> {
+fn measure(
+    ordinal: usize,
+    layout: &BlockLayout,
+    tokens: usize,
+    rounds: usize,
+) -> Result<Vec<Figure>, DriverError> {
     let gpu = Gpu::shared(ordinal)?;
     let stream = Stream::new(&gpu)?;
     let kernels = Kernels::load(&gpu, layout)?;
     let clock = Clock::new()?;
     let repeat = |what, bytes, work: &dyn Fn() -> Result<(), DriverError>| {
         work()?;
-        let times: Result<Vec<f64>, DriverError> = (0..rounds).map(|_| clock.time_us(&stream, work)).collect();
+        let times: Result<Vec<f64>, DriverError> =
+            (0..rounds).map(|_| clock.time_us(&stream, work)).collect();
         Ok(Figure::new(what, bytes, times?))
     };
     let mut figures = Vec::new();
@@ -108,7 +115,8 @@ fn measure(ordinal: usize, layout: &BlockLayout, tokens: usize, rounds: usize) -
         })?);
     }
     let blocks = tokens.div_ceil(layout.block_tokens);
-    let (raw_bytes, sealed_bytes) = (layout.raw_bytes(), Format::Int8.block_bytes(layout).next_multiple_of(128));
+    let (raw_bytes, sealed_bytes) =
+        (layout.raw_bytes(), Format::Int8.block_bytes(layout).next_multiple_of(128));
     let raw = random(&gpu, layout.element, blocks * raw_bytes)?;
     let sealed = DeviceMemory::zeroed(&gpu, blocks * sealed_bytes)?;
     let decoded = DeviceMemory::zeroed(&gpu, blocks * raw_bytes)?;
@@ -148,7 +156,9 @@ fn measure(ordinal: usize, layout: &BlockLayout, tokens: usize, rounds: usize) -
     // SAFETY: descriptors of allocations that outlive the kernels, as sized above (3).
     figures.push(repeat("seal int8", moved, &|| unsafe { kernels.seal(&stream, of(&seals, blocks)) })?);
     // SAFETY: as above.
-    figures.push(repeat("decode int8, whole blocks", moved, &|| unsafe { kernels.reopen(&stream, of(&reopens, blocks)) })?);
+    figures.push(repeat("decode int8, whole blocks", moved, &|| unsafe {
+        kernels.reopen(&stream, of(&reopens, blocks))
+    })?);
     if layout.key_dim == layout.value_dim {
         let count = blocks * layout.layers;
         // SAFETY: as above; keys and values take half of a layer each.

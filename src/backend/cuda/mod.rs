@@ -52,11 +52,11 @@ use super::HostCopy;
 use crate::error::Error;
 use crate::view::View;
 
-use self::driver::DeviceMemory;
+use self::driver::{DeviceMemory, PinnedMemory};
 pub(crate) use self::driver::{DriverError, Gpu, device_count};
 use self::kernels::Kernels;
-pub(crate) use self::lender::Lender;
 use self::lane::CudaLane;
+pub(crate) use self::lender::Lender;
 
 /// Lanes of a device with a ring of page-locked memory each.
 pub(crate) const RINGS: u64 = 3;
@@ -65,12 +65,22 @@ pub(crate) const RINGS: u64 = 3;
 #[derive(Debug)]
 pub(crate) struct Slab {
     memory: DeviceMemory,
+    /// The host tier, whose offsets begin where the slab ends.
+    host: PinnedMemory,
 }
 
 impl Slab {
-    /// Allocates `bytes` zero bytes on `gpu`.
-    pub(crate) fn allocate(gpu: &Arc<Gpu>, bytes: usize) -> Result<Slab, DriverError> {
-        Ok(Slab { memory: DeviceMemory::zeroed(gpu, bytes)? })
+    /// Allocates `bytes` zero bytes on `gpu`, and `host_bytes` of page-locked memory as its host tier.
+    pub(crate) fn allocate(gpu: &Arc<Gpu>, bytes: usize, host_bytes: usize) -> Result<Slab, DriverError> {
+        Ok(Slab { memory: DeviceMemory::zeroed(gpu, bytes)?, host: PinnedMemory::zeroed(gpu, host_bytes)? })
+    }
+
+    /// Where the byte at an offset lies, for kernels: in the slab or, behind its end, in the host tier.
+    pub(crate) fn address_of(&self, offset: usize) -> u64 {
+        match offset.checked_sub(self.memory.bytes()) {
+            None => self.memory.address() + offset as u64,
+            Some(in_host) => self.host.address() + in_host as u64,
+        }
     }
 
     /// Where the slab begins in the GPU's memory.
@@ -83,6 +93,10 @@ impl Slab {
         let _ = view;
         let mut copy = vec![0u64; range.len().div_ceil(size_of::<u64>())];
         let bytes = &mut bytemuck::cast_slice_mut(&mut copy)[..range.len()];
+        if let Some(in_host) = range.start.checked_sub(self.memory.bytes()) {
+            self.host.read(in_host, bytes);
+            return Ok(copy);
+        }
         self.memory.read(range.start, bytes).map_err(|error| Error::Device(error.to_string().into()))?;
         Ok(copy)
     }

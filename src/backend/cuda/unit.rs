@@ -12,9 +12,9 @@ use kv_cache_actors::format::Format;
 use kv_cache_actors::geometry::{BlockLayout, Plane};
 use kv_cache_actors::memory::{AppendStep, Launch, ReadStep, Step};
 
-use super::abi;
 use super::driver::{DriverError, Stream};
 use super::kernels::{Descriptors, Kernels};
+use super::{Slab, abi};
 
 /// Payloads and outputs begin at multiples of this: what a thread loads or stores at once.
 const VECTOR_BYTES: usize = 16;
@@ -68,7 +68,7 @@ impl Plan {
                 break;
             }
             match step {
-                Step::Zero { .. } | Step::Copy { .. } => plan.moves += 1,
+                Step::Zero { .. } | Step::Copy { .. } | Step::Transfer { .. } => plan.moves += 1,
                 Step::Reopen { .. } => plan.reopens += 1,
                 Step::Append(_) => plan.appends += 1,
                 Step::Seal { .. } => plan.seals += 1,
@@ -168,8 +168,7 @@ impl<T> Section<'_, T> {
 pub(super) struct Unit<'a> {
     layout: &'a BlockLayout,
     launch: &'a Launch,
-    /// Address of the slab.
-    slab: u64,
+    slab: &'a Slab,
     flags: u64,
     moves: Section<'a, abi::Move>,
     reopens: Section<'a, abi::Convert>,
@@ -210,7 +209,7 @@ impl<'a> Unit<'a> {
         layout: &'a BlockLayout,
         launch: &'a Launch,
         plan: &Plan,
-        slab: u64,
+        slab: &'a Slab,
         bytes: &'a mut [u8],
         address: u64,
     ) -> Self {
@@ -225,7 +224,21 @@ impl<'a> Unit<'a> {
         carver.bytes((address + plan.data_at() as u64 - carver.address) as usize);
         let Carver { bytes: data, address: data_address } = carver;
         let most = (1, 1, 1, 0);
-        Unit { layout, launch, slab, flags, moves, reopens, appends, seals, reads, data, data_address, data_used: 0, most }
+        Unit {
+            layout,
+            launch,
+            slab,
+            flags,
+            moves,
+            reopens,
+            appends,
+            seals,
+            reads,
+            data,
+            data_address,
+            data_used: 0,
+            most,
+        }
     }
 
     /// Writes the descriptors of a step, and its payload. Returns where its output will lie, counted from the unit's payloads
@@ -235,7 +248,7 @@ impl<'a> Unit<'a> {
     /// In words, a step that this device does not know.
     pub(super) fn write(&mut self, step: &Step) -> Result<Option<[Range<usize>; 2]>, Arc<str>> {
         let block_bytes = self.layout.raw_bytes() as u64;
-        let at = |offset: &usize| self.slab + *offset as u64;
+        let at = |offset: &usize| self.slab.address_of(*offset);
         match step {
             Step::Zero { slot_offset } => {
                 let to = at(slot_offset);
@@ -246,6 +259,11 @@ impl<'a> Unit<'a> {
                 let (from, to) = (at(from_offset), at(to_offset));
                 self.moves.put(abi::Move { from, to, bytes: block_bytes });
                 self.most.3 = block_bytes as usize;
+            }
+            Step::Transfer { from_offset, to_offset, bytes } => {
+                let (from, to) = (at(from_offset), at(to_offset));
+                self.moves.put(abi::Move { from, to, bytes: *bytes as u64 });
+                self.most.3 = self.most.3.max(*bytes);
             }
             Step::Reopen { format: Format::Int8, from_offset, to_offset } => {
                 let (from, to) = (at(from_offset), at(to_offset));
@@ -282,7 +300,7 @@ impl<'a> Unit<'a> {
             None => self.stage(append, payload, from, token),
         });
         let source_tokens = if origin.is_some() { append.payload_tokens } else { append.tokens.len() };
-        let (slot, flag) = (self.slab + append.slot_offset as u64, self.flag(append.flight));
+        let (slot, flag) = (self.slab.address_of(append.slot_offset), self.flag(append.flight));
         self.most.0 = self.most.0.max(append.layers.len());
         self.most.1 = self.most.1.max(append.tokens.len());
         self.appends.put(abi::Append {
@@ -312,7 +330,9 @@ impl<'a> Unit<'a> {
     fn read(&mut self, read: &ReadStep) -> Option<[Range<usize>; 2]> {
         let tokens = token_bytes(self.layout);
         let (output, planes) = match read.on_device {
-            Some(output) => ([0, 1].map(|plane| output[plane] + (read.output_token * tokens[plane]) as u64), None),
+            Some(output) => {
+                ([0, 1].map(|plane| output[plane] + (read.output_token * tokens[plane]) as u64), None)
+            }
             None => {
                 let planes = tokens.map(|token| {
                     let start = self.data_used;
@@ -324,7 +344,7 @@ impl<'a> Unit<'a> {
         };
         self.most.2 = self.most.2.max(read.tokens.len());
         self.reads.put(abi::Read {
-            slot: self.slab + read.slot_offset as u64,
+            slot: self.slab.address_of(read.slot_offset),
             output,
             layer: read.layer as u32,
             first_token: read.tokens.start as u32,

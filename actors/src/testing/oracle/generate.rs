@@ -5,6 +5,7 @@ use crate::batch::{BatchCacheOperations, HostTensor};
 use crate::block::{BlockKey, ExtraIdentity};
 use crate::error::Error;
 use crate::geometry::{ElementType, Plane};
+use crate::pool::Tier;
 use crate::sequence::{OpenOptions, SINK_TOKENS, SequenceId, Tenant};
 use crate::testing::model::Op;
 use crate::testing::rig::{Ticket, tenant_name, token_ids};
@@ -265,6 +266,8 @@ impl Oracle {
                 Op::Truncate { tokens }
             }
             91 => Op::Close,
+            92..94 => Op::MoveTo { tier: Tier::Host },
+            94..96 => Op::MoveTo { tier: Tier::Device },
             _ => Op::Append { at: None, stamp, tokens, finite: true, extra: None },
         };
         let crowded = self.alive.len() >= self.sequences_max;
@@ -300,6 +303,7 @@ impl Oracle {
             Op::Read { layer, ref tokens } => batch.read(id, layer, tokens.clone()),
             Op::Fork { count } => batch.fork(id, count),
             Op::Truncate { tokens } => batch.truncate(id, tokens),
+            Op::MoveTo { tier } => batch.move_to(id, tier),
             Op::Close => batch.close(id),
         }
     }

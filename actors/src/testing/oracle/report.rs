@@ -25,6 +25,8 @@ pub struct Report {
     pub copies_on_write: u64,
     /// Blocks moved to make room for sealed ones.
     pub blocks_moved: u64,
+    /// Sealed blocks moved between tiers.
+    pub tier_moves: u64,
     /// Times that sealing found no slot.
     pub seal_stalls: u64,
     /// Slots zeroed between tenants.
@@ -48,6 +50,7 @@ impl Report {
         self.seals += other.seals;
         self.copies_on_write += other.copies_on_write;
         self.blocks_moved += other.blocks_moved;
+        self.tier_moves += other.tier_moves;
         self.seal_stalls += other.seal_stalls;
         self.slots_zeroed += other.slots_zeroed;
         self.views += other.views;
@@ -57,7 +60,10 @@ impl Report {
 
 impl Report {
     pub(super) fn count(&mut self, counters: &CoreCounters) {
-        let CoreCounters { seals, copies_on_write, blocks_moved, seal_stalls, slots_zeroed, .. } = *counters;
+        let CoreCounters {
+            seals, copies_on_write, blocks_moved, seal_stalls, slots_zeroed, tier_moves, ..
+        } = *counters;
+        self.tier_moves = tier_moves;
         (self.seals, self.copies_on_write, self.slots_zeroed) = (seals, copies_on_write, slots_zeroed);
         (self.blocks_moved, self.seal_stalls) = (blocks_moved, seal_stalls);
     }

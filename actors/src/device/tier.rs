@@ -1,0 +1,152 @@
+//! Moving sealed blocks between tiers. A move changes a block's place and nothing else: whoever reads it reads the old place
+//! until the move has landed, and the new one from then on.
+
+use super::blocks::BlockStore;
+use super::core::{DeviceCore, OpRef, Progress};
+use crate::batch::Outcome;
+use crate::block::{BlockId, BlockState};
+use crate::error::Error;
+use crate::memory::{LaneKind, Purpose, Step};
+use crate::pool::{SizeClass, Tier};
+use crate::slot::FilledSlot;
+
+/// A block on its way to another tier, and the slot that it goes to.
+#[derive(Debug)]
+pub(crate) struct TierMove {
+    block: BlockId,
+    slot: FilledSlot,
+    class: SizeClass,
+}
+
+impl DeviceCore {
+    /// Launches the moves of a sequence's sealed blocks to a tier, all of them or none.
+    pub(super) fn plan_move(&mut self, op: OpRef, index: usize, tier: Tier) -> Progress {
+        let shared = self.sequences[index].shared.clone();
+        let blocks: Vec<BlockId> =
+            shared.state().blocks.iter().copied().filter(|&id| self.blocks.moves_to(id, tier)).collect();
+        if blocks.is_empty() {
+            return Progress::Done(Ok(Outcome::Moved { blocks: 0 }));
+        }
+        let moves = match self.blocks.begin_moves(&blocks, tier) {
+            Ok(moves) => moves,
+            Err(error) => return Progress::Done(Err(error)),
+        };
+        let bytes = self.config.sealed_format.block_bytes(&self.config.layout);
+        self.counters.bytes_moved += (bytes * moves.len()) as u64;
+        let lane = match tier {
+            Tier::Host => LaneKind::Download,
+            Tier::Device => LaneKind::Upload,
+        };
+        let launch = self.building.launch(lane);
+        for moved in &moves {
+            let from_offset = self.blocks.offset(moved.block);
+            let to_offset = self.blocks.pool().offset_bytes(moved.class, moved.slot.id());
+            launch.steps.push(Step::Transfer { from_offset, to_offset, bytes });
+        }
+        launch.add(
+            Purpose::Tier { submission: op.submission, index: op.index, moves: Box::new(moves) },
+            None,
+            None,
+        );
+        Progress::Flying
+    }
+
+    /// Takes back the moves of one operation, and says whether the device carried them out.
+    pub(super) fn land_moves(&mut self, moves: Vec<TierMove>, moved: bool) -> Outcome {
+        let blocks = moves.len() as u32;
+        for one in moves {
+            self.blocks.end_move(one, moved);
+        }
+        self.counters.tier_moves += if moved { u64::from(blocks) } else { 0 };
+        Outcome::Moved { blocks }
+    }
+}
+
+impl BlockStore {
+    /// Whether a block is sealed and in another tier than this one, and not on its way already.
+    fn moves_to(&self, id: BlockId, tier: Tier) -> bool {
+        if id == BlockId::DROPPED {
+            return false;
+        }
+        let block = self.get(id);
+        block.state == BlockState::Sealed && !block.moving && block.class.tier() != tier
+    }
+
+    /// Takes a slot of the tier for each block, or changes nothing.
+    fn begin_moves(&mut self, blocks: &[BlockId], tier: Tier) -> Result<Vec<TierMove>, Error> {
+        let class = match tier {
+            Tier::Host => SizeClass::Host,
+            Tier::Device if self.pool.layout().has_sealed_class => SizeClass::Sealed,
+            Tier::Device => SizeClass::Raw,
+        };
+        let slots = match class {
+            SizeClass::Host => self.take_host(blocks.len())?,
+            SizeClass::Raw | SizeClass::Sealed => self.take_device(blocks, class)?,
+        };
+        let begin = |(&block, slot)| {
+            let moved = self.get_mut(block);
+            moved.moving = true;
+            // The flight holds it: closing its sequences must not free the slot that is being read.
+            moved.refs += 1;
+            TierMove { block, slot, class }
+        };
+        Ok(blocks.iter().zip(slots).map(begin).collect())
+    }
+
+    fn take_host(&mut self, count: usize) -> Result<Vec<FilledSlot>, Error> {
+        if self.pool.host_available() < count {
+            self.reclaim();
+        }
+        let full = Error::TierFull {
+            tier: Tier::Host,
+            needed: count as u32,
+            free: self.pool.host_available() as u32,
+        };
+        self.pool.take_host(count).ok_or(full)
+    }
+
+    fn take_device(&mut self, blocks: &[BlockId], class: SizeClass) -> Result<Vec<FilledSlot>, Error> {
+        let free = self.raw_available(blocks.len());
+        let mut slots = Vec::with_capacity(blocks.len());
+        for &block in blocks {
+            let tenant = self.get(block).tenant;
+            // The move overwrites the whole block, so there is nothing to zero.
+            let taken = match class {
+                SizeClass::Raw if slots.len() < free => self.pool.take_raw(tenant).map(|taken| taken.slot),
+                SizeClass::Raw => None,
+                SizeClass::Sealed | SizeClass::Host => self.pool.take_sealed(tenant),
+            };
+            match taken {
+                Some(slot) => slots.push(slot),
+                None => {
+                    let had = slots.len() as u32;
+                    slots.into_iter().for_each(|slot| self.free_slot(class, slot));
+                    return Err(Error::TierFull {
+                        tier: Tier::Device,
+                        needed: blocks.len() as u32,
+                        free: had,
+                    });
+                }
+            }
+        }
+        Ok(slots)
+    }
+
+    fn end_move(&mut self, moved: TierMove, carried_out: bool) {
+        let TierMove { block: id, slot, class } = moved;
+        let block = self.get_mut(id);
+        block.moving = false;
+        let (class, slot) = match carried_out {
+            true => (std::mem::replace(&mut block.class, class), std::mem::replace(&mut block.slot, slot)),
+            false => (class, slot),
+        };
+        if carried_out {
+            self.publish(id);
+        } else {
+            // Nobody knows how far it came.
+            self.pool.spoil(slot.id());
+        }
+        self.free_slot(class, slot);
+        self.release(id);
+    }
+}
