@@ -212,6 +212,11 @@ impl Cache {
     }
 
     #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    pub(crate) fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
     pub(crate) fn submitter(&self) -> &Submitter {
         &self.runtime.submitter
     }

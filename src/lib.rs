@@ -17,10 +17,15 @@ pub mod codec {
     pub use crate::backend::cpu::codec::Kernels;
 }
 
-/// What only a CUDA device has.
+/// What only a CUDA device has: tensors that are on it already, points on its streams, and block tables for kernels.
+///
+/// # Block tables
+///
+#[doc = include_str!("backend/cuda/table.md")]
 #[cfg(feature = "cuda")]
 pub mod cuda {
     pub use crate::backend::cuda::interop::{DeviceTensor, Enqueued, StreamPoint};
+    pub use crate::backend::cuda::table::{BlockStrides, DeviceBlockTable};
     pub use crate::backend::cuda::measure::{Figure, driver_call_costs, kernel_figures};
 }
 

@@ -290,6 +290,13 @@ pub struct BlockEntry {
 }
 
 impl BlockTable {
+    /// One that pins nothing.
+    #[cfg(all(test, feature = "cuda"))]
+    pub(crate) fn for_tests(block_tokens: u32, sequences: Vec<SequenceRows>) -> BlockTable {
+        let (value_offset_bytes, base_addresses, _pins) = Default::default();
+        BlockTable { block_tokens, value_offset_bytes, base_addresses, sequences, _pins }
+    }
+
     pub(crate) fn new(runtime: &Runtime, ids: &[SequenceId], layer: u32) -> Result<BlockTable, Error> {
         let layout = runtime.layout;
         check_layer(&layout, layer)?;

@@ -163,9 +163,14 @@ pub fn combos() -> impl Iterator<Item = Combo> {
         .map(|(_, combo)| combo)
 }
 
+/// Whether a setup's name begins with `KV_CACHE_TEST_SETUPS`, if that is set: `cuda` for what needs a GPU, say.
+fn is_wanted(setup: &Setup) -> bool {
+    std::env::var("KV_CACHE_TEST_SETUPS").map_or(true, |wanted| setup.name.starts_with(&wanted))
+}
+
 /// The full product.
 pub fn all_combos() -> impl Iterator<Item = Combo> {
-    SETUPS.iter().flat_map(|setup| {
+    SETUPS.iter().filter(|setup| is_wanted(setup)).flat_map(|setup| {
         FORMATS.into_iter().flat_map(move |format| {
             ELEMENTS.into_iter().flat_map(move |element| {
                 SHAPES.into_iter().map(move |shape| Combo {

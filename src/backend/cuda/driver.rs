@@ -161,8 +161,17 @@ pub(super) struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// Allocates and zeroes. `cuMemAlloc`, not the stream-ordered allocator: peers reach it at full speed.
+    /// Allocates and zeroes.
     pub(super) fn zeroed(gpu: &Arc<Gpu>, bytes: usize) -> Result<DeviceMemory, DriverError> {
+        let memory = Self::uninitialised(gpu, bytes)?;
+        // SAFETY: all of the allocation, which nobody else knows yet.
+        check("cuMemsetD8", unsafe { result::memset_d8_sync(memory.address, 0, bytes) })?;
+        check("cuCtxSynchronize", result::ctx::synchronize())?;
+        Ok(memory)
+    }
+
+    /// Allocates. `cuMemAlloc`, not the stream-ordered allocator: peers reach it at full speed.
+    pub(super) fn uninitialised(gpu: &Arc<Gpu>, bytes: usize) -> Result<DeviceMemory, DriverError> {
         let (free, total) = gpu.memory_info()?;
         let missing = DriverError::Memory {
             requested_bytes: bytes as u64,
@@ -178,19 +187,15 @@ impl DeviceMemory {
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => return Err(missing),
             other => check("cuMemAlloc", other)?,
         };
-        let memory = DeviceMemory { address, bytes, gpu: gpu.clone() };
-        // SAFETY: all of the allocation, which nobody else knows yet.
-        check("cuMemsetD8", unsafe { result::memset_d8_sync(address, 0, bytes) })?;
-        check("cuCtxSynchronize", result::ctx::synchronize())?;
-        Ok(memory)
-    }
-
-    pub(super) fn address(&self) -> u64 {
-        self.address
+        Ok(DeviceMemory { address, bytes, gpu: gpu.clone() })
     }
 
     pub(super) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    pub(super) fn address(&self) -> u64 {
+        self.address
     }
 
     /// Copies bytes from `from` on to the host, and waits.
@@ -209,6 +214,16 @@ impl DeviceMemory {
         self.gpu.make_current()?;
         // SAFETY: in bounds of an allocation that lives (1, 3).
         check("cuMemcpyHtoD", unsafe { result::memcpy_htod_sync(self.address + to as u64, from) })
+    }
+
+    /// Copies bytes from the host to the front, on `stream` and no other, and waits.
+    pub(super) fn write_on(&self, stream: &Stream, from: &[u8]) -> Result<(), DriverError> {
+        assert!(from.len() <= self.bytes, "{} of {}", from.len(), self.bytes);
+        self.gpu.make_current()?;
+        // SAFETY: in bounds of an allocation that lives (1, 3), and `from` is borrowed until the copy is done.
+        let copied = unsafe { result::memcpy_htod_async(self.address, from, stream.raw()) };
+        check("cuMemcpyHtoDAsync", copied)?;
+        stream.synchronize()
     }
 
     pub(super) fn gpu(&self) -> &Arc<Gpu> {

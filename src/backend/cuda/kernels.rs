@@ -34,7 +34,7 @@ pub(super) struct Kernels {
     move_blocks: Function,
     signal: Function,
     /// The functions are its.
-    _module: Module,
+    _module: Arc<Module>,
 }
 
 /// `count` descriptors of type `T` at `address`, which the device reaches.
@@ -47,11 +47,10 @@ pub(super) struct Descriptors {
 impl Kernels {
     /// Loads the kernels for blocks of `block`.
     pub(super) fn load(gpu: &Arc<Gpu>, block: &BlockLayout) -> Result<Kernels, DriverError> {
-        Self::load_ptx(gpu, block, PTX)
+        Self::of(Arc::new(Module::load(gpu, PTX)?), block)
     }
 
-    fn load_ptx(gpu: &Arc<Gpu>, block: &BlockLayout, ptx: &str) -> Result<Kernels, DriverError> {
-        let module = Module::load(gpu, ptx)?;
+    fn of(module: Arc<Module>, block: &BlockLayout) -> Result<Kernels, DriverError> {
         let element = match block.element {
             ElementType::F16 => "_f16",
             ElementType::Bf16 => "_bf16",
@@ -188,7 +187,14 @@ impl Kernels {
 
 #[cfg(test)]
 mod tests {
-    use half::f16;
+    use half::{bf16, f16};
+    use kv_cache_actors::format::Format;
+    use kv_cache_actors::geometry::Geometry;
+    use rand::rngs::SmallRng;
+    use rand::{Rng, SeedableRng};
+
+    use super::super::driver::{DeviceMemory, device_count};
+    use super::*;
 
     /// The seal kernel multiplies where the CPU divides: for f16 that never shows.
     #[test]
@@ -196,6 +202,230 @@ mod tests {
         for bits in 0..f16::INFINITY.to_bits() {
             let most = f16::from_bits(bits).to_f32();
             assert_eq!(f16::from_f32(most * 0.007_874_016_f32), f16::from_f32(most / 127.0), "{most}");
+        }
+    }
+
+    /// The PTX without its fast kernels. Plain ones, and `signal`, stay.
+    fn without_fast_kernels() -> String {
+        let mut lines: Vec<String> = Vec::new();
+        for line in PTX.lines() {
+            let fast = line.contains(".entry ")
+                && !line.contains(".entry plain_")
+                && !line.contains(".entry signal");
+            lines.push(if fast { line.replace(".entry ", ".entry gone_") } else { line.to_owned() });
+        }
+        lines.join("\n")
+    }
+
+    #[test]
+    fn every_fast_kernel_has_a_plain_twin() {
+        let text = without_fast_kernels();
+        let names = |text: &str| -> Vec<String> {
+            let entries = text.lines().filter_map(|line| line.split(".entry ").nth(1));
+            entries.filter_map(|entry| entry.split(['(', ' ']).next()).map(str::to_owned).collect()
+        };
+        let left = names(&text);
+        let fast: Vec<String> =
+            names(PTX).into_iter().filter(|name| !name.starts_with("plain_") && name != "signal").collect();
+        assert!(fast.len() >= 11, "{fast:?}");
+        for name in fast {
+            assert!(left.contains(&format!("plain_{name}")), "{name}");
+            assert!(left.contains(&format!("gone_{name}")) && !left.contains(&name), "{name}");
+        }
+    }
+
+    /// Elements of every size, zeros and the largest among them.
+    fn elements(element: ElementType, count: usize, seed: u64) -> Vec<u8> {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let mut bytes = Vec::with_capacity(count * element.bytes());
+        for _ in 0..count {
+            let most = match rng.random_range(0..40) {
+                0 => 0.0,
+                1 => 60000.0,
+                2 => 1e-7,
+                _ => 4.0,
+            };
+            let x = rng.random_range(-1.0f32..1.0) * most;
+            match element {
+                ElementType::F16 => bytes.extend(f16::from_f32(x).to_le_bytes()),
+                ElementType::Bf16 => bytes.extend(bf16::from_f32(x).to_le_bytes()),
+                ElementType::F32 => bytes.extend(x.to_le_bytes()),
+            }
+        }
+        bytes
+    }
+
+    /// A GPU with memory for one block, raw and sealed, and for tensors of one.
+    struct Bench {
+        stream: Stream,
+        layout: BlockLayout,
+        payload: DeviceMemory,
+        raw: DeviceMemory,
+        sealed: DeviceMemory,
+        reopened: DeviceMemory,
+        output: DeviceMemory,
+        steps: DeviceMemory,
+        flag: DeviceMemory,
+    }
+
+    impl Bench {
+        fn new(gpu: &Arc<Gpu>, layout: BlockLayout) -> Bench {
+            let zeroed = |bytes| DeviceMemory::zeroed(gpu, bytes).unwrap();
+            let (raw, sealed) = (layout.raw_bytes(), Format::Int8.block_bytes(&layout));
+            Bench {
+                stream: Stream::new(gpu).unwrap(),
+                layout,
+                payload: zeroed(raw),
+                raw: zeroed(raw),
+                sealed: zeroed(sealed),
+                reopened: zeroed(raw),
+                output: zeroed(raw),
+                steps: zeroed(256),
+                flag: zeroed(64),
+            }
+        }
+
+        fn step<T: bytemuck::Pod>(&self, step: T) -> Descriptors {
+            self.steps.write_on(&self.stream, bytemuck::bytes_of(&step)).unwrap();
+            Descriptors { address: self.steps.address(), count: 1 }
+        }
+
+        fn bytes(&self, memory: &DeviceMemory) -> Vec<u8> {
+            self.stream.synchronize().unwrap();
+            let mut bytes = vec![0; memory.bytes()];
+            memory.read(0, &mut bytes).unwrap();
+            bytes
+        }
+
+        /// Everything that the kernels write when `tokens` tokens are appended to a block that is sealed, reopened and read.
+        fn run(&self, kernels: &Kernels, tokens: std::ops::Range<usize>, bad: bool) -> Vec<Vec<u8>> {
+            let layout = &self.layout;
+            let [key_token, value_token] = Plane::BOTH.map(|plane| layout.token_bytes(plane));
+            let count = tokens.len();
+            let mut payload = elements(layout.element, layout.raw_bytes() / layout.element.bytes(), 7);
+            if bad {
+                // The last key of the first token is infinite, or not a number.
+                let end = key_token;
+                payload[end - layout.element.bytes()..end].fill(0xFF);
+            }
+            self.payload.write_on(&self.stream, &payload).unwrap();
+            for memory in [&self.raw, &self.sealed, &self.reopened, &self.output, &self.flag] {
+                memory.write_on(&self.stream, &vec![0; memory.bytes()]).unwrap();
+            }
+            let stream = &self.stream;
+            let values_at = self.payload.address() + (layout.layers * count * key_token) as u64;
+            let append = self.step(abi::Append {
+                source: [self.payload.address(), values_at],
+                slot: self.raw.address(),
+                flag: self.flag.address(),
+                source_tokens: count as u32,
+                first_layer: 0,
+                layers: layout.layers as u32,
+                first_token: tokens.start as u32,
+                tokens: count as u32,
+                padding: 0,
+            });
+            // SAFETY: memory of this bench, which nobody else uses; everything is waited for before it is looked at.
+            unsafe { kernels.append(stream, append, layout.layers, count) }.unwrap();
+            let mut written = vec![self.bytes(&self.raw), self.bytes(&self.flag)];
+            self.flag.write_on(&self.stream, &[0; 64]).unwrap();
+            let seal = self.step(abi::Convert {
+                from: self.raw.address(),
+                to: self.sealed.address(),
+                flag: self.flag.address(),
+            });
+            // SAFETY: as above.
+            unsafe { kernels.seal(stream, seal) }.unwrap();
+            written.extend([self.bytes(&self.sealed), self.bytes(&self.flag)]);
+            let reopen =
+                self.step(abi::Convert { from: self.sealed.address(), to: self.reopened.address(), flag: 0 });
+            // SAFETY: as above.
+            unsafe { kernels.reopen(stream, reopen) }.unwrap();
+            written.push(self.bytes(&self.reopened));
+            for (format, slot) in [(0, &self.raw), (1, &self.sealed)] {
+                for layer in 0..layout.layers {
+                    let output = self.output.address();
+                    let read = self.step(abi::Read {
+                        slot: slot.address(),
+                        output: [output, output + (count * key_token) as u64],
+                        layer: layer as u32,
+                        first_token: tokens.start as u32,
+                        tokens: count as u32,
+                        format,
+                    });
+                    // SAFETY: as above; the output has room for a block of all layers.
+                    unsafe { kernels.read(stream, read, count) }.unwrap();
+                    written.push(self.bytes(&self.output)[..count * (key_token + value_token)].to_vec());
+                }
+            }
+            let moves = [
+                abi::Move {
+                    from: self.raw.address(),
+                    to: self.reopened.address(),
+                    bytes: layout.raw_bytes() as u64,
+                },
+                abi::Move { from: 0, to: self.raw.address(), bytes: layout.raw_bytes() as u64 },
+            ];
+            for step in moves {
+                let step = self.step(step);
+                // SAFETY: as above.
+                unsafe { kernels.move_blocks(stream, step, layout.raw_bytes()) }.unwrap();
+                written.extend([self.bytes(&self.reopened), self.bytes(&self.raw)]);
+            }
+            written
+        }
+    }
+
+    /// `(block_tokens, layers, kv_heads, key_dim, value_dim)`.
+    const SHAPES: [(u32, u32, u32, u32, u32); 11] = [
+        (32, 1, 1, 64, 64),
+        (32, 1, 1, 80, 80),
+        (32, 1, 1, 128, 128),
+        (32, 1, 1, 256, 256),
+        (32, 2, 3, 64, 80),
+        (32, 2, 3, 128, 256),
+        (5, 3, 2, 80, 16),
+        (1, 1, 1, 8, 8),
+        (1, 2, 1, 1, 3),
+        (5, 1, 3, 7, 33),
+        (32, 1, 1, 512, 520),
+    ];
+
+    #[test]
+    fn plain_kernels_give_the_same_bytes() {
+        if let Err(reason) = device_count() {
+            println!("skipped: {reason}");
+            return;
+        }
+        let gpu = Gpu::shared(0).unwrap();
+        let fast = Arc::new(Module::load(&gpu, PTX).unwrap());
+        let plain = Arc::new(Module::load(&gpu, &without_fast_kernels()).unwrap());
+        for name in ["append", "move_blocks", "seal_f16", "reopen_bf16", "read_f32"] {
+            assert!(fast.function(name).is_ok() && plain.function(name).is_err(), "{name}");
+        }
+        for element in [ElementType::F16, ElementType::Bf16, ElementType::F32] {
+            for shape in SHAPES {
+                let (block_tokens, layers, heads, key_dim, value_dim) = shape;
+                let mut geometry = Geometry::new(layers, heads, key_dim, element).block_tokens(block_tokens);
+                geometry.groups[0].value_dim = value_dim;
+                let layout = geometry.layout().unwrap();
+                let bench = Bench::new(&gpu, layout);
+                let kernels = [&fast, &plain].map(|module| Kernels::of(module.clone(), &layout).unwrap());
+                let block = layout.block_tokens;
+                let parts = [0..1, 0..block, block - 1..block, block / 3..(2 * block).div_ceil(3)];
+                for tokens in parts.into_iter().filter(|tokens| !tokens.is_empty()) {
+                    for bad in [false, true] {
+                        let [fast, plain] =
+                            kernels.each_ref().map(|kernels| bench.run(kernels, tokens.clone(), bad));
+                        let what = format!("{element:?}, {shape:?}, tokens {tokens:?}, not finite: {bad}");
+                        assert_eq!(fast[1][0] != 0, bad, "{what}: the flag of the append");
+                        assert_eq!(fast[3][0] != 0, bad, "{what}: the flag of the seal");
+                        for (part, (fast, plain)) in fast.iter().zip(&plain).enumerate() {
+                            assert!(fast == plain, "{what}: part {part} differs");
+                        }
+                    }
+                }
+            }
         }
     }
 }

@@ -38,6 +38,7 @@ mod lane;
 mod lender;
 pub(crate) mod measure;
 mod ring;
+pub(crate) mod table;
 mod unit;
 
 use std::ops::Range;
@@ -57,6 +58,7 @@ pub(crate) use self::driver::{DriverError, Gpu, device_count};
 use self::kernels::Kernels;
 use self::lane::CudaLane;
 pub(crate) use self::lender::Lender;
+use self::table::Tables;
 
 /// Lanes of a device with a ring of page-locked memory each.
 pub(crate) const RINGS: u64 = 3;
@@ -67,12 +69,14 @@ pub(crate) struct Slab {
     memory: DeviceMemory,
     /// The host tier, whose offsets begin where the slab ends.
     host: PinnedMemory,
+    tables: Tables,
 }
 
 impl Slab {
     /// Allocates `bytes` zero bytes on `gpu`, and `host_bytes` of page-locked memory as its host tier.
     pub(crate) fn allocate(gpu: &Arc<Gpu>, bytes: usize, host_bytes: usize) -> Result<Slab, DriverError> {
-        Ok(Slab { memory: DeviceMemory::zeroed(gpu, bytes)?, host: PinnedMemory::zeroed(gpu, host_bytes)? })
+        let (memory, host) = (DeviceMemory::zeroed(gpu, bytes)?, PinnedMemory::zeroed(gpu, host_bytes)?);
+        Ok(Slab { memory, host, tables: Tables::default() })
     }
 
     /// Where the byte at an offset lies, for kernels: in the slab or, behind its end, in the host tier.
@@ -99,6 +103,11 @@ impl Slab {
         }
         self.memory.read(range.start, bytes).map_err(|error| Error::Device(error.to_string().into()))?;
         Ok(copy)
+    }
+
+    /// Memory for tables of its blocks.
+    fn tables(&self) -> &Tables {
+        &self.tables
     }
 
     /// The GPU that it lies on.

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Compiles the .cu sources beside this file to the PTX that the crate ships, with a pinned NVRTC. Needs no GPU.
+"""Compiles .cu sources to the PTX beside them, with a pinned NVRTC. Needs no GPU.
 
     python3 -m pip install nvidia-cuda-nvrtc-cu12==12.4.127 nvidia-cuda-runtime-cu12==12.4.127
     python3 src/backend/cuda/kernels/build.py            # writes *.ptx
-    python3 src/backend/cuda/kernels/build.py --check    # fails if what is shipped is not what the sources give
+    python3 src/backend/cuda/kernels/build.py --check    # fails if what is there is not what the sources give
+
+Without more arguments: the kernels that the crate ships, and those of its GPU tests. Otherwise the files and folders named.
 """
 import ctypes
 import importlib.util
@@ -12,6 +14,7 @@ import re
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
+FOLDERS = [HERE, HERE.parents[3] / "tests" / "gpu" / "kernels"]
 VERSION = (12, 4)
 OPTIONS = [
     "--gpu-architecture=compute_80",
@@ -58,14 +61,22 @@ def compile_ptx(source):
     return "\n".join(lines).strip() + "\n"
 
 
+def sources(paths):
+    for path in paths:
+        if not path.exists():
+            sys.exit(f"{path} is missing")
+        yield from sorted(path.glob("*.cu")) if path.is_dir() else [path]
+
+
 def main():
+    check, paths = "--check" in sys.argv[1:], [pathlib.Path(at) for at in sys.argv[1:] if at != "--check"]
     stale = []
-    for source in sorted(HERE.glob("*.cu")):
+    for source in sources(paths or FOLDERS):
         target = source.with_suffix(".ptx")
         ptx = compile_ptx(source)
-        if "--check" in sys.argv[1:]:
+        if check:
             if not target.exists() or target.read_text() != ptx:
-                stale.append(target.name)
+                stale.append(str(target))
         else:
             target.write_text(ptx)
             print(f"{target.name}: {len(ptx)} bytes, {ptx.count('.entry')} kernels")

@@ -1,0 +1,168 @@
+//! A CPU cache and a GPU cache store the same bytes for the same tokens, and give the same bytes back.
+
+use kv_cache::half::{bf16, f16};
+use kv_cache::*;
+use rand::rngs::SmallRng;
+use rand::{Rng, SeedableRng};
+
+use crate::common::{Combo, Number, Rig, SETUPS, Tokens, geometry};
+use crate::device::OnDevice;
+
+/// `(block_tokens, layers, kv_heads, key_dim, value_dim)`: every width that a kernel treats on its own, and odd ones.
+const SHAPES: [(u32, u32, u32, u32, u32); 10] = [
+    (32, 2, 2, 16, 16),
+    (32, 2, 2, 64, 80),
+    (32, 1, 2, 128, 128),
+    (32, 1, 1, 256, 512),
+    (16, 1, 1, 512, 64),
+    (32, 1, 3, 33, 7),
+    (5, 2, 3, 8, 24),
+    (1, 1, 1, 1, 2),
+    (3, 1, 1, 520, 1000),
+    (64, 1, 1, 96, 192),
+];
+
+/// One more or less than the bits of `x`: its neighbours, if it is not zero.
+fn neighbour<E: Number>(x: E, step: i32) -> E {
+    let mut bytes = bytemuck::bytes_of(&x).to_vec();
+    let low = bytes[0];
+    bytes[0] = low.saturating_add_signed(step as i8);
+    bytemuck::pod_read_unaligned(&bytes)
+}
+
+/// A row of one of the kinds that codecs get wrong.
+fn row<E: Number>(rng: &mut SmallRng, dim: usize) -> Vec<E> {
+    let kind = rng.random_range(0..12);
+    let exponent = rng.random_range(-12..4);
+    let mut uniform = |most: f32| E::from_f32(rng.random_range(-1.0f32..1.0) * most);
+    match kind {
+        0 => vec![E::from_f32(0.0); dim],
+        1 => (0..dim).map(|at| E::from_f32(if at % 2 == 0 { -0.0 } else { 0.0 })).collect(),
+        // Denormals of the element type.
+        2 => (0..dim).map(|_| neighbour(E::from_f32(0.0), rng.random_range(0..100))).collect(),
+        3 => (0..dim).map(|at| E::from_f32(if at % 3 == 0 { -E::MAX } else { E::MAX })).collect(),
+        4 => (0..dim).map(|_| uniform(E::MAX)).collect(),
+        // One channel that dwarfs the others.
+        5 | 6 => {
+            let mut row: Vec<E> = (0..dim).map(|_| uniform(1.0)).collect();
+            row[dim / 2] = E::from_f32(if kind == 5 { 300.0 } else { -30.0 });
+            row
+        }
+        // Quotients at ties, and right beside them: the scale is a power of two.
+        7 | 8 => {
+            let scale = 2f32.powi(exponent);
+            let tie = |rng: &mut SmallRng| {
+                let x = E::from_f32((rng.random_range(-127..127) as f32 + 0.5) * scale);
+                if kind == 7 { x } else { neighbour(x, rng.random_range(-1..=1)) }
+            };
+            let mut row: Vec<E> = (0..dim).map(|_| tie(rng)).collect();
+            row[dim - 1] = E::from_f32(127.0 * scale);
+            row
+        }
+        // Scales that are subnormal in f16, and below the floor of f32.
+        9 => (0..dim).map(|_| uniform(2f32.powi(-9))).collect(),
+        10 => (0..dim).map(|_| uniform(1e-30)).collect(),
+        _ => (0..dim).map(|_| uniform(8.0)).collect(),
+    }
+}
+
+fn tokens<E: Number>(layout: BlockLayout, tokens: usize, seed: u64) -> Tokens<E> {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let rows = layout.layers * tokens * layout.kv_heads;
+    let mut plane = |dim| (0..rows).flat_map(|_| row::<E>(&mut rng, dim)).collect::<Vec<E>>();
+    let (keys, values) = (plane(layout.key_dim), plane(layout.value_dim));
+    Tokens { layout, ids: (0..tokens as u32).collect(), keys, values }
+}
+
+/// Everything that is stored of one layer, and how.
+fn stored<E: Number>(layout: &BlockLayout, view: &View) -> Vec<(Format, Vec<u8>, Vec<u32>)> {
+    let mut blocks = Vec::new();
+    for block in view.blocks() {
+        for head in 0..layout.kv_heads {
+            for rows in [block.keys::<E>(head).unwrap(), block.values::<E>(head).unwrap()] {
+                blocks.push(match rows {
+                    Rows::Raw(elements) => {
+                        (block.format(), bytemuck::cast_slice(elements).to_vec(), Vec::new())
+                    }
+                    Rows::Int8 { codes, scales } => {
+                        let scales = match scales {
+                            Scales::F16(scales) => scales.iter().map(|x| u32::from(x.to_bits())).collect(),
+                            Scales::F32(scales) => scales.iter().map(|x| x.to_bits()).collect(),
+                        };
+                        (block.format(), bytemuck::cast_slice(codes).to_vec(), scales)
+                    }
+                    other => panic!("{other:?}"),
+                });
+            }
+        }
+    }
+    blocks
+}
+
+async fn rig<E: Number>(setup: &str, format: Format, geometry: Geometry) -> Option<Rig<E>> {
+    let setup = SETUPS.iter().find(|known| known.name == setup).unwrap();
+    let combo = Combo { setup, format, geometry };
+    let builder = combo.builder()?;
+    Some(Rig::new(&combo, builder).await)
+}
+
+async fn same_bytes<E: OnDevice>(shape: (u32, u32, u32, u32, u32), seed: u64) {
+    let geometry = geometry(shape, E::TYPE);
+    let Some(gpu) = rig::<E>("cuda", Format::Int8, geometry.clone()).await else { return };
+    let cpu = rig::<E>("cpu", Format::Int8, geometry).await.unwrap();
+    let what = format!("{}, seed {seed}", gpu.combo);
+    let count = (3 * shape.0).max(40) + 1;
+    let new = tokens::<E>(gpu.layout, count as usize, seed);
+    let pair = [&cpu, &gpu];
+    let mut sequences = Vec::new();
+    for rig in pair {
+        let sequence = rig.open().await;
+        sequence.append(&new.ids, &new.keys, &new.values).await.unwrap();
+        rig.sealed(&sequence).await;
+        sequences.push(sequence);
+    }
+    for round in ["sealed", "reopened and sealed again"] {
+        for layer in 0..gpu.layers() {
+            let [on_cpu, on_gpu] =
+                [0, 1].map(|at| stored::<E>(&gpu.layout, &sequences[at].view(layer).unwrap()));
+            for (at, (cpu, gpu)) in on_cpu.iter().zip(&on_gpu).enumerate() {
+                assert_eq!(cpu, gpu, "{what}: rows {at} of layer {layer}, {round}");
+            }
+            assert_eq!(on_cpu.len(), on_gpu.len());
+            let tokens = sequences[0].len();
+            let mut read = Vec::new();
+            for sequence in &sequences {
+                let (keys, values) = sequence.read::<E>(layer, 0..tokens).await.unwrap();
+                read.push([keys, values].map(|plane| bytemuck::cast_slice::<E, u8>(&plane).to_vec()));
+            }
+            assert_eq!(read[0], read[1], "{what}: layer {layer}, read, {round}");
+        }
+        // Back into a sealed block: it is decoded, written to, and encoded once more.
+        let more = tokens::<E>(gpu.layout, 2 * shape.0 as usize, seed + 1);
+        for (rig, sequence) in pair.into_iter().zip(&sequences) {
+            sequence.truncate(shape.0 + shape.0 / 2).await.unwrap();
+            sequence.append(&more.ids, &more.keys, &more.values).await.unwrap();
+            rig.sealed(sequence).await;
+        }
+    }
+    drop(sequences);
+    cpu.finish().await;
+    gpu.finish().await;
+}
+
+macro_rules! same_bytes {
+    ($($name:ident: $element:ty),*) => {
+        $(
+            #[tokio::test]
+            async fn $name() {
+                for (at, shape) in SHAPES.into_iter().enumerate() {
+                    for seed in 0..3 {
+                        same_bytes::<$element>(shape, 100 * at as u64 + 10 * seed).await;
+                    }
+                }
+            }
+        )*
+    };
+}
+
+same_bytes!(of_f16: f16, of_bf16: bf16, of_f32: f32);

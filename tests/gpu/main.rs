@@ -1,0 +1,17 @@
+//! What only a GPU has: tensors in its memory, order between streams, block tables for kernels, and its faults.
+//!
+//! Every test prints a reason and passes if no GPU is found. The kernels of `kernels/test.cu` are compiled by
+//! `src/backend/cuda/kernels/build.py`. `tests/gpu/run.sh` runs everything that needs a GPU.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod appends;
+mod attention;
+mod bytes;
+mod device;
+mod faults;
+mod lent;
+mod ordering;
+mod refusals;
+mod table;
