@@ -25,8 +25,9 @@ pub mod codec {
 #[cfg(feature = "cuda")]
 pub mod cuda {
     pub use crate::backend::cuda::interop::{DeviceTensor, Enqueued, StreamPoint};
-    pub use crate::backend::cuda::table::{BlockStrides, DeviceBlockTable};
     pub use crate::backend::cuda::measure::{Figure, driver_call_costs, kernel_figures};
+    pub use crate::backend::cuda::table::{BlockStrides, DeviceBlockTable};
+    pub use crate::backend::cuda::transfer::figures::{TransferFigure, transfer_figures};
 }
 
 pub use batch::{BatchCacheOperations, KeysValues, Outcome, Region};

@@ -36,7 +36,7 @@ pub(crate) enum Payload {
 }
 
 impl Payload {
-    pub(crate) fn new(arena: Arena, device: Option<DeviceSource>, operations: usize) -> Self {
+    pub(crate) fn new(arena: Arena, device: Option<Box<DeviceSource>>, operations: usize) -> Self {
         match (arena, device) {
             (Arena::Own(bytes), None) => match (bytes.len(), operations) {
                 (0, _) => Payload::None,
@@ -136,7 +136,7 @@ pub(crate) struct TensorSpans {
     pub(crate) values_at: usize,
     keys_bytes: u32,
     values_bytes: u32,
-    element: ElementType,
+    elements: [ElementType; 2],
     pub(crate) on_device: bool,
     /// Of tensors that hold a token for each of several sequences: which one, and of how many. 0 of 0: they are all its own.
     pub(crate) row: u32,
@@ -152,13 +152,12 @@ impl TensorSpans {
     ) -> Self {
         // One that 32 bits do not count is of no shape that a batch can carry: the door says so.
         let bytes = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
-        let element = elements[usize::from(elements[0] != elements[1])];
         TensorSpans {
             keys_at: keys.0,
             values_at: values.0,
             keys_bytes: bytes(keys.1),
             values_bytes: bytes(values.1),
-            element,
+            elements,
             on_device,
             row: 0,
             rows: 0,
@@ -326,7 +325,7 @@ pub struct BatchCacheOperations {
     /// What travels, from the start.
     submission: Box<Submission>,
     arena: Arena,
-    device: Option<DeviceSource>,
+    device: Option<Box<DeviceSource>>,
 }
 
 impl BatchCacheOperations {
@@ -367,12 +366,12 @@ impl BatchCacheOperations {
 
     /// Names the device memory that the batch's operations on device tensors touch.
     pub fn device_source(&mut self, source: DeviceSource) {
-        self.device = Some(source);
+        self.device = Some(Box::new(source));
     }
 
     /// The device that was named.
     pub fn device(&self) -> Option<u16> {
-        self.device.as_ref().map(DeviceSource::device)
+        self.device.as_ref().map(|source| source.device())
     }
 
     /// Keeps the owner of some of that memory until no launch needs it any more.
@@ -637,7 +636,7 @@ impl BatchCacheOperations {
     ///
     /// The refused operations stay in place and are answered with their error; the others are not touched.
     pub fn check(&mut self, layout: &BlockLayout, max_tokens: u32, devices: &[Option<u16>]) {
-        let source = self.device.as_ref().map(DeviceSource::device);
+        let source = self.device.as_ref().map(|source| source.device());
         let reaches = |operation: &Operation| {
             let shard = operation.sequence().map_or(usize::MAX, |id| id.shard() as usize);
             source.is_some() && devices.get(shard).copied().flatten() == source
@@ -698,8 +697,8 @@ fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result
         if tokens == 0 {
             return Err(Error::Empty);
         }
-        if tensors.element != layout.element {
-            return Err(Error::ElementType { given: tensors.element, expected: layout.element });
+        if let Some(&given) = tensors.elements.iter().find(|element| **element != layout.element) {
+            return Err(Error::ElementType { given, expected: layout.element });
         }
         // Of shared tensors every operation sees the whole.
         let tokens = tensors.tokens(tokens as u32);

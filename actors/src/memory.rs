@@ -308,7 +308,8 @@ pub(crate) enum Purpose {
     Operation { submission: u32, index: u32 },
     /// Sealing this block into this slot.
     Seal { block: BlockId, slot: FilledSlot },
-    /// Moving sealed blocks to another tier, for this operation.
+    /// Moving sealed blocks to another tier, for this operation. A flight stays small: the list is behind one word.
+    #[allow(clippy::box_collection)]
     Tier { submission: u32, index: u32, moves: Box<Vec<TierMove>> },
     /// Moving this raw block to this slot.
     Move { block: BlockId, slot: FilledSlot },

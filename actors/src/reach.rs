@@ -100,7 +100,7 @@ impl DeviceSource {
 pub struct Reachable {
     pub(crate) arena: Vec<u8>,
     pub(crate) lent: Option<Box<dyn LentMemory>>,
-    pub(crate) device: Option<DeviceSource>,
+    pub(crate) device: Option<Box<DeviceSource>>,
 }
 
 impl Reachable {

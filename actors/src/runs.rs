@@ -83,7 +83,7 @@ mod tests {
             seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
             let number = (seed >> 33) as usize;
             match runs.take(1 + number % 60) {
-                Some(run) if number % 3 > 0 => {
+                Some(run) if !number.is_multiple_of(3) => {
                     assert!(
                         run.end <= 1000 && taken.iter().all(|t| t.end <= run.start || run.end <= t.start)
                     );

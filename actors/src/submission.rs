@@ -155,6 +155,7 @@ impl Submission {
     }
 
     /// Operations without an answer.
+    #[cfg(any(test, feature = "testing"))]
     pub(crate) fn unanswered(&self) -> usize {
         self.unanswered as usize
     }

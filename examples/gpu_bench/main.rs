@@ -10,6 +10,8 @@
 
 mod step;
 mod table;
+mod transfer;
+mod wake;
 
 use clap::Parser;
 use kv_cache::{Devices, ElementType, Geometry};
@@ -23,7 +25,7 @@ struct Options {
     /// One JSON object per line instead of a table.
     #[arg(long)]
     json: bool,
-    /// Only these groups: kernels, driver, step.
+    /// Only these groups: kernels, driver, wake, step, transfer.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
 }
@@ -49,8 +51,14 @@ fn main() -> anyhow::Result<()> {
             table.row(what, us, "µs", None);
         }
     }
+    if wanted("wake") {
+        wake::measure(&mut table)?;
+    }
     if wanted("step") {
         step::measure(&mut table)?;
+    }
+    if wanted("transfer") {
+        transfer::measure(&mut table)?;
     }
     Ok(())
 }

@@ -244,7 +244,10 @@ pub(crate) fn add_shard(
         #[cfg(feature = "cuda")]
         Memory::Cuda(slab) => {
             let ring_bytes = (config.pinned_memory_bytes / cuda::RINGS) as usize;
-            assembler.add_shard(cuda::CudaBackend::new(slab.clone(), ring_bytes), core)
+            assembler.add_shard(
+                cuda::CudaBackend::new(slab.clone(), ring_bytes, config.auto_tune && !config.deterministic),
+                core,
+            )
         }
     };
     added.map_err(|reason| device.failed(reason))

@@ -111,7 +111,12 @@ pub const SETUPS: [Setup; 9] = [
 /// A cache on one GPU, or why there is none.
 fn cuda(geometry: Geometry, change: impl FnOnce(&mut CacheConfig)) -> Result<CacheBuilder, String> {
     Devices::gpus_found()?;
-    Ok(Cache::builder(geometry).devices(Devices::cuda(1)).configure(change))
+    // Page-locked memory is slow to allocate, and every case opens a cache of its own.
+    let small = |c: &mut CacheConfig| {
+        c.max_jobs_in_flight = 4096;
+        (c.pinned_memory_bytes, c.lent_memory_bytes) = (12 << 20, 1 << 20);
+    };
+    Ok(Cache::builder(geometry).devices(Devices::cuda(1)).configure(small).configure(change))
 }
 
 pub const FORMATS: [Format; 2] = [Format::Raw, Format::Int8];

@@ -182,6 +182,7 @@ async fn over_scattered_blocks() {
             let neighbours = order.windows(2).all(|pair| pair[1].wrapping_sub(pair[0]) == slot);
             assert!(format == Format::Int8 || !neighbours, "the blocks are not scattered: {order:?}");
             check(&device, &table, &models);
+            drop(table);
             // The same sequences in another order, one of them twice.
             let again = [6, 1, 6, 0].map(|at| (sequences[at], models[at]));
             let table = rig.cache.device_block_table(&again.map(|(sequence, _)| sequence), 0).unwrap();
@@ -270,6 +271,32 @@ async fn many_tables_at_once() {
     }
     drop(rows);
     rig.finish().await;
+}
+
+/// Kernels read blocks of the host tier where they are, also those that move back while a table shows them.
+#[tokio::test]
+async fn over_blocks_in_the_host_tier() {
+    for format in [Format::Raw, Format::Int8] {
+        let Some((device, rig)) = rig::<f16>(format, shape(32), |b| b).await else { return };
+        let (mut seed, mut rows) = (4000, Vec::new());
+        for tokens in [80, 100] {
+            let (sequence, mut model) = (rig.open().await, rig.model());
+            append(&rig, &sequence, &mut model, tokens, &mut seed).await;
+            rig.sealed(&sequence).await;
+            rows.push((sequence, model));
+        }
+        let (sequences, models) = parts(&rows);
+        assert_eq!(sequences[1].offload().await.unwrap(), 3);
+        let table = rig.cache.device_block_table(&sequences, 0).unwrap();
+        let blocks = || table.host().sequences.iter().flat_map(|row| &row.blocks);
+        assert_eq!(blocks().filter(|block| block.tier == Tier::Host).count(), 3);
+        check(&device, &table, &models);
+        assert_eq!(sequences[1].prefetch().await.unwrap(), 3);
+        assert_eq!(sequences[0].offload().await.unwrap(), 2);
+        check(&device, &table, &models);
+        drop((table, rows));
+        rig.finish().await;
+    }
 }
 
 #[tokio::test]

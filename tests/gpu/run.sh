@@ -33,6 +33,8 @@ build() {
     (cd "$(dirname "$0")/../.." && cargo test --lib --test conformance --test gpu --no-run --message-format=json) |
         sed -n 's/.*"name":"\([a-z_-]*\)".*"executable":"\([^"]*\)".*/\1 \2/p' |
         while read -r name executable; do cp "$executable" "$1/${name//-/_}"; done
+    # Names of functions stay, for backtraces and the sanitizers; most of the bytes go.
+    strip --strip-debug "$1"/* 2>/dev/null || true
 }
 
 if [ -n "$build_only" ]; then

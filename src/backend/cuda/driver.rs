@@ -213,7 +213,9 @@ impl DeviceMemory {
         assert!(to + from.len() <= self.bytes, "{to}+{} of {}", from.len(), self.bytes);
         self.gpu.make_current()?;
         // SAFETY: in bounds of an allocation that lives (1, 3).
-        check("cuMemcpyHtoD", unsafe { result::memcpy_htod_sync(self.address + to as u64, from) })
+        check("cuMemcpyHtoD", unsafe { result::memcpy_htod_sync(self.address + to as u64, from) })?;
+        // A copy from pageable memory may return once the bytes are on their way.
+        check("cuCtxSynchronize", result::ctx::synchronize())
     }
 
     /// Copies bytes from the host to the front, on `stream` and no other, and waits.
@@ -316,6 +318,21 @@ impl Stream {
     pub(super) fn new(gpu: &Arc<Gpu>) -> Result<Stream, DriverError> {
         gpu.make_current()?;
         let raw = check("cuStreamCreate", result::stream::create(result::stream::StreamKind::NonBlocking))?;
+        Ok(Stream { raw, gpu: gpu.clone() })
+    }
+
+    /// A stream whose thread blocks go before those of other streams: for kernels of few blocks that others wait for.
+    pub(super) fn urgent(gpu: &Arc<Gpu>) -> Result<Stream, DriverError> {
+        gpu.make_current()?;
+        let (mut least, mut greatest) = (0, 0);
+        // SAFETY: two places for numbers; the context is current (2).
+        let range = unsafe { sys::cuCtxGetStreamPriorityRange(&mut least, &mut greatest) };
+        check("cuCtxGetStreamPriorityRange", range.result())?;
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        let mut raw = std::ptr::null_mut();
+        // SAFETY: a place for the handle; the context is current (2).
+        let created = unsafe { sys::cuStreamCreateWithPriority(&mut raw, flags, greatest) };
+        check("cuStreamCreateWithPriority", created.result())?;
         Ok(Stream { raw, gpu: gpu.clone() })
     }
 

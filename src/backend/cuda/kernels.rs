@@ -3,7 +3,7 @@
 //! A kernel that cannot be loaded is replaced by its plain twin, which gives the same bytes; a warning says so once.
 
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
 
@@ -18,6 +18,9 @@ const CONVERT_THREADS: u32 = 256;
 /// Threads of a block of `move_blocks`, and the vectors of 16 bytes that each has in flight, as in the source.
 const MOVE_THREADS: u32 = 256;
 const MOVE_UNROLL: u32 = 4;
+/// Threads of a block of `carry_blocks`, and the bytes that each of its warps has in flight, as in the source.
+const CARRY_THREADS: u32 = 256;
+const CARRY_BYTES: usize = 4096;
 /// More thread blocks than this keep every GPU busy.
 const ENOUGH_BLOCKS: u32 = 1024;
 
@@ -32,6 +35,7 @@ pub(super) struct Kernels {
     reopen: Function,
     read: Function,
     move_blocks: Function,
+    carry_blocks: Function,
     signal: Function,
     /// The functions are its.
     _module: Arc<Module>,
@@ -47,7 +51,23 @@ pub(super) struct Descriptors {
 impl Kernels {
     /// Loads the kernels for blocks of `block`.
     pub(super) fn load(gpu: &Arc<Gpu>, block: &BlockLayout) -> Result<Kernels, DriverError> {
-        Self::of(Arc::new(Module::load(gpu, PTX)?), block)
+        Self::of(Self::module(gpu)?, block)
+    }
+
+    /// The module of a GPU, loaded once for all caches that are on it at a time.
+    fn module(gpu: &Arc<Gpu>) -> Result<Arc<Module>, DriverError> {
+        static LOADED: Mutex<Vec<(usize, Weak<Module>)>> = Mutex::new(Vec::new());
+        let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_gpu = |(ordinal, module): &(usize, Weak<Module>)| {
+            module.upgrade().filter(|_| *ordinal == gpu.ordinal())
+        };
+        if let Some(module) = loaded.iter().find_map(of_gpu) {
+            return Ok(module);
+        }
+        let module = Arc::new(Module::load(gpu, PTX)?);
+        loaded.retain(|(_, module)| module.strong_count() > 0);
+        loaded.push((gpu.ordinal(), Arc::downgrade(&module)));
+        Ok(module)
     }
 
     fn of(module: Arc<Module>, block: &BlockLayout) -> Result<Kernels, DriverError> {
@@ -73,6 +93,7 @@ impl Kernels {
             reopen: pick("reopen", element)?,
             read: pick("read", element)?,
             move_blocks: pick("move_blocks", "")?,
+            carry_blocks: pick("carry_blocks", "")?,
             signal: module.function("signal")?,
             _module: module,
         })
@@ -154,6 +175,26 @@ impl Kernels {
         let mut parameters = [(&raw mut steps.address).cast::<c_void>()];
         // SAFETY: the kernel takes one address; passed on.
         unsafe { self.move_blocks.launch(stream, grid, MOVE_THREADS, &mut parameters) }
+    }
+
+    /// Copies with at most `grid` thread blocks, so that the rest of the GPU computes; `bytes` is the most of any descriptor.
+    ///
+    /// # Safety
+    /// The descriptors are [`abi::Move`]s that keep to invariants 3 and 4.
+    pub(super) unsafe fn carry_blocks(
+        &self,
+        stream: &Stream,
+        mut steps: Descriptors,
+        bytes: usize,
+        grid: u32,
+    ) -> Result<(), DriverError> {
+        let (mut count, mut parts) = (steps.count as u32, bytes.div_ceil(CARRY_BYTES).max(1) as u32);
+        let warps = (u64::from(count) * u64::from(parts)).div_ceil(u64::from(CARRY_THREADS / 32));
+        let grid = (u64::from(grid).min(warps).max(1) as u32, 1, 1);
+        let mut parameters =
+            [(&raw mut steps.address).cast::<c_void>(), (&raw mut count).cast(), (&raw mut parts).cast()];
+        // SAFETY: the kernel takes an address and two numbers (7); passed on.
+        unsafe { self.carry_blocks.launch(stream, grid, CARRY_THREADS, &mut parameters) }
     }
 
     /// Writes `value` to `address` once everything before it on the stream is done.

@@ -19,6 +19,7 @@ use super::driver::{DriverError, Event, PinnedMemory, Stream};
 use super::fence::{Fence, Waiter};
 use super::kernels::Kernels;
 use super::ring::Ring;
+use super::transfer::Carrier;
 use super::unit::{Plan, ReadBack, Unit, split_large};
 
 /// A small launch takes 10 to 30 µs, and a decode step comes back in less than 100; waking a thread takes 15 to 50.
@@ -46,6 +47,8 @@ pub(crate) struct CudaLane {
     armed: u64,
     failed: Option<DriverError>,
     spare_reads: Vec<Vec<ReadBack>>,
+    /// Carries blocks to or from the host tier, if there is one and this lane does.
+    carrier: Option<Carrier>,
 }
 
 /// A unit that is on the stream.
@@ -55,6 +58,8 @@ struct Flying {
     flags: Range<usize>,
     reads: Vec<ReadBack>,
     ends_launch: bool,
+    /// The transfer that has to be done too before the launch is, counted from 1.
+    transfer: u64,
     /// Recorded behind it if other units were on the stream before.
     event: Option<Event>,
 }
@@ -67,7 +72,9 @@ impl CudaLane {
         kernels: Arc<Kernels>,
         layout: BlockLayout,
         ring_bytes: usize,
+        calibrate: bool,
     ) -> Result<CudaLane, DriverError> {
+        let carrier = Carrier::open(kind, &slab, &kernels, calibrate)?;
         let gpu = slab.gpu().clone();
         let stream = Stream::new(&gpu)?;
         let fence = Fence::new(&stream, &kernels)?;
@@ -88,6 +95,7 @@ impl CudaLane {
             armed: 0,
             failed: None,
             spare_reads: Vec::new(),
+            carrier,
         })
     }
 
@@ -149,7 +157,8 @@ impl CudaLane {
         let event = if self.units.is_empty() { None } else { Some(self.record()?) };
         let flags = plan.flags();
         let flags = range.start + flags.start..range.start + flags.end;
-        self.units.push_back(Flying { ticket, flags, reads, ends_launch, event });
+        let transfer = self.carrier.as_ref().map_or(0, Carrier::submitted);
+        self.units.push_back(Flying { ticket, flags, reads, ends_launch, transfer, event });
         Ok(true)
     }
 
@@ -173,7 +182,8 @@ impl CudaLane {
     /// Takes flags and outputs of finished units from the ring.
     fn retire(&mut self, done: &mut Vec<Launch>) {
         let reached = self.fence.reached();
-        while self.units.front().is_some_and(|unit| unit.ticket <= reached) {
+        let carried = self.carrier.as_ref().map_or(0, Carrier::done);
+        while self.units.front().is_some_and(|unit| unit.ticket <= reached && unit.transfer <= carried) {
             let Some(mut unit) = self.units.pop_front() else { return };
             let Some(launch) = self.launches.front_mut() else { return };
             // SAFETY: the unit's ticket was reached, so the device is done with its range (6).
@@ -207,6 +217,11 @@ impl CudaLane {
 
 impl Lane for CudaLane {
     fn launch(&mut self, mut launch: Launch) {
+        if let Some(carrier) = &mut self.carrier
+            && let Err(error) = carrier.take(&self.slab, &mut launch)
+        {
+            self.fail(error);
+        }
         split_large(&self.layout, &mut launch, self.ring.unit_bytes_max());
         self.launches.push_back(launch);
         if self.failed.is_none()
@@ -219,6 +234,9 @@ impl Lane for CudaLane {
     fn poll(&mut self, done: &mut Vec<Launch>) -> Result<(), DeviceLost> {
         if let Some(error) = self.failed.as_ref().or_else(|| self.waiter.lost()) {
             return Err(DeviceLost(error.to_string().into()));
+        }
+        if let Some(Err(error)) = self.carrier.as_mut().map(Carrier::poll) {
+            self.fail(error);
         }
         self.retire(done);
         if self.enqueuing < self.launches.len()
@@ -246,6 +264,12 @@ impl Lane for CudaLane {
     }
 
     fn ring_when_done(&mut self) {
+        if let Some(event) = self.carrier.as_ref().and_then(Carrier::sleep)
+            && let Err(error) = event.and_then(|event| self.waiter.arm(event))
+        {
+            self.fail(error);
+            self.waiter.ring();
+        }
         let Some(unit) = self.units.front_mut().filter(|unit| unit.ticket > self.armed) else {
             // A lane that has failed has no unit to wait for, but its owner has to learn of it.
             if self.failed.is_some() {

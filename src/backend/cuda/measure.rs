@@ -226,7 +226,11 @@ fn call_costs(ordinal: usize) -> Result<Vec<(&'static str, f64)>, DriverError> {
 }
 
 /// Elements that are random and finite.
-fn random(gpu: &Arc<Gpu>, element: ElementType, bytes: usize) -> Result<DeviceMemory, DriverError> {
+pub(super) fn random(
+    gpu: &Arc<Gpu>,
+    element: ElementType,
+    bytes: usize,
+) -> Result<DeviceMemory, DriverError> {
     let mut seed = 0x9E37_79B9_7F4A_7C15u64;
     let mut next = || {
         seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -250,7 +254,7 @@ fn random(gpu: &Arc<Gpu>, element: ElementType, bytes: usize) -> Result<DeviceMe
     Ok(memory)
 }
 
-fn upload<T: bytemuck::Pod>(gpu: &Arc<Gpu>, values: &[T]) -> Result<DeviceMemory, DriverError> {
+pub(super) fn upload<T: bytemuck::Pod>(gpu: &Arc<Gpu>, values: &[T]) -> Result<DeviceMemory, DriverError> {
     let bytes: &[u8] = bytemuck::cast_slice(values);
     let memory = DeviceMemory::zeroed(gpu, bytes.len())?;
     memory.write(0, bytes)?;

@@ -28,6 +28,10 @@
 //!    a system-wide barrier behind, everything before it; the host reads it with acquire ordering.
 //! 7. **Layouts agree.** Structs handed to kernels are `repr(C)` mirrors of those in the `.cu` sources and hold plain integers.
 //! 8. **Plain memory.** Page-locked memory is allocated zeroed and holds bytes only.
+//! 9. **Staging buffers pass from hand to hand.** The stream that fills one waits for the event behind its last draining, the stream
+//!    that drains it for the event behind its filling; both are recorded before they are waited for.
+//! 10. **Tickets of an engine come in order.** They are issued on one stream; on another only behind all that were issued before,
+//!     or while none is outstanding.
 
 mod abi;
 mod driver;
@@ -39,6 +43,7 @@ mod lender;
 pub(crate) mod measure;
 mod ring;
 pub(crate) mod table;
+pub(crate) mod transfer;
 mod unit;
 
 use std::ops::Range;
@@ -77,6 +82,11 @@ impl Slab {
     pub(crate) fn allocate(gpu: &Arc<Gpu>, bytes: usize, host_bytes: usize) -> Result<Slab, DriverError> {
         let (memory, host) = (DeviceMemory::zeroed(gpu, bytes)?, PinnedMemory::zeroed(gpu, host_bytes)?);
         Ok(Slab { memory, host, tables: Tables::default() })
+    }
+
+    fn has_host_tier(&self) -> bool {
+        // An empty one has a byte, since the driver allocates no less.
+        self.host.bytes() > 1
     }
 
     /// Where the byte at an offset lies, for kernels: in the slab or, behind its end, in the host tier.
@@ -120,12 +130,13 @@ impl Slab {
 pub(crate) struct CudaBackend {
     slab: Arc<Slab>,
     ring_bytes: usize,
+    calibrate: bool,
 }
 
 impl CudaBackend {
-    /// `ring_bytes` of page-locked memory go to each lane.
-    pub(crate) fn new(slab: Arc<Slab>, ring_bytes: usize) -> Self {
-        CudaBackend { slab, ring_bytes }
+    /// `ring_bytes` of page-locked memory go to each lane. `calibrate`: the ways over the bus are timed at start.
+    pub(crate) fn new(slab: Arc<Slab>, ring_bytes: usize, calibrate: bool) -> Self {
+        CudaBackend { slab, ring_bytes, calibrate }
     }
 }
 
@@ -136,8 +147,16 @@ impl Backend for CudaBackend {
         let gpu = self.slab.gpu().clone();
         let open = || -> Result<Lanes<CudaLane>, DriverError> {
             let kernels = Arc::new(Kernels::load(&gpu, block)?);
-            let lane =
-                |kind| CudaLane::open(kind, self.slab.clone(), kernels.clone(), *block, self.ring_bytes);
+            let lane = |kind| {
+                CudaLane::open(
+                    kind,
+                    self.slab.clone(),
+                    kernels.clone(),
+                    *block,
+                    self.ring_bytes,
+                    self.calibrate,
+                )
+            };
             Ok(Lanes {
                 compute: lane(LaneKind::Compute)?,
                 upload: lane(LaneKind::Upload)?,

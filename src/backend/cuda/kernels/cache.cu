@@ -574,6 +574,53 @@ extern "C" __global__ void move_blocks(const Move* moves) {
 
 extern "C" __global__ void plain_move_blocks(const Move* moves) { move_bytes(moves[blockIdx.x], 0, blockIdx.y, gridDim.y); }
 
+// Bytes that a warp of `carry_blocks` has in flight. Mirrored in kernels.rs.
+#define CARRY_BYTES 4096
+
+// Up to CARRY_BYTES bytes by one warp.
+__device__ __forceinline__ void carry_piece(u64 from, u64 to, u32 bytes, u32 lane) {
+    const bool vectors = aligned16(from, to);
+    if (vectors && bytes == CARRY_BYTES) {
+        uint4 v[CARRY_BYTES / 512];
+#pragma unroll
+        for (u32 k = 0; k < CARRY_BYTES / 512; k++) v[k] = __ldcs((const uint4*)from + k * 32 + lane);
+#pragma unroll
+        for (u32 k = 0; k < CARRY_BYTES / 512; k++) ((uint4*)to)[k * 32 + lane] = v[k];
+        return;
+    }
+    const u32 whole = vectors ? bytes / 16 * 16 : 0;
+    for (u32 at = lane * 16; at < whole; at += 512) *(uint4*)(to + at) = __ldcs((const uint4*)(from + at));
+    for (u32 at = whole + lane; at < bytes; at += 32) ((u8*)to)[at] = ((const u8*)from)[at];
+}
+
+// Copies by as few thread blocks as the launch has: for bytes that cross PCIe, which a few warps saturate. Every warp takes a
+// run of pieces, and its lanes fetch the descriptors of 32 of them at once, since those lie behind PCIe too.
+extern "C" __global__ void carry_blocks(const Move* moves, u32 count, u32 parts) {
+    const u32 lane = threadIdx.x % 32;
+    const u64 warp = (u64)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, warps = (u64)gridDim.x * (blockDim.x / 32);
+    const u64 pieces = (u64)count * parts, end = pieces * (warp + 1) / warps;
+    for (u64 first = pieces * warp / warps; first < end; first += 32) {
+        u64 from = 0, to = 0;
+        u32 bytes = 0;
+        if (first + lane < end) {
+            const u64 index = (first + lane) / parts, offset = (first + lane - index * parts) * CARRY_BYTES;
+            const Move m = moves[index];
+            from = m.from + offset;
+            to = m.to + offset;
+            if (offset < m.bytes) bytes = (u32)min(m.bytes - offset, (u64)CARRY_BYTES);
+        }
+        const u32 fetched = (u32)min(end - first, (u64)32);
+        for (u32 k = 0; k < fetched; k++) {
+            carry_piece(__shfl_sync(0xffffffffu, from, k), __shfl_sync(0xffffffffu, to, k),
+                        __shfl_sync(0xffffffffu, bytes, k), lane);
+        }
+    }
+}
+
+extern "C" __global__ void plain_carry_blocks(const Move* moves, u32 count, u32) {
+    for (u32 index = blockIdx.x; index < count; index += gridDim.x) move_bytes(moves[index], 0, 0, 1);
+}
+
 // Says that everything before it on its stream is done.
 extern "C" __global__ void signal(volatile u64* word, u64 value) {
     __threadfence_system();
