@@ -1,5 +1,6 @@
 //! Owned handles of the CUDA driver: each destroys what it owns, and says in words what went wrong.
 
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ffi::{CString, c_void};
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -300,6 +301,68 @@ impl Drop for PinnedMemory {
             // SAFETY: allocated by `cuMemHostAlloc`, freed once; lanes have waited for their streams (1).
             let _ = unsafe { result::free_host(self.base.as_ptr().cast()) };
         }
+    }
+}
+
+/// A page of ordinary memory that the GPU can write to. Unlike [`PinnedMemory`] it stays readable when the process ends and the
+/// driver takes its memory back under threads that still look at it.
+#[derive(Debug)]
+pub(super) struct RegisteredPage {
+    base: NonNull<u8>,
+    address: u64,
+    gpu: Arc<Gpu>,
+}
+
+// SAFETY: it owns its page; what is in it is read atomically.
+unsafe impl Send for RegisteredPage {}
+// SAFETY: as above.
+unsafe impl Sync for RegisteredPage {}
+
+impl RegisteredPage {
+    const LAYOUT: Layout = match Layout::from_size_align(4096, 4096) {
+        Ok(layout) => layout,
+        Err(_) => panic!("4096 is a power of two"),
+    };
+
+    /// A page of zeros.
+    pub(super) fn zeroed(gpu: &Arc<Gpu>) -> Result<RegisteredPage, DriverError> {
+        gpu.make_current()?;
+        let failed = || DriverError::Call {
+            call: "allocating a page",
+            name: "out of memory".into(),
+            text: "the allocator refused 4096 bytes".into(),
+        };
+        // SAFETY: the layout is not empty.
+        let base = NonNull::new(unsafe { alloc_zeroed(Self::LAYOUT) }).ok_or_else(failed)?;
+        let mut page = RegisteredPage { base, address: 0, gpu: gpu.clone() };
+        let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+        // SAFETY: a page of our own; the context is current (2).
+        let registered = unsafe { sys::cuMemHostRegister_v2(base.as_ptr().cast(), Self::LAYOUT.size(), flags) };
+        check("cuMemHostRegister", registered.result())?;
+        // SAFETY: a place for the address of a page that is registered.
+        let found = unsafe { sys::cuMemHostGetDevicePointer_v2(&mut page.address, base.as_ptr().cast(), 0) };
+        check("cuMemHostGetDevicePointer", found.result())?;
+        Ok(page)
+    }
+
+    /// Address for the GPU.
+    pub(super) fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub(super) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+}
+
+impl Drop for RegisteredPage {
+    fn drop(&mut self) {
+        if self.gpu.make_current().is_ok() {
+            // SAFETY: registered in `zeroed`, if that went well; lanes have waited for their streams (1).
+            let _ = unsafe { sys::cuMemHostUnregister(self.base.as_ptr().cast()) };
+        }
+        // SAFETY: allocated with this layout, freed once.
+        unsafe { dealloc(self.base.as_ptr(), Self::LAYOUT) }
     }
 }
 

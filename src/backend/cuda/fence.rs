@@ -10,12 +10,12 @@ use std::sync::{Arc, OnceLock, mpsc};
 use cudarc::driver::sys;
 use kv_cache_actors::memory::Doorbell;
 
-use super::driver::{DriverError, Event, Gpu, PinnedMemory, Stream, check};
+use super::driver::{DriverError, Event, Gpu, RegisteredPage, Stream, check};
 use super::kernels::Kernels;
 
 /// Counts what is done on one stream.
 pub(super) struct Fence {
-    word: PinnedMemory,
+    word: RegisteredPage,
     signal: Signal,
     issued: u64,
 }
@@ -32,7 +32,7 @@ enum Signal {
 impl Fence {
     /// A fence of a stream on which nothing has happened yet.
     pub(super) fn new(stream: &Stream, kernels: &Kernels) -> Result<Fence, DriverError> {
-        let word = PinnedMemory::zeroed(stream.gpu(), 64)?;
+        let word = RegisteredPage::zeroed(stream.gpu())?;
         let mut fence = Fence { word, signal: Signal::StreamWrite, issued: 0 };
         if let Err(error) = fence.issue(stream, kernels).and_then(|_| stream.synchronize()) {
             tracing::warn!(target: "kv_cache::cuda", %error, "streams cannot write memory here: a kernel does it instead");
@@ -66,7 +66,7 @@ impl Fence {
 
     /// The last ticket whose point was reached.
     pub(super) fn reached(&self) -> u64 {
-        // SAFETY: page-locked memory of ours, aligned, that the device writes 8 bytes at a time (6).
+        // SAFETY: a page of ours, aligned, that the device writes 8 bytes at a time (6).
         let word = unsafe { AtomicU64::from_ptr(self.word.base().as_ptr().cast()) };
         word.load(Ordering::Acquire)
     }
