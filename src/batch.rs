@@ -52,7 +52,7 @@ impl BatchCacheOperations {
     }
 
     /// Sets memory for `elements` elements aside in a batch made by [`Cache::batch`](crate::Cache::batch), to be filled
-    /// ([`BatchCacheOperations::fill`]) and appended without a copy. It holds whatever was there before.
+    /// ([`BatchCacheOperations::fill`]) and appended without a copy. It is zero until then.
     ///
     /// # Errors
     /// [`Error::Unsupported`] if the batch has no lent memory, or not so much left.
@@ -62,13 +62,16 @@ impl BatchCacheOperations {
             what: "a region of more memory than the batch was lent",
             instead: "make the batch with `Cache::batch` and enough bytes",
         })?;
-        Ok(Region { start, elements, element: PhantomData })
+        Ok(Region { batch: self.0.arena_id(), start, elements, element: PhantomData })
     }
 
-    /// The elements of a region of this batch.
+    /// The elements of a region of this batch; none of one of another batch.
     pub fn fill<T: Element>(&mut self, region: &Region<T>) -> &mut [T] {
+        if region.batch != self.0.arena_id() {
+            return &mut [];
+        }
         let bytes = self.0.arena_mut().get_mut(region.bytes());
-        // Lent memory is aligned, and so are regions. One of another batch may lie anywhere, and gets nothing.
+        // Lent memory is aligned, and so are regions.
         bytes.and_then(|bytes| bytemuck::try_cast_slice_mut(bytes).ok()).unwrap_or_default()
     }
 
@@ -190,8 +193,8 @@ impl BatchCacheOperations {
         self
     }
 
-    fn holds<T: Element>(&mut self, region: &Region<T>) -> bool {
-        region.bytes().end <= self.0.arena_mut().len()
+    fn holds<T: Element>(&self, region: &Region<T>) -> bool {
+        region.batch == self.0.arena_id()
     }
 
     /// Commits the first `token_ids.len()` staged tokens and discards the others: [`Outcome::Committed`].
@@ -255,6 +258,8 @@ fn foreign_region() -> Error {
 /// Memory of a batch that its caller fills: see [`BatchCacheOperations::region`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Region<T> {
+    /// The batch that it is of.
+    batch: u64,
     start: usize,
     elements: usize,
     element: PhantomData<T>,
@@ -276,7 +281,7 @@ impl<T: Element> Region<T> {
     pub fn slice(&self, elements: Range<usize>) -> Region<T> {
         let end = elements.end.min(self.elements);
         let start = elements.start.min(end);
-        Region { start: self.start + start * size_of::<T>(), elements: end - start, element: PhantomData }
+        Region { start: self.start + start * size_of::<T>(), elements: end - start, ..self.clone() }
     }
 
     fn bytes(&self) -> Range<usize> {

@@ -356,7 +356,16 @@ impl CacheConfig {
         }
         self.check_built()?;
         let pool = PoolLayout::plan(&layout, self.sealed_format(), self.memory_bytes_per_device)?;
-        Ok((layout, pool.with_host_bytes(self.host_tier_bytes_per_device)))
+        let with_tier = pool.with_host_bytes(self.host_tier_bytes_per_device);
+        if with_tier.host_slots == 0 && self.host_tier_bytes_per_device > 0 {
+            let fix = format!("use 0 for none, or at least the {} bytes of a block", pool.sealed_slot_bytes);
+            return Err(ConfigError::invalid(
+                "host_tier_bytes_per_device",
+                self.host_tier_bytes_per_device,
+                fix,
+            ));
+        }
+        Ok((layout, with_tier))
     }
 
     fn check_built(&self) -> Result<(), ConfigError> {

@@ -241,10 +241,15 @@ impl Sequence {
     /// that forks share move for all of them.
     ///
     /// The blocks stay readable, in place and across the bus: [`Sequence::prefetch`] them before they are read often. Operations
-    /// on this sequence wait until the move is done; those on others do not.
+    /// on this sequence wait until the move is done; those on others do not, except that large reads of the shard queue behind it
+    /// (large appends behind a prefetch).
+    ///
+    /// Blocks that are not sealed yet stay, and blocks that another sequence has on their way already are not counted:
+    /// [`Sequence::info`] says how many are where.
     ///
     /// # Errors
-    /// [`Error::TierFull`]: nothing was moved; those of a lost shard or closed cache.
+    /// [`Error::TierFull`]: nothing was moved; [`Error::Unsupported`] if the cache has no host tier; those of a lost shard or
+    /// closed cache.
     pub async fn offload(&self) -> Result<u32, Error> {
         self.move_to(Tier::Host).await
     }

@@ -351,7 +351,7 @@ impl BatchCacheOperations {
 
     /// An empty batch whose tensors go into memory that was lent.
     pub fn lent(memory: Box<dyn LentMemory>) -> Self {
-        BatchCacheOperations { arena: Arena::Lent { memory, used: 0 }, ..Self::default() }
+        BatchCacheOperations { arena: Arena::lent(memory), ..Self::default() }
     }
 
     /// Sets `bytes` bytes of the lent memory aside, and says where they begin. None if there are not so many.
@@ -359,14 +359,24 @@ impl BatchCacheOperations {
         self.arena.region(bytes)
     }
 
+    /// Tells lent memory of batches apart: 0 for a batch that has none.
+    pub fn arena_id(&self) -> u64 {
+        self.arena.id()
+    }
+
     /// The bytes of all tensors so far.
     pub fn arena_mut(&mut self) -> &mut [u8] {
         self.arena.bytes_mut()
     }
 
-    /// Names the device memory that the batch's operations on device tensors touch.
-    pub fn device_source(&mut self, source: DeviceSource) {
-        self.device = Some(Box::new(source));
+    /// Names the device that the batch's device tensors are on, and a point to wait for before they are touched. Once a device
+    /// is named, points of others are left out.
+    pub fn device_source(&mut self, device: u16, ready: Arc<dyn Point>) {
+        match &mut self.device {
+            Some(source) if source.device() == device => source.wait_too(ready),
+            Some(_) => {}
+            None => self.device = Some(Box::new(DeviceSource::new(device, ready))),
+        }
     }
 
     /// The device that was named.
@@ -386,10 +396,10 @@ impl BatchCacheOperations {
         self.submission.operations.push(Operation::Refused(Box::new(error)));
     }
 
-    /// Is told once every operation of the batch is on its device's queue. None if the batch names no device memory.
+    /// Is told once every operation on device tensors is on its device's queue. None if there is no such operation.
     pub fn expect_enqueued(&mut self) -> Option<oneshot::Receiver<Arc<dyn Point>>> {
-        let operations = self.len();
-        self.device.as_ref().map(|device| device.expect(operations))
+        let operations = self.submission.operations.iter().filter(|operation| operation.on_device()).count();
+        self.device.as_ref().filter(|_| operations > 0).map(|device| device.expect(operations))
     }
 
     /// Operations in the batch.

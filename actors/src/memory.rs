@@ -229,20 +229,33 @@ impl Launch {
     /// What has to be reached before the device memory of callers may be touched.
     pub fn waits_for(&self) -> impl Iterator<Item = &Arc<dyn Point>> {
         let sources = self.payloads.iter().filter_map(Payload::reachable);
-        sources.filter_map(|reachable| reachable.device.as_ref()?.ready())
+        sources.filter_map(|reachable| reachable.device.as_ref()).flat_map(|source| source.ready())
     }
 
-    /// Whether somebody waits for the launch to be on the device's queue: see [`Launch::enqueued`].
+    /// The flight of a step on device memory of callers.
+    fn on_device(step: &Step) -> Option<usize> {
+        match step {
+            Step::Append(append) => append.on_device.then_some(append.flight),
+            Step::Read(read) => read.on_device.map(|_| read.flight),
+            _ => None,
+        }
+    }
+
+    /// Whether somebody may wait for the launch to be on the device's queue: see [`Launch::enqueued`].
     pub fn is_awaited_enqueued(&self) -> bool {
-        self.payloads.iter().filter_map(Payload::reachable).any(|reachable| reachable.device.is_some())
+        self.waits_for().next().is_some() && self.steps.iter().any(|step| Self::on_device(step).is_some())
     }
 
     /// To be called once all steps are on the device's queue, with a point behind them.
     pub fn enqueued(&self, point: &Arc<dyn Point>) {
-        for (number, reachable) in self.payloads.iter().enumerate() {
-            if let Some(reachable) = reachable.reachable() {
-                let flights = self.flights.iter().filter(|flight| flight.payload as usize == number).count();
-                reachable.passed(flights, point);
+        // The steps of a flight stand together.
+        let mut flights: Vec<usize> = self.steps.iter().filter_map(Self::on_device).collect();
+        flights.dedup();
+        for (number, payload) in self.payloads.iter().enumerate() {
+            let of_payload = |flight: &&usize| self.flights[**flight].payload as usize == number;
+            let passed = flights.iter().filter(of_payload).count();
+            if let Some(reachable) = payload.reachable().filter(|_| passed > 0) {
+                reachable.passed(passed, point);
             }
         }
     }

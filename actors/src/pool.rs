@@ -347,6 +347,16 @@ impl Pool {
         self.take(SizeClass::Raw, tenant)
     }
 
+    /// Takes a sealed slot for a block that comes back from another tier. Unlike sealing that frees no raw slot afterwards, so it
+    /// leaves the moving room alone.
+    pub(crate) fn take_sealed_spare(&mut self, tenant: u32) -> Option<FilledSlot> {
+        let needs_chunk = self.with_vacancy[SizeClass::Sealed as usize].is_empty();
+        if needs_chunk && self.raw_available() < self.layout.slots_per_chunk(SizeClass::Raw) {
+            return None;
+        }
+        self.take(SizeClass::Sealed, tenant).map(|taken| taken.slot)
+    }
+
     /// Slots of the host tier that can be taken.
     pub fn host_available(&self) -> usize {
         self.host.free_units()
@@ -630,6 +640,17 @@ mod tests {
         sealed.into_iter().for_each(|slot| pool.free(SizeClass::Sealed, slot));
         pool.unreserve_raw(all);
         assert_eq!(pool.raw_available(), all);
+    }
+
+    #[test]
+    fn blocks_that_come_back_leave_sealing_its_room() {
+        let mut pool = pool(640);
+        let raw: Vec<_> = (0..pool.raw_available() / 2).map(|_| pool.take_raw(0).unwrap().slot).collect();
+        let back: Vec<_> = std::iter::from_fn(|| pool.take_sealed_spare(0)).collect();
+        assert!(!back.is_empty());
+        // Whatever came back: a chunk can still be given up to sealing.
+        assert!(pool.can_give_up_chunk() && pool.take_sealed(0).is_some());
+        drop((raw, back));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::oneshot;
 
@@ -28,7 +29,7 @@ pub trait Point: fmt::Debug + Any + Send + Sync {}
 /// Memory of a device that belongs to the caller of a batch.
 pub struct DeviceSource {
     device: u16,
-    ready: Option<Arc<dyn Point>>,
+    ready: Vec<Arc<dyn Point>>,
     keep: Vec<Arc<dyn Any + Send + Sync>>,
     enqueued: Mutex<Enqueuing>,
 }
@@ -52,8 +53,13 @@ impl fmt::Debug for DeviceSource {
 
 impl DeviceSource {
     /// Memory on the device of this number that may be touched once `ready` is reached.
-    pub fn new(device: u16, ready: Option<Arc<dyn Point>>) -> Self {
-        DeviceSource { device, ready, keep: Vec::new(), enqueued: Mutex::new(Enqueuing::default()) }
+    pub fn new(device: u16, ready: Arc<dyn Point>) -> Self {
+        DeviceSource {
+            device,
+            ready: vec![ready],
+            keep: Vec::new(),
+            enqueued: Mutex::new(Enqueuing::default()),
+        }
     }
 
     /// Keeps `owner` until no launch needs the memory any more.
@@ -70,11 +76,17 @@ impl DeviceSource {
     }
 
     /// What lanes wait for before they touch the memory.
-    pub fn ready(&self) -> Option<&Arc<dyn Point>> {
-        self.ready.as_ref()
+    pub fn ready(&self) -> &[Arc<dyn Point>] {
+        &self.ready
     }
 
-    /// Has the receiver told once all `operations` of the batch are on their device's queue. Those that fail before they get
+    /// Adds a point to wait for.
+    pub(crate) fn wait_too(&mut self, ready: Arc<dyn Point>) {
+        self.ready.push(ready);
+    }
+
+    /// Has the receiver told once all `operations` on device tensors are on the device's queue. They share one queue, so a point
+    /// behind the last of them is behind all. Those that fail before they get
     /// there are never on it: whoever waits listens for the batch's answer too.
     pub(crate) fn expect(&self, operations: usize) -> oneshot::Receiver<Arc<dyn Point>> {
         let (reply, receiver) = oneshot::channel();
@@ -151,7 +163,7 @@ impl LentMemory for PlainMemory {
 #[derive(Debug)]
 pub(crate) enum Arena {
     Own(Vec<u8>),
-    Lent { memory: Box<dyn LentMemory>, used: usize },
+    Lent { memory: Box<dyn LentMemory>, used: usize, id: u64 },
 }
 
 impl Default for Arena {
@@ -164,6 +176,18 @@ impl Default for Arena {
 const LENT_ALIGN_BYTES: usize = 16;
 
 impl Arena {
+    pub(crate) fn lent(memory: Box<dyn LentMemory>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Arena::Lent { memory, used: 0, id: NEXT.fetch_add(1, Ordering::Relaxed) }
+    }
+
+    pub(crate) fn id(&self) -> u64 {
+        match self {
+            Arena::Own(_) => 0,
+            Arena::Lent { id, .. } => *id,
+        }
+    }
+
     pub(crate) fn len(&self) -> usize {
         match self {
             Arena::Own(bytes) => bytes.len(),
@@ -184,7 +208,7 @@ impl Arena {
                 bytes.extend_from_slice(tensor);
                 bytes.len() - tensor.len()
             }
-            Arena::Lent { memory, used } => {
+            Arena::Lent { memory, used, .. } => {
                 let start = used.next_multiple_of(LENT_ALIGN_BYTES);
                 let end = start + tensor.len();
                 if end > memory.bytes().len() {
@@ -202,17 +226,19 @@ impl Arena {
 
     /// Sets `bytes` bytes aside in lent memory, for the caller to fill. None without lent memory that has so much left.
     pub(crate) fn region(&mut self, bytes: usize) -> Option<usize> {
-        let Arena::Lent { memory, used } = self else { return None };
+        let Arena::Lent { memory, used, .. } = self else { return None };
         let start = used.next_multiple_of(LENT_ALIGN_BYTES);
         let end = start.checked_add(bytes).filter(|end| *end <= memory.bytes().len())?;
         *used = end;
+        // What was there before may be another tenant's.
+        memory.bytes_mut()[start..end].fill(0);
         Some(start)
     }
 
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         match self {
             Arena::Own(bytes) => bytes,
-            Arena::Lent { memory, used } => &mut memory.bytes_mut()[..*used],
+            Arena::Lent { memory, used, .. } => &mut memory.bytes_mut()[..*used],
         }
     }
 }

@@ -145,7 +145,7 @@ fn cpus(count: u16) -> Vec<Device> {
 /// Every GPU, or why there is none.
 #[cfg(feature = "cuda")]
 pub(crate) fn gpus() -> Result<Vec<Device>, String> {
-    cuda::device_count().map(|count| (0..count as u16).map(Device::Cuda).collect())
+    cuda::usable_gpus().map(|gpus| gpus.into_iter().map(Device::Cuda).collect())
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -25,10 +25,11 @@ async fn refused(config: CacheConfig) -> ConfigError {
 async fn every_field_out_of_range() {
     assert_eq!(base().validate(), Ok(()));
     type Change = fn(&mut CacheConfig);
-    let wrong: [(&str, &str, Change); 28] = [
+    let wrong: [(&str, &str, Change); 29] = [
         ("devices", "cpu = 0", |c| c.devices = Devices::cpu(0)),
         ("devices", "cuda = 0", |c| c.devices = Devices::cuda(0)),
         ("pinned_memory_bytes", "1", |c| (c.devices, c.pinned_memory_bytes) = (Devices::Auto, 1)),
+        ("host_tier_bytes_per_device", "1", |c| c.host_tier_bytes_per_device = 1),
         ("memory_bytes_per_device", "0", |c| c.memory_bytes_per_device = 0),
         ("memory_bytes_per_device", "1000", |c| c.memory_bytes_per_device = 1000),
         ("max_tokens", "0", |c| c.max_tokens = 0),

@@ -72,8 +72,10 @@ impl ShardView {
 }
 
 pub(crate) struct DeviceActor<L> {
-    core: DeviceCore,
+    // First: dropped before the replies in the core, since whoever is told that the shard is lost may free memory that work on
+    // the lane still reads.
     compute: L,
+    core: DeviceCore,
     mailbox: DeviceMailbox,
     transfer: TransferSender,
     transfers_in_flight: u64,

@@ -21,6 +21,12 @@ pub(crate) struct TierMove {
 impl DeviceCore {
     /// Launches the moves of a sequence's sealed blocks to a tier, all of them or none.
     pub(super) fn plan_move(&mut self, op: OpRef, index: usize, tier: Tier) -> Progress {
+        if tier == Tier::Host && self.config.pool.host_slots == 0 {
+            return Progress::Done(Err(Error::Unsupported {
+                what: "the host tier of a cache that has none",
+                instead: "set `host_tier_bytes_per_device`",
+            }));
+        }
         let shared = self.sequences[index].shared.clone();
         let blocks: Vec<BlockId> =
             shared.state().blocks.iter().copied().filter(|&id| self.blocks.moves_to(id, tier)).collect();
@@ -114,7 +120,7 @@ impl BlockStore {
             let taken = match class {
                 SizeClass::Raw if slots.len() < free => self.pool.take_raw(tenant).map(|taken| taken.slot),
                 SizeClass::Raw => None,
-                SizeClass::Sealed | SizeClass::Host => self.pool.take_sealed(tenant),
+                SizeClass::Sealed | SizeClass::Host => self.pool.take_sealed_spare(tenant),
             };
             match taken {
                 Some(slot) => slots.push(slot),

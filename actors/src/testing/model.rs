@@ -20,6 +20,8 @@ use crate::sequence::{SINK_TOKENS, SequenceId};
 /// What all sequences of a model have in common.
 #[derive(Debug, Clone)]
 pub struct Rules {
+    /// Slots of the host tier.
+    pub host_slots: usize,
     /// The shape of what is stored.
     pub layout: BlockLayout,
     /// Format of sealed blocks.
@@ -255,6 +257,9 @@ impl ModelSequence {
             Error::TooManyTokens { tokens, max_total_tokens } => {
                 let counts = writes || matches!(op, Op::Commit { .. } | Op::Fork { .. });
                 counts && *max_total_tokens == rules.max_total_tokens && tokens > max_total_tokens
+            }
+            Error::Unsupported { .. } => {
+                matches!(op, Op::MoveTo { tier: Tier::Host }) && rules.host_slots == 0
             }
             Error::TierFull { tier, needed, free } => {
                 matches!(op, Op::MoveTo { tier: to } if to == tier && needed > free)

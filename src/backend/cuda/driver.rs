@@ -3,7 +3,7 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ffi::{CString, c_void};
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use cudarc::driver::{result, sys};
 use kv_cache_actors::reach::Point;
@@ -55,10 +55,45 @@ pub(super) fn check<T>(
     })
 }
 
-/// GPUs that the driver shows, or why there are none.
-pub(crate) fn device_count() -> Result<usize, String> {
+/// Whether the driver's library can be loaded. Without it every call of it would panic.
+pub(super) fn driver_is_present() -> bool {
+    static PRESENT: OnceLock<bool> = OnceLock::new();
     // SAFETY: looks for the driver library by name and loads it; it runs no code of ours.
-    if !unsafe { sys::is_culib_present() } {
+    *PRESENT.get_or_init(|| unsafe { sys::is_culib_present() })
+}
+
+/// GPUs that the kernels run on, by the driver's numbers, or why there are none.
+pub(crate) fn usable_gpus() -> Result<Vec<u16>, String> {
+    let count = device_count()?;
+    let (usable, old): (Vec<usize>, Vec<usize>) = (0..count)
+        .partition(|ordinal| capability(*ordinal).is_ok_and(|(major, _)| major >= CAPABILITY_MAJOR));
+    match usable.is_empty() {
+        true => {
+            Err(format!("of {count} NVIDIA GPUs none has compute capability {CAPABILITY_MAJOR}.0 or newer"))
+        }
+        false => {
+            if !old.is_empty() {
+                tracing::warn!(target: "kv_cache::devices", gpus = ?old, "too old, and left alone");
+            }
+            Ok(usable.into_iter().map(|ordinal| ordinal as u16).collect())
+        }
+    }
+}
+
+/// The oldest that the kernels are compiled for: A100.
+const CAPABILITY_MAJOR: i32 = 8;
+
+fn capability(ordinal: usize) -> Result<(i32, i32), DriverError> {
+    let device = check("cuDeviceGet", result::device::get(ordinal as i32))?;
+    // SAFETY: the device is valid.
+    let attribute =
+        |which| unsafe { check("cuDeviceGetAttribute", result::device::get_attribute(device, which)) };
+    let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    Ok((major, attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?))
+}
+
+fn device_count() -> Result<usize, String> {
+    if !driver_is_present() {
         return Err("no NVIDIA driver was found".into());
     }
     let count =
@@ -90,17 +125,20 @@ impl std::fmt::Debug for Gpu {
 }
 
 impl Gpu {
-    /// Takes a share in the primary context of a GPU. [`device_count`] has found it.
+    /// Takes a share in the primary context of a GPU.
     fn open(ordinal: usize) -> Result<Arc<Gpu>, DriverError> {
+        if !driver_is_present() {
+            return Err(DriverError::Call {
+                call: "loading the driver",
+                name: "libcuda".into(),
+                text: "no NVIDIA driver was found".into(),
+            });
+        }
         check("cuInit", result::init())?;
         let device = check("cuDeviceGet", result::device::get(ordinal as i32))?;
         let name = check("cuDeviceGetName", result::device::get_name(device))?;
-        // SAFETY: the device is valid.
-        let attribute =
-            |which| unsafe { check("cuDeviceGetAttribute", result::device::get_attribute(device, which)) };
-        let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
-        let minor = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        if major < 8 {
+        let (major, minor) = capability(ordinal)?;
+        if major < CAPABILITY_MAJOR {
             return Err(DriverError::TooOld { major, minor });
         }
         // SAFETY: the device is valid; the share is given back when this is dropped.
@@ -139,10 +177,29 @@ impl Gpu {
         check("cuCtxSetCurrent", unsafe { result::ctx::set_current(self.context) })
     }
 
+    /// Makes its context current on a thread that is not ours, until the guard goes: whose it is finds the thread as it was.
+    pub(super) fn enter(&self) -> Result<Entered, DriverError> {
+        let before = check("cuCtxGetCurrent", result::ctx::get_current())?;
+        self.make_current()?;
+        Ok(Entered { before })
+    }
+
     /// Free and total bytes.
     pub(crate) fn memory_info(&self) -> Result<(usize, usize), DriverError> {
         self.make_current()?;
         check("cuMemGetInfo", result::mem_get_info())
+    }
+}
+
+/// See [`Gpu::enter`].
+pub(super) struct Entered {
+    before: Option<sys::CUcontext>,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        // SAFETY: the context that was current on this thread, or none.
+        let _ = unsafe { result::ctx::set_current(self.before.unwrap_or(std::ptr::null_mut())) };
     }
 }
 
@@ -204,9 +261,13 @@ impl DeviceMemory {
     /// What is copied while the device writes to it is whatever it is then; callers look at nothing of the kind (4).
     pub(super) fn read(&self, from: usize, to: &mut [u8]) -> Result<(), DriverError> {
         assert!(from + to.len() <= self.bytes, "{from}+{} of {}", to.len(), self.bytes);
-        self.gpu.make_current()?;
-        // SAFETY: in bounds of an allocation that lives (1, 3).
-        check("cuMemcpyDtoH", unsafe { result::memcpy_dtoh_sync(to, self.address + from as u64) })
+        let _entered = self.gpu.enter()?;
+        // On the default stream it would wait for the embedder's kernels.
+        let stream = Stream::new(&self.gpu)?;
+        // SAFETY: in bounds of an allocation that lives (1, 3); the stream is waited for before `to` is the caller's again.
+        let copied = unsafe { result::memcpy_dtoh_async(to, self.address + from as u64, stream.raw()) };
+        check("cuMemcpyDtoHAsync", copied)?;
+        stream.synchronize()
     }
 
     /// Copies bytes from the host to `to` on, and waits.
@@ -236,7 +297,7 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        if self.gpu.make_current().is_ok() {
+        if let Ok(_entered) = self.gpu.enter() {
             // SAFETY: allocated by `cuMemAlloc`, freed once; lanes have waited for their streams (1).
             let _ = unsafe { result::memory_free(self.address) };
         }
@@ -297,7 +358,7 @@ impl PinnedMemory {
 
 impl Drop for PinnedMemory {
     fn drop(&mut self) {
-        if self.gpu.make_current().is_ok() {
+        if let Ok(_entered) = self.gpu.enter() {
             // SAFETY: allocated by `cuMemHostAlloc`, freed once; lanes have waited for their streams (1).
             let _ = unsafe { result::free_host(self.base.as_ptr().cast()) };
         }
@@ -337,7 +398,8 @@ impl RegisteredPage {
         let mut page = RegisteredPage { base, address: 0, gpu: gpu.clone() };
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
         // SAFETY: a page of our own; the context is current (2).
-        let registered = unsafe { sys::cuMemHostRegister_v2(base.as_ptr().cast(), Self::LAYOUT.size(), flags) };
+        let registered =
+            unsafe { sys::cuMemHostRegister_v2(base.as_ptr().cast(), Self::LAYOUT.size(), flags) };
         check("cuMemHostRegister", registered.result())?;
         // SAFETY: a place for the address of a page that is registered.
         let found = unsafe { sys::cuMemHostGetDevicePointer_v2(&mut page.address, base.as_ptr().cast(), 0) };
@@ -357,7 +419,7 @@ impl RegisteredPage {
 
 impl Drop for RegisteredPage {
     fn drop(&mut self) {
-        if self.gpu.make_current().is_ok() {
+        if let Ok(_entered) = self.gpu.enter() {
             // SAFETY: registered in `zeroed`, if that went well; lanes have waited for their streams (1).
             let _ = unsafe { sys::cuMemHostUnregister(self.base.as_ptr().cast()) };
         }
@@ -435,7 +497,7 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if self.gpu.make_current().is_ok() {
+        if let Ok(_entered) = self.gpu.enter() {
             // SAFETY: created in `new`, destroyed once.
             let _ = unsafe { result::stream::destroy(self.raw) };
         }
@@ -490,7 +552,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        if self.gpu.make_current().is_ok() {
+        if let Ok(_entered) = self.gpu.enter() {
             // SAFETY: created in `new`, destroyed once.
             let _ = unsafe { result::event::destroy(self.raw) };
         }
@@ -543,7 +605,7 @@ impl Module {
 
 impl Drop for Module {
     fn drop(&mut self) {
-        if self.gpu.make_current().is_ok() {
+        if let Ok(_entered) = self.gpu.enter() {
             // SAFETY: loaded in `load`, unloaded once; lanes that launch its kernels hold it (1).
             let _ = unsafe { result::module::unload(self.raw) };
         }

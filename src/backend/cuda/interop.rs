@@ -3,6 +3,7 @@
 //! A decode step whose keys and values a model has just computed goes like this, without the host waiting for the device:
 //!
 //! ```text
+//! let (keys, values) = (DeviceTensor::new(&keys, &stream), DeviceTensor::new(&values, &stream));
 //! let after = StreamPoint::record(&stream)?;                  // by the thread that enqueued the model's kernels
 //! let batch = BatchCacheOperations::new().device_memory(after).append_device(&sequence, &[token], &keys, &values);
 //! let step = cache.enqueue(batch).await?;                     // on the cache's queue
@@ -19,13 +20,13 @@ use std::task::Poll;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr, result, sys};
 use kv_cache_actors::batch::{DeviceSpan, EachTensors};
-use kv_cache_actors::reach::{DeviceSource, Point};
+use kv_cache_actors::reach::Point;
 use kv_cache_actors::submission::Answered;
 use kv_cache_actors::submit::Waiting;
 use kv_cache_actors::supervisor::Supervisor;
 use tokio::sync::oneshot;
 
-use super::driver::{Event, Gpu, check};
+use super::driver::{Event, Gpu, check, driver_is_present};
 use crate::batch::ids;
 use crate::{BatchCacheOperations, Cache, Element, ElementType, Error, Outcome, Sequence, SequenceId};
 
@@ -56,7 +57,7 @@ impl StreamPoint {
     /// `stream` is a live stream.
     pub unsafe fn record_raw(ordinal: usize, stream: sys::CUstream) -> Result<StreamPoint, Error> {
         let gpu = Gpu::shared(ordinal).map_err(device_error)?;
-        gpu.make_current().map_err(device_error)?;
+        let _entered = gpu.enter().map_err(device_error)?;
         // SAFETY: the caller vouches for the stream.
         let capturing = unsafe { result::stream::is_capturing(stream) };
         let none = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
@@ -128,7 +129,8 @@ pub struct DeviceTensor {
 }
 
 impl DeviceTensor {
-    /// The elements of a cudarc slice, which is kept alive as long as the cache needs it.
+    /// The elements of a cudarc slice, which is kept alive as long as the cache needs it. Call it before
+    /// [`StreamPoint::record`]: `stream` waits for whatever still writes to the slice, and the point has to come behind that.
     pub fn new<T: Element>(slice: &Arc<CudaSlice<T>>, stream: &CudaStream) -> DeviceTensor {
         let (address, synchronised) = slice.device_ptr(stream);
         drop(synchronised);
@@ -144,7 +146,7 @@ impl DeviceTensor {
     /// Elements at an address of a GPU's memory.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if the elements do not lie in one allocation of a GPU.
+    /// [`Error::Unsupported`] if the elements do not lie in one allocation of a GPU, or not at a multiple of their size.
     ///
     /// # Safety
     /// The memory stays allocated until every batch that names it is done, and nobody writes to it between the point given to
@@ -155,6 +157,9 @@ impl DeviceTensor {
             what: "device memory outside of an allocation of a GPU",
             instead: "give an address and a length inside of one",
         };
+        if !driver_is_present() || !address.is_multiple_of(size_of::<T>() as u64) {
+            return Err(foreign);
+        }
         let (mut ordinal, mut start, mut bytes) = (-1i32, 0u64, 0usize);
         let ask = |which, to: *mut std::ffi::c_void| {
             // SAFETY: a place of the attribute's size; any address may be asked for.
@@ -203,11 +208,14 @@ impl DeviceTensor {
 
 /// Operations on tensors in device memory. The batch must name the point behind which they may be touched first.
 impl BatchCacheOperations {
-    /// The batch's device tensors may be touched once `after` is reached. All of them are on its GPU.
+    /// The batch's device tensors may be touched once `after` is reached. All of them are on its GPU. Called again, it adds a
+    /// point; one on another GPU adds nothing, and tensors there are refused.
+    ///
+    /// The GPU's compute lane waits for the point, in order: record it when what it stands for is nearly done, not long before.
     pub fn device_memory(mut self, after: StreamPoint) -> Self {
         let device = after.ordinal() as u16;
         let ready: Arc<dyn Point> = after.0;
-        self.0.device_source(DeviceSource::new(device, Some(ready)));
+        self.0.device_source(device, ready);
         self
     }
 
@@ -350,7 +358,7 @@ impl Enqueued {
 
 impl Cache {
     /// Submits a batch and returns once it is on its device's queue: before its device tensors are read, with a point to wait
-    /// for on the caller's stream. An operation that waits for an earlier one of its sequence is on the queue once that is done.
+    /// for on the caller's stream. Only operations on device tensors count for that. An operation that waits for an earlier one of its sequence is on the queue once that is done.
     ///
     /// Cancel-safe as [`Cache::submit`] is: dropped later, the operations take effect all the same. Device memory that was
     /// given by address must stay as it is until then.

@@ -234,7 +234,7 @@ mod tests {
     use rand::rngs::SmallRng;
     use rand::{Rng, SeedableRng};
 
-    use super::super::driver::{DeviceMemory, device_count};
+    use super::super::driver::{DeviceMemory, usable_gpus};
     use super::*;
 
     /// The seal kernel multiplies where the CPU divides: for f16 that never shows.
@@ -434,7 +434,7 @@ mod tests {
 
     #[test]
     fn plain_kernels_give_the_same_bytes() {
-        if let Err(reason) = device_count() {
+        if let Err(reason) = usable_gpus() {
             println!("skipped: {reason}");
             return;
         }

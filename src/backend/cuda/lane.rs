@@ -60,7 +60,7 @@ struct Flying {
     ends_launch: bool,
     /// The transfer that has to be done too before the launch is, counted from 1.
     transfer: u64,
-    /// Recorded behind it if other units were on the stream before.
+    /// Recorded behind it when the next unit came.
     event: Option<Event>,
 }
 
@@ -121,6 +121,13 @@ impl CudaLane {
     fn enqueue(&mut self, plan: &Plan, ends_launch: bool) -> Result<bool, DriverError> {
         let ticket = self.fence.next_ticket();
         let Some(range) = self.ring.take(plan.bytes(), ticket) else { return Ok(false) };
+        // Whoever sleeps for the unit before must not sleep for this one too.
+        if self.units.back().is_some_and(|unit| unit.event.is_none()) {
+            let event = self.record()?;
+            if let Some(before) = self.units.back_mut() {
+                before.event = Some(event);
+            }
+        }
         let launch = &self.launches[self.enqueuing];
         if self.next_step == 0 {
             for event in launch.waits_for().filter_map(|point| (&**point as &dyn Any).downcast_ref::<Event>())
@@ -153,12 +160,10 @@ impl CudaLane {
         if ends_launch {
             self.tell_enqueued()?;
         }
-        // Whoever sleeps for the oldest unit must not sleep for the younger ones too.
-        let event = if self.units.is_empty() { None } else { Some(self.record()?) };
         let flags = plan.flags();
         let flags = range.start + flags.start..range.start + flags.end;
         let transfer = self.carrier.as_ref().map_or(0, Carrier::submitted);
-        self.units.push_back(Flying { ticket, flags, reads, ends_launch, transfer, event });
+        self.units.push_back(Flying { ticket, flags, reads, ends_launch, transfer, event: None });
         Ok(true)
     }
 

@@ -59,7 +59,7 @@ use crate::error::Error;
 use crate::view::View;
 
 use self::driver::{DeviceMemory, PinnedMemory};
-pub(crate) use self::driver::{DriverError, Gpu, device_count};
+pub(crate) use self::driver::{DriverError, Gpu, usable_gpus};
 use self::kernels::Kernels;
 use self::lane::CudaLane;
 pub(crate) use self::lender::Lender;

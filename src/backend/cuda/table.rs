@@ -262,7 +262,7 @@ struct Spare {
 impl Tables {
     /// A buffer that holds `image`, once that has arrived there.
     fn put(&self, gpu: &Arc<Gpu>, image: &[u8]) -> Result<DeviceMemory, DriverError> {
-        gpu.make_current()?;
+        let _entered = gpu.enter()?;
         let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let found = spare.buffers.iter().position(|buffer| buffer.bytes() >= image.len());
         let memory = match found {

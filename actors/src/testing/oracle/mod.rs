@@ -157,6 +157,7 @@ impl Oracle {
         let rig = Rig::new(setup);
         let config = rig.config();
         let rules = Rules {
+            host_slots: config.pool.host_slots,
             layout: config.layout,
             format: config.sealed_format,
             max_tokens: config.max_tokens,
