@@ -169,8 +169,8 @@ pub struct CacheConfig {
     /// Token dropping.
     #[serde(default)]
     pub compression: Compression,
-    /// Bytes of page-locked host memory of each GPU, through which everything goes that is copied to or from it: a third for each
-    /// of its lanes, allocated at start. CPU devices copy nothing across a bus and take none.
+    /// Bytes of page-locked host memory of each GPU, through which host tensors go on their way to or from it: a third for each
+    /// of its lanes, allocated at start. Lent memory, the host tier and its staging memory come on top. CPU devices copy nothing across a bus and take none.
     #[serde(default = "defaults::pinned_memory_bytes")]
     pub pinned_memory_bytes: u64,
     /// Bytes of page-locked host memory that batches are lent ([`Cache::batch`](crate::Cache::batch)) where there are GPUs,

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use crate::batch::Payload;
 use crate::block::BlockId;
-use crate::device::tier::TierMove;
+use crate::device::tier::TierMoves;
 use crate::format::Format;
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::pool::PoolLayout;
@@ -321,9 +321,8 @@ pub(crate) enum Purpose {
     Operation { submission: u32, index: u32 },
     /// Sealing this block into this slot.
     Seal { block: BlockId, slot: FilledSlot },
-    /// Moving sealed blocks to another tier, for this operation. A flight stays small: the list is behind one word.
-    #[allow(clippy::box_collection)]
-    Tier { submission: u32, index: u32, moves: Box<Vec<TierMove>> },
+    /// Moving sealed blocks to another tier.
+    Tier(Box<TierMoves>),
     /// Moving this raw block to this slot.
     Move { block: BlockId, slot: FilledSlot },
 }
@@ -384,5 +383,65 @@ impl ReadBuffer {
             Plane::Key => self.keys.bytes_mut(),
             Plane::Value => self.values.bytes_mut(),
         }
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::batch::{BatchCacheOperations, DeviceSpan, HostTensor};
+    use crate::sequence::SequenceId;
+
+    #[derive(Debug)]
+    struct Mark(#[expect(dead_code, reason = "printed by Debug")] u8);
+
+    impl Point for Mark {}
+
+    fn append(flight: usize, on_device: bool) -> Step {
+        Step::Append(AppendStep {
+            flight,
+            layers: 0..1,
+            keys_at: 0,
+            values_at: 0,
+            on_device,
+            payload_tokens: 1,
+            first_token: 0,
+            slot_offset: 0,
+            tokens: 0..1,
+        })
+    }
+
+    /// A caller may write to his tensors behind the point: it must come after the operations on them, and no others count.
+    #[test]
+    fn a_batch_is_enqueued_when_its_device_tensors_are() {
+        let id = SequenceId::from_u64(0);
+        let span = DeviceSpan { element: ElementType::F32, address: 64, bytes: 4 };
+        let host = HostTensor { element: ElementType::F32, bytes: &[0; 4] };
+        let mut batch = BatchCacheOperations::new();
+        batch.device_source(3, Arc::new(Mark(0)));
+        // Of the same device: one point more. Of another: the batch stays with the first.
+        batch.device_source(3, Arc::new(Mark(1)));
+        batch.device_source(4, Arc::new(Mark(2)));
+        batch.append_device(id, &[1], None, span, span);
+        batch.append(id, None, &[1], None, host, host);
+        batch.append_device(id, &[1], None, span, span);
+        let mut enqueued = batch.expect_enqueued().expect("it has device tensors");
+        let mut payload = batch.into_submission().payload;
+        let operation = |index| Purpose::Operation { submission: 0, index };
+        let point = |mark| -> Arc<dyn Point> { Arc::new(Mark(mark)) };
+        let mut launches = Vec::new();
+        for (index, on_device) in [(0, true), (1, false), (2, true)] {
+            let mut launch = Launch::default();
+            let flight = launch.add(operation(index), Some(&mut payload), None);
+            launch.steps.extend([append(flight, on_device), append(flight, on_device)]);
+            assert_eq!(launch.waits_for().count(), 2);
+            assert_eq!(launch.is_awaited_enqueued(), on_device);
+            launches.push(launch);
+        }
+        launches[1].enqueued(&point(9));
+        launches[0].enqueued(&point(10));
+        assert!(enqueued.try_recv().is_err(), "one of two is on the queue");
+        launches[2].enqueued(&point(11));
+        assert_eq!(format!("{:?}", enqueued.try_recv().expect("both are")), "Mark(11)");
     }
 }

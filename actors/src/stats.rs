@@ -31,7 +31,7 @@ pub struct CoreCounters {
     pub blocks_moved: u64,
     /// Sealed blocks moved to another tier.
     pub tier_moves: u64,
-    /// Bytes of sealed blocks sent to another tier.
+    /// Bytes of these blocks.
     pub bytes_moved: u64,
     /// Sequences made by forking.
     pub forks: u64,

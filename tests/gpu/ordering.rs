@@ -12,7 +12,7 @@ use kv_cache::*;
 use crate::common::{Rig, Tokens, geometry, within};
 use crate::device::{DELAY_MS, Device, Shared, rig};
 
-/// 8 KiB a token: 32 of them go to a copy lane.
+/// 8 KiB a token.
 const SHAPE: (u32, u32, u32, u32, u32) = (32, 2, 8, 128, 128);
 
 /// Keys and values that the caller's stream produces late, in memory that it uses again and again.
@@ -62,7 +62,7 @@ async fn rig_and_late(tokens: u32) -> Option<(Device, Rig<f16>, Late)> {
 
 #[tokio::test]
 async fn the_cache_waits_for_the_producer_and_the_producer_for_the_cache() {
-    // Through the compute lane, and through a copy lane.
+    // Small, and as large as what goes over a copy lane from host memory: device tensors never do.
     for tokens in [1, 20, 200] {
         let Some((device, rig, mut late)) = rig_and_late(tokens).await else { return };
         let (sequence, mut model) = (rig.open().await, rig.model());

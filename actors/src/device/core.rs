@@ -17,6 +17,7 @@ use smallvec::SmallVec;
 use super::blocks::BlockStore;
 use super::entry::SequenceEntry;
 use super::plan::{ReadOutput, WriteTarget};
+use super::tier::TierMoves;
 use crate::batch::{Operation, Outcome, ReadTarget};
 use crate::block::{BlockId, BlockKey, HashSecret};
 use crate::error::Error;
@@ -92,8 +93,8 @@ pub struct Effects {
 /// One operation of a pending submission.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct OpRef {
-    pub(super) submission: u32,
-    pub(super) index: u32,
+    submission: u32,
+    index: u32,
 }
 
 /// Submissions that are not answered yet.
@@ -464,9 +465,9 @@ impl DeviceCore {
                     let sealed = error.is_none().then_some(finite);
                     self.blocks.land_seal(block, slot, sealed, &mut self.counters);
                 }
-                Purpose::Tier { submission, index, moves } => {
-                    let op = OpRef { submission, index };
-                    let outcome = self.land_moves(*moves, error.is_none());
+                Purpose::Tier(tier) => {
+                    let TierMoves { op, moves } = *tier;
+                    let outcome = self.land_moves(moves, error.is_none());
                     let sequence = self.pending.operation(op).sequence();
                     let result = error.clone().map_or(Ok(outcome), |reason| Err(Error::Device(reason)));
                     self.answer(op, result, effects);

@@ -10,9 +10,16 @@ use crate::memory::{LaneKind, Purpose, Step};
 use crate::pool::{SizeClass, Tier};
 use crate::slot::FilledSlot;
 
+/// What one operation moves.
+#[derive(Debug)]
+pub(crate) struct TierMoves {
+    pub(super) op: OpRef,
+    pub(super) moves: Vec<TierMove>,
+}
+
 /// A block on its way to another tier, and the slot that it goes to.
 #[derive(Debug)]
-pub(crate) struct TierMove {
+pub(super) struct TierMove {
     block: BlockId,
     slot: FilledSlot,
     class: SizeClass,
@@ -38,7 +45,6 @@ impl DeviceCore {
             Err(error) => return Progress::Done(Err(error)),
         };
         let bytes = self.config.sealed_format.block_bytes(&self.config.layout);
-        self.counters.bytes_moved += (bytes * moves.len()) as u64;
         let lane = match tier {
             Tier::Host => LaneKind::Download,
             Tier::Device => LaneKind::Upload,
@@ -49,11 +55,7 @@ impl DeviceCore {
             let to_offset = self.blocks.pool().offset_bytes(moved.class, moved.slot.id());
             launch.steps.push(Step::Transfer { from_offset, to_offset, bytes });
         }
-        launch.add(
-            Purpose::Tier { submission: op.submission, index: op.index, moves: Box::new(moves) },
-            None,
-            None,
-        );
+        launch.add(Purpose::Tier(Box::new(TierMoves { op, moves })), None, None);
         Progress::Flying
     }
 
@@ -63,7 +65,11 @@ impl DeviceCore {
         for one in moves {
             self.blocks.end_move(one, moved);
         }
-        self.counters.tier_moves += if moved { u64::from(blocks) } else { 0 };
+        if moved {
+            let bytes = self.config.sealed_format.block_bytes(&self.config.layout) as u64;
+            self.counters.tier_moves += u64::from(blocks);
+            self.counters.bytes_moved += u64::from(blocks) * bytes;
+        }
         Outcome::Moved { blocks }
     }
 }

@@ -51,7 +51,7 @@ struct Move {
     u64 from, to, bytes;
 };
 
-// Vectors that a thread of `move_blocks` has in flight, and threads of its blocks. Mirrored in launch.rs.
+// Vectors that a thread of `move_blocks` has in flight, and threads of its blocks. Mirrored in kernels.rs.
 #define MOVE_UNROLL 4
 #define MOVE_THREADS 256
 
