@@ -19,6 +19,31 @@ pub mod codec {
 
 /// What only a CUDA device has: tensors that are on it already, points on its streams, and block tables for kernels.
 ///
+/// A decode step whose keys and values a model has just computed on the GPU, without the host waiting for the device:
+///
+/// ```no_run
+/// # use std::sync::Arc;
+/// # use cudarc::driver::{CudaSlice, CudaStream};
+/// # use kv_cache::{BatchCacheOperations, Cache, Error, Sequence, half::f16};
+/// # use kv_cache::cuda::{DeviceTensor, StreamPoint};
+/// # async fn step(cache: Cache, sequence: Sequence, stream: Arc<CudaStream>, k: Arc<CudaSlice<f16>>, v: Arc<CudaSlice<f16>>)
+/// # -> Result<(), Error> {
+/// let (keys, values) = (DeviceTensor::new(&k, &stream), DeviceTensor::new(&v, &stream));
+/// // By the thread that has put the model's kernels on the stream.
+/// let after = StreamPoint::record(&stream)?;
+/// let batch = BatchCacheOperations::new().device_memory(after).append_device(&sequence, &[42], &keys, &values);
+/// // On the cache's queue now; the stream may overwrite the tensors behind the point.
+/// let step = cache.enqueue(batch).await?;
+/// if let Some(point) = step.point() {
+///     point.wait(&stream)?;
+/// }
+/// // Finite, and committed.
+/// for result in step.done().await? {
+///     result?;
+/// }
+/// # Ok(()) }
+/// ```
+///
 /// # Block tables
 ///
 #[doc = include_str!("backend/cuda/table.md")]

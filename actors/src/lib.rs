@@ -17,6 +17,7 @@ pub mod format;
 pub mod geometry;
 mod mailbox;
 pub mod memory;
+mod payload;
 pub mod permit;
 pub mod pool;
 pub mod reach;

@@ -12,11 +12,11 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::batch::Payload;
 use crate::block::BlockId;
 use crate::device::tier::TierMoves;
 use crate::format::Format;
 use crate::geometry::{BlockLayout, ElementType, Plane};
+use crate::payload::Payload;
 use crate::pool::PoolLayout;
 use crate::reach::{Point, Reachable};
 use crate::slot::{FilledSlot, SlotPin};

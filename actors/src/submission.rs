@@ -7,9 +7,10 @@ use std::time::Instant;
 
 use smallvec::SmallVec;
 
-use crate::batch::{BatchCacheOperations, Operation, Outcome, Payload, Results};
+use crate::batch::{BatchCacheOperations, Operation, Outcome, Results};
 use crate::error::Error;
 use crate::memory::ReadBuffer;
+use crate::payload::Payload;
 use crate::permit::Permit;
 use crate::reply::{Join, PartReply, Reply, ReplyTo};
 use crate::sequence::Tenant;

@@ -1,15 +1,5 @@
 //! The embedder's side of a GPU: tensors that are on it already, and points on the embedder's streams.
-//!
-//! A decode step whose keys and values a model has just computed goes like this, without the host waiting for the device:
-//!
-//! ```text
-//! let (keys, values) = (DeviceTensor::new(&keys, &stream), DeviceTensor::new(&values, &stream));
-//! let after = StreamPoint::record(&stream)?;                  // by the thread that enqueued the model's kernels
-//! let batch = BatchCacheOperations::new().device_memory(after).append_device(&sequence, &[token], &keys, &values);
-//! let step = cache.enqueue(batch).await?;                     // on the cache's queue
-//! step.point().map(|point| point.wait(&stream));              // the stream may overwrite the tensors behind this
-//! step.done().await?;                                         // finite, and committed
-//! ```
+//! The example of `kv_cache::cuda` shows how the two go together.
 
 use std::any::Any;
 use std::future::poll_fn;
