@@ -6,6 +6,7 @@ use std::time::Instant;
 use kv_cache::half::f16;
 use kv_cache::{BatchCacheOperations, Cache, Devices, ElementType, Geometry, OpenOptions, Sequence};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
 
 use crate::table::{Table, quantile};
 
@@ -52,6 +53,15 @@ fn passed(started: Instant) -> f64 {
     started.elapsed().as_secs_f64() * 1e6
 }
 
+/// What every task measured.
+async fn all(tasks: Vec<JoinHandle<anyhow::Result<Vec<f64>>>>) -> anyhow::Result<Vec<f64>> {
+    let mut all = Vec::with_capacity(TASKS * ROUNDS);
+    for task in tasks {
+        all.extend(task.await??);
+    }
+    Ok(all)
+}
+
 /// Latencies of awaited reads.
 async fn reads(sequences: Vec<Sequence>) -> anyhow::Result<Vec<f64>> {
     let tasks: Vec<_> = sequences
@@ -68,11 +78,7 @@ async fn reads(sequences: Vec<Sequence>) -> anyhow::Result<Vec<f64>> {
             })
         })
         .collect();
-    let mut all = Vec::with_capacity(TASKS * ROUNDS);
-    for task in tasks {
-        all.extend(task.await??);
-    }
-    Ok(all)
+    all(tasks).await
 }
 
 /// Latencies of oneshots that another thread answers at once.
@@ -99,9 +105,5 @@ async fn echoes() -> anyhow::Result<Vec<f64>> {
             })
         })
         .collect();
-    let mut all = Vec::with_capacity(TASKS * ROUNDS);
-    for task in tasks {
-        all.extend(task.await??);
-    }
-    Ok(all)
+    all(tasks).await
 }

@@ -223,19 +223,14 @@ impl BlockStore {
             moving: false,
         }) as u32);
         self.keys[id.0 as usize] = None;
-        let slot = self.get(id).slot.id();
-        self.owners[slot.0 as usize] = id;
-        self.places.publish(id, self.get(id));
+        self.publish(id);
         NewBlock { id, offset, must_zero: taken.must_zero }
     }
 
     /// Lets readers outside of the device thread find the block where it is now.
     pub(super) fn publish(&mut self, id: BlockId) {
-        let (block, owners) = (&self.blocks[id.0 as usize], &mut self.owners);
-        // Of the slab's slots only: nothing is ever looked up by a slot of another tier.
-        if let Some(owner) = owners.get_mut(block.slot.id().0 as usize) {
-            *owner = id;
-        }
+        let block = &self.blocks[id.0 as usize];
+        self.owners[block.slot.id().0 as usize] = id;
         self.places.publish(id, block);
     }
 
@@ -394,9 +389,8 @@ impl BlockStore {
     pub(super) fn land_move(&mut self, id: BlockId, slot: FilledSlot, moved: bool) {
         self.get_mut(id).moving = false;
         if moved {
-            self.owners[slot.id().0 as usize] = id;
             let old = std::mem::replace(&mut self.get_mut(id).slot, slot);
-            self.places.publish(id, self.get(id));
+            self.publish(id);
             self.free_slot(SizeClass::Raw, old);
         } else {
             self.pool.spoil(slot.id());
@@ -417,12 +411,11 @@ impl BlockStore {
             Some(true) => {
                 counters.seals += 1;
                 self.sealed_blocks += 1;
-                self.owners[slot.id().0 as usize] = id;
                 let block = self.get_mut(id);
                 block.state = BlockState::Sealed;
                 block.class = SizeClass::Sealed;
                 let raw = std::mem::replace(&mut block.slot, slot);
-                self.places.publish(id, self.get(id));
+                self.publish(id);
                 self.free_slot(SizeClass::Raw, raw);
             }
             Some(false) => {
