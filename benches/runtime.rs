@@ -144,7 +144,17 @@ impl BareStep {
     }
 }
 
+/// A decode step of `STEP_SEQUENCES` appends as one batch: an append a sequence, and all at once over shared tensors.
 fn decode_step(tokio: &Runtime) {
+    step_of(tokio, "append", step_batch);
+    step_of(tokio, "append_each", |sequences, keys, values| {
+        let all: Vec<&Sequence> = sequences.iter().collect();
+        let token_ids: Vec<u32> = (0..STEP_SEQUENCES as u32).collect();
+        BatchCacheOperations::new().append_each(&all, &token_ids, keys, values)
+    });
+}
+
+fn step_of(tokio: &Runtime, name: &str, batch: impl Fn(&[Sequence], &[f16], &[f16]) -> BatchCacheOperations) {
     const STEPS: usize = 512;
     let (keys, values) = step_input();
     let mut ours = Vec::new();
@@ -155,8 +165,7 @@ fn decode_step(tokio: &Runtime) {
     let mut copies = BareStep::new(32);
     for step in 0..STEPS {
         let started = Instant::now();
-        let results =
-            tokio.block_on(cache.submit(step_batch(&sequences, &keys, &values))).expect("submitted");
+        let results = tokio.block_on(cache.submit(batch(&sequences, &keys, &values))).expect("submitted");
         let spent = started.elapsed();
         assert!(results.iter().all(Result::is_ok));
         drop(results);
@@ -171,7 +180,7 @@ fn decode_step(tokio: &Runtime) {
     }
     let mean = ours.iter().sum::<Duration>() / STEPS as u32;
     let bare = median(bare);
-    row("decode step, 256 appends, mean of all steps / bare copies", mean, bare);
+    row(&format!("decode step, 256 × {name}, mean of all steps / bare copies"), mean, bare);
     row("  the step behind which all 256 blocks seal / bare copies", median(sealing), bare);
     let per_append = mean.saturating_sub(bare).as_nanos() as f64 / STEP_SEQUENCES as f64;
     println!("{:<64} {per_append:>11.0} ns   (reach: 1000 ns)", "  runtime per append on top of the copies");

@@ -119,10 +119,67 @@ pub(crate) enum Operation {
     Close {
         sequence: SequenceId,
     },
-    /// Refused at the door; keeps its place so that results line up.
-    Refused(Box<Error>),
-    /// Answered, or gone to another shard.
-    Gone,
+    /// A token each for some sequences.
+    Each(Box<Each>),
+    /// Refused at the door, with as many results as it would have had.
+    Refused {
+        error: Box<Error>,
+        results: u32,
+    },
+}
+
+/// One token for each of some sequences, over tensors that they share: a decode step. Each row is an operation to everybody who
+/// sees results; here they lie together, because a step writes and reads hundreds of them.
+#[derive(Debug)]
+pub(crate) struct Each {
+    pub(crate) write: EachWrite,
+    pub(crate) tensors: TensorSpans,
+    pub(crate) rows: Vec<Row>,
+    /// Place of the first row's result; the others follow.
+    pub(crate) first_result: u32,
+}
+
+/// What becomes of the tokens.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum EachWrite {
+    /// They are committed in all layers.
+    Append,
+    /// They are staged in one.
+    Stage { layer: u32 },
+}
+
+/// The token of one sequence.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Row {
+    pub(crate) sequence: SequenceId,
+    pub(crate) token_id: u32,
+    /// Token of the tensors; [`Row::REFUSED`] if the door has refused it.
+    pub(crate) row: u32,
+}
+
+impl Row {
+    /// The sequence's device does not reach the tensors.
+    pub(crate) const REFUSED: u32 = u32::MAX;
+}
+
+impl Each {
+    /// The same for these rows; nothing if there are none.
+    pub(crate) fn with_rows(&self, rows: Vec<Row>) -> Option<Operation> {
+        (!rows.is_empty()).then(|| Operation::Each(Box::new(Each { rows, ..*self })))
+    }
+
+    /// The tensors as one row sees them.
+    pub(crate) fn tensors_of(&self, row: &Row) -> TensorSpans {
+        TensorSpans { row: row.row, ..self.tensors }
+    }
+}
+
+/// Device memory that the sequence's shard does not reach.
+pub(crate) fn out_of_reach() -> Error {
+    Error::Unsupported {
+        what: "device memory of another device than the sequence's",
+        instead: "name memory of the sequence's own GPU, or give host tensors",
+    }
 }
 
 /// A read into device memory.
@@ -138,15 +195,43 @@ impl Operation {
     fn on_device(&self) -> bool {
         match self {
             Operation::Append { tensors, .. } | Operation::Stage { tensors, .. } => tensors.on_device,
+            Operation::Each(each) => each.tensors.on_device,
             Operation::ReadDevice { .. } => true,
             _ => false,
         }
     }
 
-    /// The sequence it works on; none for opens and refusals.
+    /// Results that it has.
+    pub(crate) fn results(&self) -> usize {
+        match self {
+            Operation::Each(each) => each.rows.len(),
+            Operation::Refused { results, .. } => *results as usize,
+            _ => 1,
+        }
+    }
+
+    /// Whether it opens or closes sequences, which only the router counts.
+    pub(crate) fn changes_sequences(&self) -> bool {
+        matches!(self, Operation::Open { .. } | Operation::Fork { .. } | Operation::Close { .. })
+    }
+
+    /// The sequence that its result at this place, counted from its first, is about; none for opens and refusals.
+    pub(crate) fn sequence_at(&self, result: usize) -> Option<SequenceId> {
+        match self {
+            Operation::Each(each) => each.rows.get(result).map(|row| row.sequence),
+            other => other.sequence(),
+        }
+    }
+
+    /// All sequences that it works on, one for each result.
+    pub(crate) fn sequences(&self) -> impl Iterator<Item = Option<SequenceId>> {
+        (0..self.results()).map(|result| self.sequence_at(result))
+    }
+
+    /// The sequence it works on; none for opens, refusals, and where there are several.
     pub(crate) fn sequence(&self) -> Option<SequenceId> {
         match self {
-            Operation::Open { .. } | Operation::Refused(_) | Operation::Gone => None,
+            Operation::Open { .. } | Operation::Refused { .. } | Operation::Each(_) => None,
             Operation::Append { sequence, .. }
             | Operation::Stage { sequence, .. }
             | Operation::Commit { sequence, .. }
@@ -284,18 +369,26 @@ impl BatchCacheOperations {
 
     /// An operation that is wrong already: it is answered with `error`.
     pub fn refused(&mut self, error: Error) {
-        self.submission.operations.push(Operation::Refused(Box::new(error)));
+        self.push_refused(error, 1);
+    }
+
+    fn push_refused(&mut self, error: Error, results: usize) {
+        if results > 0 {
+            let refused = Operation::Refused { error: Box::new(error), results: results as u32 };
+            self.submission.operations.push(refused);
+        }
     }
 
     /// Is told once every operation on device tensors is on its device's queue. None if there is no such operation.
     pub fn expect_enqueued(&mut self) -> Option<oneshot::Receiver<Arc<dyn Point>>> {
-        let operations = self.submission.operations.iter().filter(|operation| operation.on_device()).count();
+        let on_device = self.submission.operations.iter().filter(|operation| operation.on_device());
+        let operations: usize = on_device.map(Operation::results).sum();
         self.device.as_ref().filter(|_| operations > 0).map(|device| device.expect(operations))
     }
 
-    /// Operations in the batch.
+    /// Operations in the batch, and results: one for each.
     pub fn len(&self) -> usize {
-        self.submission.operations.len()
+        self.submission.results()
     }
 
     /// Whether there is no operation.
@@ -406,22 +499,10 @@ impl BatchCacheOperations {
     ) {
         let rows = sequences.len();
         if token_ids.len() != rows {
-            return sequences
-                .for_each(|_| self.refused(Error::EachTokens { tokens: token_ids.len(), sequences: rows }));
+            let error = Error::EachTokens { tokens: token_ids.len(), sequences: rows };
+            return self.push_refused(error, rows);
         }
-        let (ids, tensors) = (self.push_ids(token_ids), self.each_tensors(tensors));
-        self.submission.operations.reserve(rows);
-        for (row, sequence) in (0u32..).zip(sequences) {
-            let ids = IdSpan { start: ids.start + row, count: 1 };
-            let tensors = TensorSpans { row, rows: rows as u32, ..tensors };
-            self.submission.operations.push(Operation::Append {
-                sequence,
-                at: None,
-                ids,
-                extra: None,
-                tensors,
-            });
-        }
+        self.push_each(EachWrite::Append, sequences.zip(token_ids.iter().copied()), tensors);
     }
 
     /// Writes one token of one layer to each of some sequences.
@@ -431,11 +512,19 @@ impl BatchCacheOperations {
         layer: u32,
         tensors: EachTensors<'_>,
     ) {
-        let (rows, tensors) = (sequences.len() as u32, self.each_tensors(tensors));
-        for (row, sequence) in (0u32..).zip(sequences) {
-            let tensors = TensorSpans { row, rows, ..tensors };
-            self.submission.operations.push(Operation::Stage { sequence, layer, tokens: 1, tensors });
-        }
+        self.push_each(EachWrite::Stage { layer }, sequences.map(|sequence| (sequence, 0)), tensors);
+    }
+
+    fn push_each(
+        &mut self,
+        write: EachWrite,
+        tokens: impl ExactSizeIterator<Item = (SequenceId, u32)>,
+        tensors: EachTensors<'_>,
+    ) {
+        let tensors = TensorSpans { rows: tokens.len() as u32, ..self.each_tensors(tensors) };
+        let rows = (0u32..).zip(tokens).map(|(row, (sequence, token_id))| Row { sequence, token_id, row });
+        let each = Each { write, tensors, rows: Vec::new(), first_result: 0 };
+        self.submission.operations.extend(each.with_rows(rows.collect()));
     }
 
     fn device_tensors(keys: DeviceSpan, values: DeviceSpan) -> TensorSpans {
@@ -529,7 +618,11 @@ impl BatchCacheOperations {
 
     /// The shard of the first operation that is on a sequence.
     pub(crate) fn first_shard(&self) -> Option<u16> {
-        self.submission.operations.iter().find_map(Operation::sequence).map(SequenceId::shard)
+        self.submission
+            .operations
+            .iter()
+            .find_map(|operation| operation.sequence_at(0))
+            .map(SequenceId::shard)
     }
 
     /// Refuses what can be seen to be wrong without looking at any sequence: shapes, types, layers, devices. `devices` says
@@ -538,20 +631,25 @@ impl BatchCacheOperations {
     /// The refused operations stay in place and are answered with their error; the others are not touched.
     pub fn check(&mut self, layout: &BlockLayout, max_tokens: u32, devices: &[Option<u16>]) {
         let source = self.device.as_ref().map(|source| source.device());
-        let reaches = |operation: &Operation| {
-            let shard = operation.sequence().map_or(usize::MAX, |id| id.shard() as usize);
-            source.is_some() && devices.get(shard).copied().flatten() == source
+        let reaches = |id: SequenceId| {
+            source.is_some() && devices.get(id.shard() as usize).copied().flatten() == source
         };
         for operation in &mut self.submission.operations {
-            let checked = match operation.on_device() && !reaches(operation) {
-                true => Err(Error::Unsupported {
-                    what: "device memory of another device than the sequence's",
-                    instead: "name memory of the sequence's own GPU, or give host tensors",
-                }),
-                false => check(operation, layout, max_tokens),
-            };
+            let mut checked = check(operation, layout, max_tokens);
+            if operation.on_device() {
+                match &mut *operation {
+                    Operation::Each(each) => {
+                        for row in each.rows.iter_mut().filter(|row| !reaches(row.sequence)) {
+                            row.row = Row::REFUSED;
+                        }
+                    }
+                    other if !other.sequence().is_some_and(reaches) => checked = Err(out_of_reach()),
+                    _ => {}
+                }
+            }
             if let Err(error) = checked {
-                *operation = Operation::Refused(Box::new(error));
+                let results = operation.results() as u32;
+                *operation = Operation::Refused { error: Box::new(error), results };
             }
         }
     }
@@ -579,7 +677,7 @@ impl BatchCacheOperations {
     /// What travels, with its tensors.
     pub(crate) fn into_submission(self) -> Box<Submission> {
         let BatchCacheOperations { mut submission, arena, device } = self;
-        submission.payload = Payload::new(arena, device, submission.operations.len());
+        submission.payload = Payload::new(arena, device, submission.results());
         submission
     }
 }
@@ -629,6 +727,13 @@ fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result
         Operation::Stage { layer, tokens, tensors, .. } => {
             check_layer(*layer)?;
             check_tensors(tensors, 1, *tokens as usize)
+        }
+        Operation::Each(each) => {
+            let layers = match each.write {
+                EachWrite::Append => layout.layers,
+                EachWrite::Stage { layer } => check_layer(layer).map(|()| 1)?,
+            };
+            check_tensors(&each.tensors, layers, 1)
         }
         Operation::ReadDevice { target, .. } => {
             check_layer(target.layer)?;

@@ -141,6 +141,8 @@ pub enum Step {
     },
     /// Scatters tokens of a flight's payload into a raw slot, and clears the flight's `finite` if one is not.
     Append(AppendStep),
+    /// Scatters one token of a flight's payload to each of some raw slots.
+    AppendRows(AppendRows),
     /// Encodes a whole raw block, and clears the flight's `finite` if one of its elements is not.
     Seal {
         /// Whose flag.
@@ -177,6 +179,67 @@ pub struct AppendStep {
     pub slot_offset: usize,
     /// Tokens of the slot that are written.
     pub tokens: Range<usize>,
+}
+
+/// See [`Step::AppendRows`]: a decode step. The tensors are those of an [`AppendStep`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AppendRows {
+    /// Whose rows, with any of its results.
+    pub(crate) op: OpRef,
+    /// Whose payload.
+    pub flight: usize,
+    /// Layers written; the payload holds exactly these.
+    pub layers: Range<usize>,
+    /// Where the key tensor begins in the payload, or in the device's address space.
+    pub keys_at: usize,
+    /// Where the value tensor begins, likewise.
+    pub values_at: usize,
+    /// The tensors are in memory of the device.
+    pub on_device: bool,
+    /// Tokens of the payload's tensors.
+    pub payload_tokens: usize,
+    /// One for each token.
+    pub rows: Vec<AppendRow>,
+}
+
+/// One token of [`AppendRows`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AppendRow {
+    /// Raw slot written.
+    pub slot_offset: usize,
+    /// Token of the slot.
+    pub token: u32,
+    /// Token of the payload's tensors.
+    pub row: u32,
+    /// Place of its result in its submission.
+    pub(crate) result: u32,
+    /// Whether every element of it was finite. Lanes clear it, never set it.
+    pub finite: bool,
+}
+
+impl AppendRows {
+    /// The same for some of its rows.
+    pub fn part(&self, rows: &[AppendRow]) -> AppendRows {
+        let AppendRows { op, flight, keys_at, values_at, on_device, payload_tokens, .. } = *self;
+        let (layers, rows) = (self.layers.clone(), rows.to_vec());
+        AppendRows { op, flight, layers, keys_at, values_at, on_device, payload_tokens, rows }
+    }
+
+    /// One row as a step of its own.
+    pub fn step_of(&self, row: &AppendRow) -> AppendStep {
+        let token = row.token as usize;
+        AppendStep {
+            flight: self.flight,
+            layers: self.layers.clone(),
+            keys_at: self.keys_at,
+            values_at: self.values_at,
+            on_device: self.on_device,
+            payload_tokens: self.payload_tokens,
+            first_token: row.row as usize,
+            slot_offset: row.slot_offset,
+            tokens: token..token + 1,
+        }
+    }
 }
 
 /// See [`Step::Read`]. Output tensors are `[tokens, kv_heads, dim]`, keys and values apart.
@@ -236,6 +299,7 @@ impl Launch {
     fn on_device(step: &Step) -> Option<usize> {
         match step {
             Step::Append(append) => append.on_device.then_some(append.flight),
+            Step::AppendRows(rows) => rows.on_device.then_some(rows.flight),
             Step::Read(read) => read.on_device.map(|_| read.flight),
             _ => None,
         }
@@ -248,12 +312,19 @@ impl Launch {
 
     /// To be called once all steps are on the device's queue, with a point behind them.
     pub fn enqueued(&self, point: &Arc<dyn Point>) {
-        // The steps of a flight stand together.
-        let mut flights: Vec<usize> = self.steps.iter().filter_map(Self::on_device).collect();
-        flights.dedup();
+        let mut last = None;
+        // A row is an operation. All other steps of a flight are one, and stand together.
+        let operations: Vec<(usize, usize)> = self
+            .steps
+            .iter()
+            .filter_map(|step| match (step, Self::on_device(step)?) {
+                (Step::AppendRows(rows), flight) => Some((flight, rows.rows.len())),
+                (_, flight) => (last.replace(flight) != Some(flight)).then_some((flight, 1)),
+            })
+            .collect();
         for (number, payload) in self.payloads.iter().enumerate() {
-            let of_payload = |flight: &&usize| self.flights[**flight].payload as usize == number;
-            let passed = flights.iter().filter(of_payload).count();
+            let of_payload = |(flight, _): &&(usize, usize)| self.flights[*flight].payload as usize == number;
+            let passed = operations.iter().filter(of_payload).map(|(_, operations)| operations).sum();
             if let Some(reachable) = payload.reachable().filter(|_| passed > 0) {
                 reachable.passed(passed, point);
             }
@@ -314,11 +385,22 @@ pub struct Flight {
 
 const NO_PAYLOAD: u32 = u32::MAX;
 
+/// One operation of a pending submission, or one row of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct OpRef {
+    pub(crate) submission: u32,
+    pub(crate) index: u32,
+    /// Place of its result.
+    pub(crate) result: u32,
+}
+
 /// Why a flight was launched.
 #[derive(Debug)]
 pub(crate) enum Purpose {
-    /// The operation of this submission at this place.
-    Operation { submission: u32, index: u32 },
+    /// An operation of a submission.
+    Operation(OpRef),
+    /// Rows of an operation: those of the flight's steps.
+    Rows { op: OpRef },
     /// Sealing this block into this slot.
     Seal { block: BlockId, slot: FilledSlot },
     /// Moving sealed blocks to another tier.
@@ -427,7 +509,7 @@ mod tests {
         batch.append_device(id, &[1], None, span, span);
         let mut enqueued = batch.expect_enqueued().expect("it has device tensors");
         let mut payload = batch.into_submission().payload;
-        let operation = |index| Purpose::Operation { submission: 0, index };
+        let operation = |index| Purpose::Operation(OpRef { submission: 0, index, result: index });
         let point = |mark| -> Arc<dyn Point> { Arc::new(Mark(mark)) };
         let mut launches = Vec::new();
         for (index, on_device) in [(0, true), (1, false), (2, true)] {

@@ -330,6 +330,10 @@ impl Pool {
     /// a new reservation would be refused. False if the slots are not vacant (somebody looks at them).
     #[must_use]
     pub(crate) fn reserve_raw_again(&mut self, slots: usize) -> bool {
+        if self.raw_vacant() < self.reserved_raw + slots {
+            // They may have come back to a chunk that is being emptied since: a promise goes before sealing.
+            self.stop_draining();
+        }
         let fits = self.raw_vacant() >= self.reserved_raw + slots;
         if fits {
             self.reserved_raw += slots;
@@ -466,6 +470,18 @@ impl Pool {
         self.draining = Some(index);
         self.vacant_raw -= vacant;
         true
+    }
+
+    /// Leaves the chunk that is being emptied to raw slots.
+    fn stop_draining(&mut self) {
+        let Some(index) = self.draining.take() else { return };
+        let chunk = &mut self.chunks[index as usize];
+        chunk.draining = false;
+        let vacant = chunk.vacant.count_ones() as usize;
+        self.vacant_raw += vacant;
+        if vacant > 0 {
+            self.list(index);
+        }
     }
 
     /// Whether a chunk is being emptied.

@@ -2,10 +2,10 @@
 //!
 //! It never blocks: permits bound what can be under way, and the shards' lanes hold more than that. It merges by itself:
 //! while it routes one run of messages, the next run queues up behind it, so batches grow with the load and an idle
-//! system adds no wait.
+//! system adds no wait. What is a batch already and finds nothing queued before it goes past the router ([`Bypass`]).
 
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::{AtomicUsize, Ordering, fence};
 use std::time::Instant;
 
 use smallvec::SmallVec;
@@ -21,9 +21,14 @@ use crate::reply::{Answer, Reply};
 use crate::sequence::{CloseHook, SequenceId};
 use crate::submission::{Submission, Submissions};
 use crate::supervisor::{ActorName, Exit, Supervisor};
+use crate::sync::{Mutex, lock};
 
 /// Messages taken at once.
 const DRAIN_MAX: usize = 1024;
+
+/// A submission of so many operations is a batch already: there is nothing to merge it with, and the hop over the router's task
+/// would be most of what a decode step waits for.
+const BATCH_MIN: usize = 16;
 
 #[derive(Debug)]
 enum Message {
@@ -34,7 +39,10 @@ enum Message {
 
 /// Sends to the router. Sending never waits and allocates only the channel's own blocks.
 #[derive(Debug, Clone)]
-pub struct RouterHandle(mpsc::UnboundedSender<Message>);
+pub struct RouterHandle {
+    sender: mpsc::UnboundedSender<Message>,
+    bypass: Arc<Bypass>,
+}
 
 impl RouterHandle {
     /// Sends a batch whose permits are attached already.
@@ -43,7 +51,10 @@ impl RouterHandle {
     pub fn submit(&self, batch: BatchCacheOperations, permit: Permit) -> Answer {
         let (reply, answer) = Reply::new();
         let submission = Submission::new(batch, Some(permit), Some(reply), Some(Instant::now()));
-        if let Err(mpsc::error::SendError(Message::Submit(back))) = self.0.send(Message::Submit(submission)) {
+        if let Some(submission) = self.bypass.take(submission)
+            && let Err(mpsc::error::SendError(Message::Submit(back))) =
+                self.sender.send(Message::Submit(submission))
+        {
             back.refuse(&Error::Closed);
         }
         answer
@@ -51,9 +62,47 @@ impl RouterHandle {
 
     /// Ends the router, and with it the actors below once they have finished their work.
     pub fn stop(&self) {
+        self.bypass.undelivered.fetch_add(1, Ordering::SeqCst);
         // An error means that it has ended.
-        let _ = self.0.send(Message::Stop);
+        let _ = self.sender.send(Message::Stop);
     }
+}
+
+/// The way past the router.
+#[derive(Debug, Default)]
+struct Bypass {
+    /// Messages for the router that have not reached a shard's mailbox. Whoever finds none may send to a shard himself: what
+    /// he sent before is in that mailbox already.
+    undelivered: AtomicUsize,
+    /// There while the router runs: shards end when nobody can send to them any more.
+    delivery: Mutex<Option<Arc<Delivery>>>,
+}
+
+impl Bypass {
+    /// Sends a submission to its shard, or gives it back, counted, to be sent to the router.
+    fn take(&self, submission: Box<Submission>) -> Option<Box<Submission>> {
+        if self.undelivered.load(Ordering::SeqCst) == 0
+            && let Some(shard) = only_shard(&submission)
+            && let Some(delivery) = &*lock(&self.delivery)
+            && shard < delivery.shards.len()
+        {
+            delivery.deliver(shard, vec![submission]);
+            return None;
+        }
+        self.undelivered.fetch_add(1, Ordering::SeqCst);
+        Some(submission)
+    }
+}
+
+/// The shard of a batch that the router would only pass on: all of it goes there, and it opens and closes nothing.
+fn only_shard(submission: &Submission) -> Option<usize> {
+    let operations = submission.operations();
+    if submission.results() < BATCH_MIN || operations.iter().any(Operation::changes_sequences) {
+        return None;
+    }
+    let mut shards = operations.iter().flat_map(Operation::sequences).map(|id| id.map(SequenceId::shard));
+    let first = shards.next()??;
+    shards.all(|shard| shard == Some(first)).then_some(first as usize)
 }
 
 /// Where the router sends.
@@ -63,8 +112,39 @@ pub(crate) struct Shard {
     pub(crate) view: ShardView,
 }
 
+/// Hands batches to the shards.
+#[derive(Debug)]
+struct Delivery {
+    shards: Vec<Shard>,
+    supervisor: Arc<Supervisor>,
+}
+
+impl Delivery {
+    fn deliver(&self, number: usize, submissions: Submissions) {
+        let shard = &self.shards[number];
+        let refused = shard.sender.data.try_send(submissions).map_err(|error| {
+            if error.is_full() {
+                // Permits make this impossible; if it happens, answering beats waiting.
+                tracing::error!(target: "kv_cache::router", shard = number, "a shard's lane was full");
+            }
+            error.into_inner()
+        });
+        // The device actor records its end and then discards what it has not received; this looks the other way round, so
+        // whatever lies between the two is found by one of them.
+        fence(Ordering::SeqCst);
+        let lost = self.supervisor.lost(number as u16);
+        let stranded = lost.is_some().then(|| shard.sender.unreceived.try_iter()).into_iter().flatten();
+        for submission in refused.err().into_iter().chain(stranded).flatten() {
+            submission.refuse(lost.as_ref().unwrap_or(&Error::Closed));
+        }
+    }
+}
+
 /// The router before it runs: gives out its handle and the hook by which sequences close.
-pub(crate) struct RouterInbox(mpsc::UnboundedReceiver<Message>);
+pub(crate) struct RouterInbox {
+    receiver: mpsc::UnboundedReceiver<Message>,
+    bypass: Arc<Bypass>,
+}
 
 /// The router's mailbox.
 ///
@@ -72,33 +152,39 @@ pub(crate) struct RouterInbox(mpsc::UnboundedReceiver<Message>);
 /// an open sequence, whose number is limited too.
 pub(crate) fn inbox() -> (RouterHandle, CloseHook, RouterInbox) {
     let (sender, receiver) = mpsc::unbounded_channel();
+    let bypass = Arc::<Bypass>::default();
     // Weak: sequences whose close is still to come must not keep a cache alive that nobody holds.
-    let weak = sender.downgrade();
+    let (weak, counted) = (sender.downgrade(), bypass.clone());
     let on_drop: CloseHook = Arc::new(move |id| {
         if let Some(sender) = weak.upgrade() {
+            counted.undelivered.fetch_add(1, Ordering::SeqCst);
             // An error means that the router has ended, and all sequences with it.
             let _ = sender.send(Message::Close(id));
         }
     });
-    (RouterHandle(sender), on_drop, RouterInbox(receiver))
+    (RouterHandle { sender, bypass: bypass.clone() }, on_drop, RouterInbox { receiver, bypass })
 }
 
 pub(crate) struct RouterActor {
     core: RouterCore,
-    shards: Vec<Shard>,
-    supervisor: Arc<Supervisor>,
+    delivery: Arc<Delivery>,
 }
 
 impl RouterActor {
     pub(crate) fn new(shards: Vec<Shard>, deterministic: bool, supervisor: Arc<Supervisor>) -> Self {
-        RouterActor { core: RouterCore::new(shards.len(), deterministic), shards, supervisor }
+        RouterActor {
+            core: RouterCore::new(shards.len(), deterministic),
+            delivery: Arc::new(Delivery { shards, supervisor }),
+        }
     }
 
     /// The router's task. Ends when told to, or when nobody can send any more.
     pub(crate) async fn run(mut self, inbox: RouterInbox) {
-        let RouterInbox(mut receiver) = inbox;
+        let RouterInbox { mut receiver, bypass } = inbox;
         // Dropped last, also when the task is aborted with its runtime.
-        let _report = EndReport(self.supervisor.clone());
+        let _report = EndReport(self.delivery.supervisor.clone());
+        let _closing = CloseBypass(bypass.clone());
+        *lock(&bypass.delivery) = Some(self.delivery.clone());
         let mut messages = Vec::with_capacity(DRAIN_MAX);
         let mut stopping = false;
         while !stopping && receiver.recv_many(&mut messages, DRAIN_MAX).await > 0 {
@@ -112,6 +198,7 @@ impl RouterActor {
                 }
             }
             self.observe();
+            let taken = messages.len();
             for message in messages.drain(..) {
                 match message {
                     Message::Submit(submission) => self.core.submit(submission),
@@ -119,42 +206,35 @@ impl RouterActor {
                     Message::Stop => stopping = true,
                 }
             }
-            self.deliver();
+            for (number, outbox) in
+                self.core.outboxes.iter_mut().enumerate().filter(|(_, outbox)| !outbox.is_empty())
+            {
+                self.delivery.deliver(number, std::mem::take(outbox));
+            }
+            if !stopping {
+                bypass.undelivered.fetch_sub(taken, Ordering::SeqCst);
+            }
         }
     }
 
     /// Looks at the shards before placing on them.
     fn observe(&mut self) {
-        for (number, (shard, load)) in self.shards.iter().zip(&mut self.core.loads).enumerate() {
-            load.lost = self.supervisor.lost(number as u16).is_some();
-            if !self.core.deterministic && self.shards.len() > 1 {
+        let Delivery { shards, supervisor } = &*self.delivery;
+        for (number, (shard, load)) in shards.iter().zip(&mut self.core.loads).enumerate() {
+            load.lost = supervisor.lost(number as u16).is_some();
+            if !self.core.deterministic && shards.len() > 1 {
                 load.blocks_used = shard.view.stats.lock().counters.blocks_used;
             }
         }
     }
+}
 
-    fn deliver(&mut self) {
-        for (number, (shard, outbox)) in self.shards.iter().zip(&mut self.core.outboxes).enumerate() {
-            if outbox.is_empty() {
-                continue;
-            }
-            let number = number as u16;
-            let refused = shard.sender.data.try_send(std::mem::take(outbox)).map_err(|error| {
-                if error.is_full() {
-                    // Permits make this impossible; if it happens, answering beats waiting.
-                    tracing::error!(target: "kv_cache::router", shard = number, "a shard's lane was full");
-                }
-                error.into_inner()
-            });
-            // The device actor records its end and then discards what it has not received; this looks the other way round,
-            // so whatever lies between the two is found by one of them.
-            fence(Ordering::SeqCst);
-            let lost = self.supervisor.lost(number);
-            let stranded = lost.is_some().then(|| shard.sender.unreceived.try_iter()).into_iter().flatten();
-            for submission in refused.err().into_iter().chain(stranded).flatten() {
-                submission.refuse(lost.as_ref().unwrap_or(&Error::Closed));
-            }
-        }
+/// Nobody gets past a router that has ended.
+struct CloseBypass(Arc<Bypass>);
+
+impl Drop for CloseBypass {
+    fn drop(&mut self) {
+        *lock(&self.0.delivery) = None;
     }
 }
 
@@ -207,17 +287,19 @@ impl RouterCore {
         shard
     }
 
-    fn target(&mut self, operation: &Operation) -> usize {
-        match operation {
-            Operation::Open { .. } => self.place(),
-            other => {
-                let shard = other.sequence().map_or(0, |id| id.shard() as usize);
-                if let Operation::Fork { count, .. } = other {
-                    self.add(shard, i64::from(*count));
-                }
-                // An id that no shard gave out is answered by any shard as unknown.
-                if shard < self.loads.len() { shard } else { 0 }
-            }
+    /// The shard of each of an operation's results.
+    fn targets(&mut self, operation: &Operation, targets: &mut SmallVec<[usize; 8]>) {
+        if let Operation::Open { .. } = operation {
+            return targets.push(self.place());
+        }
+        let shards = self.loads.len();
+        targets.extend(operation.sequences().map(|id| {
+            let shard = id.map_or(0, |id| id.shard() as usize);
+            // An id that no shard gave out is answered by any shard as unknown.
+            if shard < shards { shard } else { 0 }
+        }));
+        if let (Operation::Fork { count, .. }, Some(&shard)) = (operation, targets.last()) {
+            self.add(shard, i64::from(*count));
         }
     }
 
@@ -237,8 +319,10 @@ impl RouterCore {
             }
             return;
         }
-        let targets: SmallVec<[usize; 8]> =
-            submission.operations().iter().map(|operation| self.target(operation)).collect();
+        let mut targets = SmallVec::new();
+        for operation in submission.operations() {
+            self.targets(operation, &mut targets);
+        }
         match targets.first().copied() {
             None => submission.send(),
             Some(first) if targets.iter().all(|target| *target == first) => {

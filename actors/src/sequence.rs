@@ -254,13 +254,15 @@ pub type CloseHook = std::sync::Arc<dyn Fn(SequenceId) + Send + Sync>;
 ///
 /// Results carry it, so that a sequence opened for a caller who has gone away closes by itself.
 pub struct OpenSequence {
+    /// That of `shared`, which shares a line of memory with what the device thread writes.
+    id: SequenceId,
     shared: Arc<SequenceShared>,
     on_drop: CloseHook,
 }
 
 impl OpenSequence {
     pub(crate) fn new(shared: Arc<SequenceShared>, on_drop: CloseHook) -> Self {
-        OpenSequence { shared, on_drop }
+        OpenSequence { id: shared.id, shared, on_drop }
     }
 
     /// The shared part.
@@ -270,13 +272,13 @@ impl OpenSequence {
 
     /// Its id.
     pub fn id(&self) -> SequenceId {
-        self.shared.id
+        self.id
     }
 }
 
 impl Drop for OpenSequence {
     fn drop(&mut self) {
-        (self.on_drop)(self.shared.id);
+        (self.on_drop)(self.id);
     }
 }
 

@@ -101,39 +101,63 @@ impl Submission {
         submission
     }
 
+    /// Results that its operations have.
+    pub(crate) fn results(&self) -> usize {
+        self.operations.iter().map(Operation::results).sum()
+    }
+
     fn expect_answers(&mut self) {
-        let count = self.operations.len();
+        let mut count = 0;
+        for operation in &mut self.operations {
+            let results = operation.results();
+            if let Operation::Each(each) = operation {
+                each.first_result = count as u32;
+            }
+            count += results;
+        }
         self.unanswered = count as u32;
         self.results.clear();
         self.results.resize_with(count, Brief::default);
     }
 
-    /// Splits it by shard, given the shard of each operation. The last part that is answered answers the whole.
+    /// Splits it by shard, given the shard of each result. The last part that is answered answers the whole.
     pub(crate) fn split(mut self, targets: &[usize], shards: usize) -> Vec<(usize, Box<Submission>)> {
         let ReplyTo::Whole(reply) = std::mem::take(&mut self.reply) else {
             return Vec::new();
         };
-        let join = Join::new(self.operations.len(), reply, self.permit.take());
-        let mut parts = Vec::new();
-        for shard in 0..shards {
-            let places: Vec<usize> = (0..targets.len()).filter(|&at| targets[at] == shard).collect();
-            if places.is_empty() {
-                continue;
+        let join = Join::new(targets.len(), reply, self.permit.take());
+        let mut parts: Vec<SmallVec<[Operation; 1]>> = (0..shards).map(|_| SmallVec::new()).collect();
+        let mut left = targets;
+        for operation in self.operations.drain(..) {
+            let (own, others) = left.split_at(operation.results());
+            left = others;
+            match operation {
+                Operation::Each(each) => {
+                    for (shard, part) in parts.iter_mut().enumerate() {
+                        let rows = each.rows.iter().zip(own).filter(|(_, target)| **target == shard);
+                        part.extend(each.with_rows(rows.map(|(row, _)| *row).collect()));
+                    }
+                }
+                other => parts[own[0]].push(other),
             }
-            let take = |&at: &usize| std::mem::replace(&mut self.operations[at], Operation::Gone);
-            let mut part = Box::new(Submission {
-                operations: places.iter().map(take).collect(),
-                token_ids: self.token_ids.clone(),
-                tenant: self.tenant.clone(),
-                payload: self.payload.lend(),
-                reply: ReplyTo::Part(Box::new(PartReply::new(join.clone(), places, shard as u16))),
-                submitted_at: self.submitted_at,
-                ..Submission::default()
-            });
-            part.expect_answers();
-            parts.push((shard, part));
         }
+        let parts = parts.into_iter().enumerate().filter(|(_, operations)| !operations.is_empty());
         parts
+            .map(|(shard, operations)| {
+                let places = (0..targets.len()).filter(|&at| targets[at] == shard).collect();
+                let mut part = Box::new(Submission {
+                    operations,
+                    token_ids: self.token_ids.clone(),
+                    tenant: self.tenant.clone(),
+                    payload: self.payload.lend(),
+                    reply: ReplyTo::Part(Box::new(PartReply::new(join.clone(), places, shard as u16))),
+                    submitted_at: self.submitted_at,
+                    ..Submission::default()
+                });
+                part.expect_answers();
+                (shard, part)
+            })
+            .collect()
     }
 
     pub(crate) fn operations(&self) -> &[Operation] {

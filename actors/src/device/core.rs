@@ -18,12 +18,13 @@ use super::blocks::BlockStore;
 use super::entry::SequenceEntry;
 use super::plan::{ReadOutput, WriteTarget};
 use super::tier::TierMoves;
-use crate::batch::{Operation, Outcome, ReadTarget};
+use crate::batch::{Each, EachWrite, Operation, Outcome, ReadTarget, Row, out_of_reach};
 use crate::block::{BlockId, BlockKey, HashSecret};
 use crate::error::Error;
 use crate::format::Format;
 use crate::geometry::{BlockLayout, Geometry};
-use crate::memory::{Flight, LaneKind, Launch, Purpose, ReadBuffer};
+use crate::memory::{AppendRow, AppendRows, Flight, LaneKind, Launch, OpRef, Purpose, ReadBuffer, Step};
+use crate::payload::Payload;
 use crate::pool::{Pool, PoolLayout};
 use crate::sequence::{CloseHook, SequenceId, SequenceShared, Tenant};
 use crate::stats::CoreCounters;
@@ -90,13 +91,6 @@ pub struct Effects {
     pub closed: Vec<SequenceId>,
 }
 
-/// One operation of a pending submission.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct OpRef {
-    submission: u32,
-    index: u32,
-}
-
 /// Submissions that are not answered yet.
 #[derive(Debug, Default)]
 pub(super) struct Pending(Slab<Box<Submission>>);
@@ -114,6 +108,37 @@ impl Pending {
         &self.submission(op).operations[op.index as usize]
     }
 
+    /// Where the results of an operation over rows end; none if `op` is not one.
+    fn rows_end(&self, op: OpRef) -> Option<u32> {
+        match self.operation(op) {
+            Operation::Each(each) => Some(each.first_result + each.rows.len() as u32),
+            _ => None,
+        }
+    }
+
+    /// What comes after `op` in its submission: the next row, or with `whole` the next operation.
+    fn after(&self, op: OpRef, whole: bool) -> Option<OpRef> {
+        let result = match self.rows_end(op) {
+            Some(end) if whole => end,
+            Some(end) if op.result + 1 < end => return Some(OpRef { result: op.result + 1, ..op }),
+            Some(end) => end,
+            None => op.result + self.operation(op).results() as u32,
+        };
+        let index = op.index + 1;
+        let left = (index as usize) < self.submission(op).operations.len();
+        left.then_some(OpRef { index, result, ..op })
+    }
+
+    /// The row that `op` is, if it is one.
+    pub(super) fn row(&self, op: OpRef) -> Option<(&Each, &Row)> {
+        let Operation::Each(each) = self.operation(op) else { return None };
+        Some((each, each.rows.get((op.result - each.first_result) as usize)?))
+    }
+
+    fn sequence(&self, op: OpRef) -> Option<SequenceId> {
+        self.row(op).map_or_else(|| self.operation(op).sequence(), |(_, row)| Some(row.sequence))
+    }
+
     #[cfg(any(test, feature = "testing"))]
     pub(super) fn iter(&self) -> impl Iterator<Item = &Submission> {
         self.0.iter().map(|(_, submission)| &**submission)
@@ -125,6 +150,7 @@ impl Pending {
 pub(super) struct Building {
     pub(super) launches: [Option<Launch>; 3],
     spare: Vec<Launch>,
+    spare_rows: Vec<Vec<AppendRow>>,
 }
 
 impl Building {
@@ -142,9 +168,44 @@ impl Building {
     ) -> (&mut Launch, usize) {
         let payload = output.is_none().then_some(&mut submission.payload);
         let launch = self.launch(lane);
-        let purpose = Purpose::Operation { submission: op.submission, index: op.index };
-        let flight = launch.add(purpose, payload, output);
+        let flight = launch.add(Purpose::Operation(op), payload, output);
         (launch, flight)
+    }
+
+    /// An empty list for rows.
+    pub(super) fn spare_rows(&mut self) -> Vec<AppendRow> {
+        self.spare_rows.pop().unwrap_or_default()
+    }
+
+    /// Adds rows of an operation: to the last step if that is for the same, otherwise to the one that `make` makes of a flight.
+    pub(super) fn append_rows(
+        &mut self,
+        lane: LaneKind,
+        op: OpRef,
+        payload: &mut Payload,
+        rows: Vec<AppendRow>,
+        make: impl FnOnce(usize) -> AppendRows,
+    ) {
+        let launch = self.launch(lane);
+        match launch.steps.last_mut() {
+            Some(Step::AppendRows(last))
+                if (last.op.submission, last.op.index) == (op.submission, op.index) =>
+            {
+                last.rows.extend_from_slice(&rows);
+                self.recycle_rows(rows);
+            }
+            _ => {
+                let flight = launch.add(Purpose::Rows { op }, Some(payload), None);
+                launch.steps.push(Step::AppendRows(AppendRows { rows, ..make(flight) }));
+            }
+        }
+    }
+
+    pub(super) fn recycle_rows(&mut self, mut rows: Vec<AppendRow>) {
+        if self.spare_rows.len() < 8 {
+            rows.clear();
+            self.spare_rows.push(rows);
+        }
     }
 
     fn recycle(&mut self, launch: Launch) {
@@ -166,6 +227,8 @@ pub struct DeviceCore {
     pub(super) pending: Pending,
     /// The first operation not looked at yet of each submission that has some, in submission order.
     ready: VecDeque<OpRef>,
+    /// Writes to blocks that are on their way to other slots, in no order: their sequences are busy with them.
+    pub(super) waiting_for_moves: Vec<OpRef>,
     pub(super) building: Building,
     pub(super) in_flight: usize,
     pub(super) counters: CoreCounters,
@@ -208,6 +271,7 @@ impl DeviceCore {
             tenants: HashMap::new(),
             pending: Pending::default(),
             ready: VecDeque::new(),
+            waiting_for_moves: Vec::new(),
             building: Building::default(),
             in_flight: 0,
             counters: CoreCounters::default(),
@@ -273,15 +337,15 @@ impl DeviceCore {
     }
 
     fn accept(&mut self, submission: Box<Submission>) {
-        self.counters.operations += submission.operations.len() as u64;
+        self.counters.operations += submission.results() as u64;
         let submission = self.pending.0.insert(submission) as u32;
-        self.ready.push_back(OpRef { submission, index: 0 });
+        self.ready.push_back(OpRef { submission, index: 0, result: 0 });
     }
 
     /// Operations not looked at yet.
     #[cfg(any(test, feature = "testing"))]
     pub(super) fn not_looked_at(&self) -> usize {
-        let left = |op: &OpRef| self.pending.submission(*op).operations.len() - op.index as usize;
+        let left = |op: &OpRef| self.pending.submission(*op).results() - op.result as usize;
         self.ready.iter().map(left).sum()
     }
 
@@ -290,9 +354,14 @@ impl DeviceCore {
         while let Some(&first) = self.ready.front() {
             if !self.config.deterministic {
                 self.ready.pop_front();
-                let count = self.pending.submission(first).operations.len() as u32;
-                for index in first.index..count {
-                    self.look_at(OpRef { index, ..first }, effects);
+                let mut next = Some(first);
+                while let Some(op) = next {
+                    // Before the last of its results may be answered.
+                    next = self.pending.after(op, true);
+                    match self.pending.rows_end(op) {
+                        Some(end) => self.look_at_rows(op, end, effects),
+                        None => self.look_at(op, effects),
+                    }
                 }
             } else {
                 if !self.is_quiet() {
@@ -303,12 +372,22 @@ impl DeviceCore {
                 if !self.is_quiet() {
                     return;
                 }
-                let next = OpRef { index: first.index + 1, ..first };
-                match (next.index as usize) < self.pending.submission(first).operations.len() {
-                    true => self.ready[0] = next,
-                    false => drop(self.ready.pop_front()),
+                match self.pending.after(first, false) {
+                    Some(next) => self.ready[0] = next,
+                    None => drop(self.ready.pop_front()),
                 }
                 self.look_at(first, effects);
+            }
+        }
+    }
+
+    /// Looks at the rows of an operation from `next` on.
+    fn look_at_rows(&mut self, mut next: OpRef, end: u32, effects: &mut Effects) {
+        while next.result < end {
+            next.result += self.append_rows_in_place(next, end);
+            if next.result < end {
+                self.look_at(next, effects);
+                next.result += 1;
             }
         }
     }
@@ -318,7 +397,7 @@ impl DeviceCore {
         if self.append_in_place(op) {
             return;
         }
-        match self.pending.operation(op).sequence().map(|id| self.find(id, op)) {
+        match self.pending.sequence(op).map(|id| self.find(id, op)) {
             // An operation on no sequence.
             None => self.start(op, None, effects),
             Some(Err(error)) => self.answer(op, Err(error), effects),
@@ -359,7 +438,13 @@ impl DeviceCore {
     fn start(&mut self, op: OpRef, sequence: Option<usize>, effects: &mut Effects) {
         let submission = self.pending.submission_mut(op);
         let progress = match (&mut submission.operations[op.index as usize], sequence) {
-            (Operation::Refused(error), _) => Progress::Done(Err((**error).clone())),
+            (Operation::Refused { error, results }, _) => {
+                let (error, end) = (error.clone(), op.result + *results);
+                for result in op.result..end {
+                    self.answer(OpRef { result, ..op }, Err((*error).clone()), effects);
+                }
+                return;
+            }
             (Operation::Open { options, permit }, _) => {
                 let (options, permit) = (std::mem::take(&mut **options), permit.take());
                 Progress::Done(self.open(options, permit, effects))
@@ -368,6 +453,18 @@ impl DeviceCore {
             (Operation::Append { at, ids, tensors, .. }, Some(index)) => {
                 let (at, tokens, tensors) = (*at, ids.count, *tensors);
                 self.plan_write(op, index, WriteTarget::AllLayers { at }, tokens, &tensors)
+            }
+            (Operation::Each(each), Some(index)) => {
+                let row = each.rows[(op.result - each.first_result) as usize];
+                let tensors = each.tensors_of(&row);
+                let target = match each.write {
+                    EachWrite::Append => WriteTarget::AllLayers { at: None },
+                    EachWrite::Stage { layer } => WriteTarget::Layer(layer),
+                };
+                match row.row {
+                    Row::REFUSED => Progress::Done(Err(out_of_reach())),
+                    _ => self.plan_write(op, index, target, 1, &tensors),
+                }
             }
             (Operation::Stage { layer, tokens, tensors, .. }, Some(index)) => {
                 let (layer, tokens, tensors) = (*layer, *tokens, *tensors);
@@ -407,7 +504,7 @@ impl DeviceCore {
                 Progress::Done(Ok(Outcome::Closed))
             }
             // `find` has answered every operation whose sequence does not exist.
-            (_, None) | (Operation::Gone, _) => return,
+            (_, None) => return,
         };
         match progress {
             Progress::Done(result) => self.answer(op, result, effects),
@@ -431,7 +528,7 @@ impl DeviceCore {
     }
 
     fn answer_brief(&mut self, op: OpRef, result: Brief, effects: &mut Effects) {
-        if self.pending.submission_mut(op).answer(op.index as usize, result) {
+        if self.pending.submission_mut(op).answer(op.result as usize, result) {
             effects.answers.push(self.pending.0.remove(op.submission as usize));
         }
     }
@@ -446,8 +543,12 @@ impl DeviceCore {
         for (flight, payload) in launch.land() {
             let Flight { purpose, output, finite, .. } = flight;
             match purpose {
-                Purpose::Operation { submission, index } => {
-                    let op = OpRef { submission, index };
+                Purpose::Rows { op } => {
+                    if let Some(payload) = payload {
+                        self.pending.submission_mut(op).payload = payload;
+                    }
+                }
+                Purpose::Operation(op) => {
                     if let Some(payload) = payload {
                         self.pending.submission_mut(op).payload = payload;
                     }
@@ -468,14 +569,27 @@ impl DeviceCore {
                 Purpose::Tier(tier) => {
                     let TierMoves { op, moves } = *tier;
                     let outcome = self.land_moves(moves, error.is_none());
-                    let sequence = self.pending.operation(op).sequence();
+                    let sequence = self.pending.sequence(op);
                     let result = error.clone().map_or(Ok(outcome), |reason| Err(Error::Device(reason)));
                     self.answer(op, result, effects);
                     if let Some(id) = sequence {
                         self.resume(id.index(), effects);
                     }
                 }
-                Purpose::Move { block, slot } => self.blocks.land_move(block, slot, error.is_none()),
+                Purpose::Move { block, slot } => {
+                    self.blocks.land_move(block, slot, error.is_none());
+                    for op in std::mem::take(&mut self.waiting_for_moves) {
+                        let Some(id) = self.pending.sequence(op) else { continue };
+                        self.sequences[id.index()].park_first(op);
+                        self.resume(id.index(), effects);
+                    }
+                }
+            }
+        }
+        for step in &mut launch.steps {
+            if let Step::AppendRows(rows) = step {
+                self.land_rows(rows, error.as_ref(), effects);
+                self.building.recycle_rows(std::mem::take(&mut rows.rows));
             }
         }
         self.building.recycle(launch);
@@ -483,10 +597,35 @@ impl DeviceCore {
 
     /// [`DeviceCore::land_operation`] for what [`DeviceCore::append_in_place`] has planned, if it went well.
     fn land_in_place(&mut self, op: OpRef, effects: &mut Effects) -> bool {
-        let Some((index, committed)) = self.land_append_in_place(op) else { return false };
+        let mut taken = 0;
+        let Some((index, committed)) = self.land_append_in_place(op, &mut taken) else { return false };
         self.answer_brief(op, Brief::Appended(committed), effects);
         self.resume(index, effects);
         true
+    }
+
+    /// Lands the rows of a step: all of them were planned by [`DeviceCore::append_rows_in_place`].
+    fn land_rows(&mut self, rows: &AppendRows, error: Option<&Arc<str>>, effects: &mut Effects) {
+        let went_well = |row: &&AppendRow| error.is_none() && row.finite;
+        // The tokens of all at once; if they do not fit, as many as do, one by one.
+        let tokens = rows.rows.iter().filter(went_well).count() as u64;
+        let mut taken = if self.config.token_budget.take(tokens).is_ok() { tokens } else { 0 };
+        for row in &rows.rows {
+            let op = OpRef { result: row.result, ..rows.op };
+            if went_well(&row)
+                && let Some((index, committed)) = self.land_append_in_place(op, &mut taken)
+            {
+                self.answer_brief(op, Brief::Appended(committed), effects);
+                self.resume(index, effects);
+                continue;
+            }
+            let landed = match error {
+                Some(reason) => Err(Error::Device(reason.clone())),
+                None if !row.finite => Err(Error::NotFinite),
+                None => Ok(None),
+            };
+            self.land_operation(op, landed, effects);
+        }
     }
 
     fn land_operation(
@@ -498,6 +637,15 @@ impl DeviceCore {
         let submission = self.pending.submission(op);
         // A read leaves nothing behind but the sequence that it kept busy.
         let (id, result) = match &submission.operations[op.index as usize] {
+            Operation::Each(each) => {
+                let Row { sequence: id, token_id, .. } = each.rows[(op.result - each.first_result) as usize];
+                let landed = landed.map(drop);
+                let result = match each.write {
+                    EachWrite::Append => self.land_append(id.index(), landed, &[token_id], None),
+                    EachWrite::Stage { layer } => self.land_stage(id.index(), landed, layer, 1),
+                };
+                (id, result)
+            }
             Operation::Append { sequence, ids, extra, .. } => {
                 let (id, extra) = (*sequence, extra.as_deref().copied());
                 let token_ids = SmallVec::<[u32; 8]>::from_slice(ids.of(&submission.token_ids));

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::core::OpRef;
 use crate::block::{BlockId, BlockKey, ExtraIdentity};
 use crate::geometry::BlockLayout;
+use crate::memory::OpRef;
 use crate::permit::Permit;
 use crate::sequence::{SequenceId, SequenceShared, SequenceState};
 
@@ -91,6 +91,11 @@ impl SequenceEntry {
 
     pub(super) fn park(&mut self, op: OpRef) {
         self.rest.parked.push_back(op);
+        self.has_parked = true;
+    }
+
+    pub(super) fn park_first(&mut self, op: OpRef) {
+        self.rest.parked.push_front(op);
         self.has_parked = true;
     }
 

@@ -1,10 +1,12 @@
 //! The short way for appends: nearly every step of a decode adds a token to a block that has room for it.
 
-use super::core::{DeviceCore, OpRef};
+use super::blocks::BlockStore;
+use super::core::{CoreConfig, DeviceCore};
 use super::entry::SequenceEntry;
 use super::plan::commit;
-use crate::batch::Operation;
-use crate::memory::{AppendStep, LaneKind, Step};
+use crate::batch::{EachWrite, Operation, Row};
+use crate::memory::{AppendRow, AppendRows, AppendStep, LaneKind, OpRef, Step};
+use crate::sequence::{SequenceId, Tenant};
 use crate::submission::Submissions;
 
 /// What so few sequences need is in the caches anyway.
@@ -21,7 +23,8 @@ impl DeviceCore {
         }
         let mut touched = 0u32;
         let ids = || {
-            submissions.iter().flat_map(|submission| submission.operations()).filter_map(Operation::sequence)
+            let operations = submissions.iter().flat_map(|submission| submission.operations());
+            operations.flat_map(Operation::sequences).flatten()
         };
         for entry in ids().filter_map(|id| self.sequences.get(id.index())) {
             touched = touched.wrapping_add(entry.glance.room);
@@ -41,32 +44,26 @@ impl DeviceCore {
     ///
     /// It takes no lock, no block and no temporary.
     pub(super) fn append_in_place(&mut self, op: OpRef) -> bool {
+        if self.pending.row(op).is_some() {
+            return self.append_rows_in_place(op, op.result + 1) > 0;
+        }
         let DeviceCore { sequences, pending, blocks, config, counters, building, .. } = self;
         let submission = pending.submission(op);
         let Operation::Append { sequence, at, ids, extra: None, tensors } = pending.operation(op) else {
             return false;
         };
-        let Some(entry) = sequences.get_mut(sequence.index()) else { return false };
         let tokens = ids.count;
-        // Token dropping looks at the whole sequence.
-        let plain = entry.id == *sequence
-            && !entry.busy
-            && tokens <= entry.glance.room
-            && at.is_none_or(|at| at == entry.glance.committed)
-            && tokens <= config.max_tokens.saturating_sub(entry.glance.committed)
-            && config.keep_ratio.is_none()
-            && submission.tenant.as_ref().is_none_or(|tenant| tenant == entry.shared.tenant());
-        if !plain
-            || config.token_budget.check(u64::from(tokens)).is_err()
-            || !blocks.is_writable(entry.glance.tail)
-        {
+        if config.token_budget.check(u64::from(tokens)).is_err() {
             return false;
         }
-        entry.busy = true;
-        entry.in_place = true;
-        blocks.get_mut(entry.glance.tail).writing = true;
-        let slot_offset = blocks.offset(entry.glance.tail);
-        let first = config.layout.block_tokens - entry.glance.room as usize;
+        let Some(entry) = sequences.get_mut(sequence.index()) else { return false };
+        if at.is_some_and(|at| at != entry.glance.committed) {
+            return false;
+        }
+        let tenant = submission.tenant.as_ref();
+        let Some((slot_offset, first)) = take_room(entry, blocks, config, *sequence, tenant, tokens) else {
+            return false;
+        };
         let bytes = tensors.bytes();
         counters.bytes_in += bytes as u64;
         let lane = config.lane_for(LaneKind::Upload, bytes, tensors.on_device);
@@ -86,28 +83,88 @@ impl DeviceCore {
         true
     }
 
+    /// [`DeviceCore::append_in_place`] for the rows of an operation, from that of `first` to before result `end`: plans them up
+    /// to the first that is not plain, and returns how many.
+    pub(super) fn append_rows_in_place(&mut self, first: OpRef, end: u32) -> u32 {
+        let DeviceCore { sequences, pending, blocks, config, counters, building, .. } = self;
+        let submission = pending.submission_mut(first);
+        let Operation::Each(each) = &submission.operations[first.index as usize] else { return 0 };
+        // Every row alone would have to fit: that all of them do is seen when they land.
+        if each.write != EachWrite::Append || config.token_budget.check(1).is_err() {
+            return 0;
+        }
+        let tensors = each.tensors;
+        let bytes = tensors.bytes();
+        let lane = config.lane_for(LaneKind::Upload, bytes, tensors.on_device);
+        let from = (first.result - each.first_result) as usize;
+        let count = (end - first.result) as usize;
+        let mut planned = building.spare_rows();
+        for row in &each.rows[from..from + count] {
+            let Row { sequence, row, .. } = *row;
+            let Some(entry) = sequences.get_mut(sequence.index()).filter(|_| row != Row::REFUSED) else {
+                break;
+            };
+            let tenant = submission.tenant.as_ref();
+            let Some((slot_offset, token)) = take_room(entry, blocks, config, sequence, tenant, 1) else {
+                break;
+            };
+            let result = first.result + planned.len() as u32;
+            planned.push(AppendRow { slot_offset, token: token as u32, row, result, finite: true });
+        }
+        let count = planned.len();
+        if count == 0 {
+            building.recycle_rows(planned);
+            return 0;
+        }
+        counters.bytes_in += (count * bytes) as u64;
+        building.append_rows(lane, first, &mut submission.payload, planned, |flight| AppendRows {
+            op: first,
+            flight,
+            layers: 0..config.layout.layers,
+            keys_at: tensors.keys_at,
+            values_at: tensors.values_at,
+            on_device: tensors.on_device,
+            payload_tokens: tensors.tokens(1),
+            rows: Vec::new(),
+        });
+        count as u32
+    }
+
     /// Lands what [`DeviceCore::append_in_place`] has planned and what went well: the sequence, and its committed tokens.
+    /// `taken`: tokens of the budget that were taken for it and others already.
     ///
     /// None, with nothing changed, if it is something else, or the tokens do not fit the budget any more.
-    pub(super) fn land_append_in_place(&mut self, op: OpRef) -> Option<(usize, u32)> {
+    pub(super) fn land_append_in_place(&mut self, op: OpRef, taken: &mut u64) -> Option<(usize, u32)> {
         let DeviceCore { sequences, pending, blocks, config, counters, .. } = self;
-        let Operation::Append { sequence, ids, .. } = pending.operation(op) else { return None };
+        let submission = pending.submission(op);
+        let (sequence, token_ids) = match pending.operation(op) {
+            Operation::Append { sequence, ids, .. } => (*sequence, ids.of(&submission.token_ids)),
+            Operation::Each(_) => {
+                let (_, row) = pending.row(op)?;
+                (row.sequence, std::slice::from_ref(&row.token_id))
+            }
+            _ => return None,
+        };
         let index = sequence.index();
         let entry = &mut sequences[index];
-        if !entry.in_place || config.token_budget.take(u64::from(ids.count)).is_err() {
+        let count = token_ids.len() as u32;
+        if !entry.in_place {
             return None;
+        }
+        match taken.checked_sub(u64::from(count)) {
+            Some(left) => *taken = left,
+            None => config.token_budget.take(u64::from(count)).ok()?,
         }
         entry.in_place = false;
         let SequenceEntry { shared, rest, glance, .. } = entry;
         blocks.get_mut(glance.tail).writing = false;
         blocks.resume_draining();
-        let token_ids = ids.of(&pending.submission(op).token_ids);
-        if ids.count < glance.room {
+        if count < glance.room {
             blocks.set_token_ids(glance.tail, config.layout.block_tokens - glance.room as usize, token_ids);
-            glance.committed += ids.count;
-            glance.room -= ids.count;
+            glance.committed += count;
+            glance.room -= count;
             shared.publish_committed(glance.committed);
-            counters.tokens_committed += u64::from(ids.count);
+            counters.tokens_committed += u64::from(count);
         } else {
             let mut state = shared.state();
             commit(rest, blocks, config, counters, &mut state, token_ids, None);
@@ -115,4 +172,31 @@ impl DeviceCore {
         }
         Some((index, glance.committed))
     }
+}
+
+/// Sets a plain append of `tokens` tokens on its way if there is room for it: the slot, and the token of the slot where it
+/// begins. None, with nothing changed, if it is not plain.
+fn take_room(
+    entry: &mut SequenceEntry,
+    blocks: &mut BlockStore,
+    config: &CoreConfig,
+    id: SequenceId,
+    tenant: Option<&Tenant>,
+    tokens: u32,
+) -> Option<(usize, usize)> {
+    // Token dropping looks at the whole sequence.
+    let plain = entry.id == id
+        && !entry.busy
+        && tokens <= entry.glance.room
+        && tokens <= config.max_tokens.saturating_sub(entry.glance.committed)
+        && config.keep_ratio.is_none()
+        && tenant.is_none_or(|tenant| tenant == entry.shared.tenant());
+    if !plain || !blocks.is_writable(entry.glance.tail) {
+        return None;
+    }
+    entry.busy = true;
+    entry.in_place = true;
+    blocks.get_mut(entry.glance.tail).writing = true;
+    let first = config.layout.block_tokens - entry.glance.room as usize;
+    Some((blocks.offset(entry.glance.tail), first))
 }

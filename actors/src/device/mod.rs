@@ -219,7 +219,7 @@ impl<L: Lane> DeviceActor<L> {
         while let Some(arrived) = next {
             let mut stats = self.stats.lock();
             for submission in &arrived {
-                operations += submission.operations().len() as u64;
+                operations += submission.results() as u64;
                 if let Some(submitted) = submission.submitted_at() {
                     stats
                         .queue_wait

@@ -6,14 +6,14 @@ use std::ops::Range;
 use smallvec::SmallVec;
 
 use super::blocks::BlockStore;
-use super::core::{CoreConfig, DeviceCore, Effects, OpRef, Progress};
+use super::core::{CoreConfig, DeviceCore, Effects, Progress};
 use super::entry::{Rest, SequenceEntry};
 use crate::batch::Outcome;
-use crate::block::{BlockId, BlockKey, ExtraIdentity};
+use crate::block::{BlockId, BlockKey, BlockState, ExtraIdentity};
 use crate::error::Error;
 use crate::format::Format;
 use crate::geometry::Plane;
-use crate::memory::{AppendStep, LaneKind, ReadBuffer, ReadStep, Step};
+use crate::memory::{AppendStep, LaneKind, OpRef, ReadBuffer, ReadStep, Step};
 use crate::payload::TensorSpans;
 use crate::permit::Permit;
 use crate::sequence::{OpenOptions, SINK_TOKENS, SequenceShared, SequenceState, pieces};
@@ -141,11 +141,18 @@ impl DeviceCore {
         let SequenceEntry { shared, rest, took_blocks, .. } = &mut sequences[index];
         let mut state = shared.state();
         let planned = check_write(config, &state, &target, tokens).and_then(|range| {
+            if is_moving(blocks, &state, config.layout.block_tokens, range.clone()) {
+                return Ok(None);
+            }
             let prepared = prepare_blocks(rest, blocks, config, counters, &mut state, range.clone())?;
-            Ok((range, prepared))
+            Ok(Some((range, prepared)))
         });
         let (range, prepared) = match planned {
-            Ok(planned) => planned,
+            Ok(Some(planned)) => planned,
+            Ok(None) => {
+                self.waiting_for_moves.push(op);
+                return Progress::Flying;
+            }
             Err(error) => return Progress::Done(Err(error)),
         };
         *took_blocks = prepared.took_blocks;
@@ -390,6 +397,15 @@ fn check_write(
     };
     config.token_budget.check(u64::from(end - state.committed))?;
     Ok(start..end)
+}
+
+/// Whether a block that is being written to is on its way to another slot. The write waits for it: a copy of its own would take a
+/// slot that may be promised.
+fn is_moving(blocks: &BlockStore, state: &SequenceState, block_tokens: usize, range: Range<u32>) -> bool {
+    pieces(block_tokens, range).filter_map(|(at, _)| state.blocks.get(at)).any(|&id| {
+        let block = blocks.get(id);
+        block.moving && block.state == BlockState::Open
+    })
 }
 
 /// Steps that make blocks writable, and the blocks that the copies among them read.

@@ -2,11 +2,11 @@
 //! until the move has landed, and the new one from then on.
 
 use super::blocks::BlockStore;
-use super::core::{DeviceCore, OpRef, Progress};
+use super::core::{DeviceCore, Progress};
 use crate::batch::Outcome;
 use crate::block::{BlockId, BlockState};
 use crate::error::Error;
-use crate::memory::{LaneKind, Purpose, Step};
+use crate::memory::{LaneKind, OpRef, Purpose, Step};
 use crate::pool::{SizeClass, Tier};
 use crate::slot::FilledSlot;
 

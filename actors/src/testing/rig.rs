@@ -10,7 +10,7 @@ use slab::Slab;
 use super::scenario::Setup;
 use super::sim::{LANES, SimDevice};
 use super::values::push_tensor;
-use crate::batch::{BatchCacheOperations, HostTensor, Outcome, Results};
+use crate::batch::{BatchCacheOperations, EachTensors, HostTensor, Outcome, Results};
 use crate::block::ExtraIdentity;
 use crate::device::{CoreConfig, DeviceCore, Effects, Event};
 use crate::geometry::{ElementType, Plane};
@@ -40,6 +40,19 @@ pub struct Rig {
     /// Answers that came since [`Rig::answered`] was last asked.
     news: bool,
     tensors: [Vec<f32>; 2],
+}
+
+/// A token of one sequence: see [`Rig::each`].
+#[derive(Debug, Clone, Copy)]
+pub struct EachRow {
+    /// Whose.
+    pub sequence: SequenceId,
+    /// Tenant that its content tells of.
+    pub tenant: u32,
+    /// What its content tells of.
+    pub stamp: u64,
+    /// Its last element is this instead.
+    pub spoil: Option<f32>,
 }
 
 impl Rig {
@@ -272,6 +285,35 @@ impl Rig {
         self.fill(layer_index..layer_index + 1, tenant, stamp, tokens, spoil);
         let [keys, values] = &self.tensors;
         batch.stage(sequence, layer, tokens, host(keys), host(values));
+    }
+
+    /// Adds a token for each of some sequences, to all layers or one.
+    pub fn each(&mut self, batch: &mut BatchCacheOperations, layer: Option<u32>, rows: &[EachRow]) {
+        let layers = match layer {
+            Some(layer) => layer as usize..layer as usize + 1,
+            None => 0..self.config.layout.layers,
+        };
+        // `[layers, rows, …]` of rows that come as `[layers, 1, …]`.
+        let mut all: [Vec<Vec<f32>>; 2] = [0, 1].map(|_| vec![Vec::new(); layers.len()]);
+        for row in rows {
+            self.fill(layers.clone(), row.tenant, row.stamp, 1, row.spoil);
+            for (all, tensor) in all.iter_mut().zip(&self.tensors) {
+                let bytes = tensor.len() / layers.len();
+                all.iter_mut()
+                    .zip(tensor.chunks_exact(bytes))
+                    .for_each(|(all, one)| all.extend_from_slice(one));
+            }
+        }
+        let [keys, values] = all.map(|layers| layers.concat());
+        let tensors = EachTensors::Host(host(&keys), host(&values));
+        let ids = rows.iter().map(|row| row.sequence);
+        match layer {
+            Some(layer) => batch.stage_each(ids, layer, tensors),
+            None => {
+                let tokens: Vec<u32> = rows.iter().flat_map(|row| token_ids(row.stamp, 1)).collect();
+                batch.append_each(ids, &tokens, tensors);
+            }
+        }
     }
 
     fn fill(

@@ -117,9 +117,10 @@ impl SimDevice {
         }
         let queue = &mut sim.lanes[lane as usize];
         let Some(running) = queue.running.front_mut() else { return false };
-        if let Some(step) = running.launch.steps.get(running.next_step).cloned() {
+        if let Some(mut step) = running.launch.steps.get(running.next_step).cloned() {
             sim.tracker.execute(&step);
-            sim.memory.execute(&step, &mut running.launch);
+            sim.memory.execute(&mut step, &mut running.launch);
+            running.launch.steps[running.next_step] = step;
             sim.counts.steps += 1;
             running.next_step += 1;
         }
@@ -134,8 +135,8 @@ impl SimDevice {
         let sim = &mut *self.lock();
         let queue = &mut sim.lanes[lane as usize];
         let Some(mut running) = queue.running.pop_front() else { return false };
-        if let Some(step) = running.launch.steps.get(running.next_step).filter(|_| half_way).cloned() {
-            sim.memory.execute_half(&step, &mut running.launch);
+        if let Some(mut step) = running.launch.steps.get(running.next_step).filter(|_| half_way).cloned() {
+            sim.memory.execute_half(&mut step, &mut running.launch);
         }
         running.launch.error = Some("a fault was injected".into());
         sim.counts.failed += 1;
@@ -231,20 +232,26 @@ struct Memory {
 }
 
 impl Memory {
-    fn execute(&mut self, step: &Step, launch: &mut Launch) {
+    fn execute(&mut self, step: &mut Step, launch: &mut Launch) {
         let raw_bytes = self.layout.raw_bytes();
         match step {
-            Step::Zero { slot_offset } => self.bytes[*slot_offset..slot_offset + raw_bytes].fill(0),
+            Step::Zero { slot_offset } => self.bytes[*slot_offset..*slot_offset + raw_bytes].fill(0),
             Step::Copy { from_offset, to_offset } => {
-                self.bytes.copy_within(*from_offset..from_offset + raw_bytes, *to_offset);
+                self.bytes.copy_within(*from_offset..*from_offset + raw_bytes, *to_offset);
             }
             Step::Transfer { from_offset, to_offset, bytes } => {
-                self.bytes.copy_within(*from_offset..from_offset + bytes, *to_offset);
+                self.bytes.copy_within(*from_offset..*from_offset + *bytes, *to_offset);
             }
             Step::Reopen { from_offset, to_offset, .. } => self.reopen(*from_offset, *to_offset),
             Step::Append(append) => {
                 let finite = self.append(append, launch.payload(append.flight));
                 launch.flights[append.flight].finite &= finite;
+            }
+            Step::AppendRows(rows) => {
+                for at in 0..rows.rows.len() {
+                    let step = rows.step_of(&rows.rows[at]);
+                    rows.rows[at].finite &= self.append(&step, launch.payload(step.flight));
+                }
             }
             Step::Seal { flight, format, from_offset, to_offset } => {
                 assert_eq!(*format, Format::Int8, "only int8 blocks are sealed by a launch");
@@ -261,20 +268,24 @@ impl Memory {
     }
 
     /// A step that is cut off in the middle.
-    fn execute_half(&mut self, step: &Step, launch: &mut Launch) {
+    fn execute_half(&mut self, step: &mut Step, launch: &mut Launch) {
         let half = self.layout.raw_bytes() / 8 * 4;
         match step {
-            Step::Zero { slot_offset } => self.bytes[*slot_offset..slot_offset + half].fill(0),
+            Step::Zero { slot_offset } => self.bytes[*slot_offset..*slot_offset + half].fill(0),
             Step::Copy { from_offset, to_offset } => {
-                self.bytes.copy_within(*from_offset..from_offset + half, *to_offset);
+                self.bytes.copy_within(*from_offset..*from_offset + half, *to_offset);
             }
             Step::Transfer { from_offset, to_offset, bytes } => {
-                self.bytes.copy_within(*from_offset..from_offset + bytes / 2, *to_offset);
+                self.bytes.copy_within(*from_offset..*from_offset + *bytes / 2, *to_offset);
             }
             Step::Append(append) => {
                 let mut append = append.clone();
                 append.tokens.end -= append.tokens.len() / 2;
-                self.execute(&Step::Append(append), launch);
+                self.execute(&mut Step::Append(append), launch);
+            }
+            Step::AppendRows(rows) => {
+                let half = rows.part(&rows.rows[..rows.rows.len() / 2]);
+                self.execute(&mut Step::AppendRows(half), launch);
             }
             // Reads and seals write where nobody looks before they are done: all of it or none of it is the same.
             other => self.execute(other, launch),

@@ -9,9 +9,11 @@
 
 use std::ops::Range;
 
+use smallvec::{SmallVec, smallvec};
+
 use crate::format::Format;
 use crate::geometry::BlockLayout;
-use crate::memory::{LaneKind, Step};
+use crate::memory::{AppendStep, LaneKind, Step};
 use crate::pool::{PoolLayout, SizeClass};
 
 /// Watermarks and accesses under way of one simulated device.
@@ -187,6 +189,14 @@ impl Tracker {
                     self.rows(append.slot_offset, layer, append.tokens.clone()).fill(true);
                 }
             }
+            Step::AppendRows(rows) => {
+                for row in &rows.rows {
+                    let AppendStep { layers, slot_offset, tokens, .. } = rows.step_of(row);
+                    for layer in layers {
+                        self.rows(slot_offset, layer, tokens.clone()).fill(true);
+                    }
+                }
+            }
             Step::Seal { from_offset, to_offset, .. } => {
                 assert!(
                     self.whole(*from_offset).iter().all(|w| *w),
@@ -245,6 +255,12 @@ impl Tracker {
                     let (layers, tokens) = (append.layers.clone(), append.tokens.clone());
                     self.access(lane, launch, true, raw, append.slot_offset, layers, tokens);
                 }
+                Step::AppendRows(rows) => {
+                    for row in &rows.rows {
+                        let AppendStep { layers, slot_offset, tokens, .. } = rows.step_of(row);
+                        self.access(lane, launch, true, raw, slot_offset, layers, tokens);
+                    }
+                }
                 Step::Seal { from_offset, to_offset, .. } => {
                     self.access(lane, launch, false, raw, *from_offset, whole.clone(), all.clone());
                     self.access(lane, launch, true, sealed, *to_offset, whole, all);
@@ -282,16 +298,17 @@ impl Tracker {
     /// The completion of a launch was reported.
     pub fn end(&mut self, launch: u64, steps: &[Step]) {
         for step in steps {
-            let (a, b) = match step {
-                Step::Zero { slot_offset } => (*slot_offset, None),
+            let offsets: SmallVec<[usize; 2]> = match step {
+                Step::Zero { slot_offset } => smallvec![*slot_offset],
                 Step::Copy { from_offset, to_offset }
                 | Step::Transfer { from_offset, to_offset, .. }
                 | Step::Reopen { from_offset, to_offset, .. }
-                | Step::Seal { from_offset, to_offset, .. } => (*from_offset, Some(*to_offset)),
-                Step::Append(append) => (append.slot_offset, None),
-                Step::Read(read) => (read.slot_offset, None),
+                | Step::Seal { from_offset, to_offset, .. } => smallvec![*from_offset, *to_offset],
+                Step::Append(append) => smallvec![append.slot_offset],
+                Step::AppendRows(rows) => rows.rows.iter().map(|row| row.slot_offset).collect(),
+                Step::Read(read) => smallvec![read.slot_offset],
             };
-            for offset in [Some(a), b].into_iter().flatten() {
+            for offset in offsets {
                 let listed_at = self.listed_at(offset);
                 self.under_way[listed_at].retain(|access| access.launch != launch);
             }

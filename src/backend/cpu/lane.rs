@@ -50,8 +50,8 @@ pub(crate) struct CpuLane {
 
 impl Lane for CpuLane {
     fn launch(&mut self, mut launch: Launch) {
-        let steps = std::mem::take(&mut launch.steps);
-        for step in &steps {
+        let mut steps = std::mem::take(&mut launch.steps);
+        for step in &mut steps {
             match step {
                 Step::Zero { slot_offset } => self.zero(*slot_offset),
                 Step::Copy { from_offset, to_offset } => {
@@ -66,6 +66,13 @@ impl Lane for CpuLane {
                 Step::Append(append) if !append.on_device => {
                     let finite = self.append(append, launch.payload(append.flight));
                     launch.flights[append.flight].finite &= finite;
+                }
+                Step::AppendRows(rows) if !rows.on_device => {
+                    let payload = launch.payload(rows.flight);
+                    for at in 0..rows.rows.len() {
+                        let step = rows.step_of(&rows.rows[at]);
+                        rows.rows[at].finite &= self.append(&step, payload);
+                    }
                 }
                 Step::Seal { flight, format, from_offset, to_offset } => {
                     launch.flights[*flight].finite &= self.seal(*format, *from_offset, *to_offset);

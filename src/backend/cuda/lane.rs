@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kv_cache_actors::geometry::{BlockLayout, Plane};
-use kv_cache_actors::memory::{DeviceLost, Doorbell, Lane, LaneKind, Launch, Step};
+use kv_cache_actors::memory::{AppendRow, DeviceLost, Doorbell, Lane, LaneKind, Launch, Step};
 use kv_cache_actors::reach::Point;
 
 use super::Slab;
@@ -54,8 +54,9 @@ pub(crate) struct CudaLane {
 /// A unit that is on the stream.
 struct Flying {
     ticket: u64,
-    /// Its flags in the ring.
+    /// Its flags in the ring: of the launch's flights, and of the rows in its steps.
     flags: Range<usize>,
+    steps: Range<usize>,
     reads: Vec<ReadBack>,
     ends_launch: bool,
     /// The transfer that has to be done too before the launch is, counted from 1.
@@ -143,7 +144,7 @@ impl CudaLane {
         let mut unit = Unit::new(&self.layout, launch, plan, &self.slab, bytes, address);
         let data_at = range.start + plan.data_at();
         let steps = self.next_step..self.next_step + plan.steps;
-        let written = launch.steps[steps].iter().try_for_each(|step| {
+        let written = launch.steps[steps.clone()].iter().try_for_each(|step| {
             if let (Some(planes), Step::Read(read)) = (unit.write(step)?, step) {
                 let planes = planes.map(|plane| data_at + plane.start..data_at + plane.end);
                 reads.push(ReadBack { flight: read.flight, output_token: read.output_token, planes });
@@ -163,7 +164,7 @@ impl CudaLane {
         let flags = plan.flags();
         let flags = range.start + flags.start..range.start + flags.end;
         let transfer = self.carrier.as_ref().map_or(0, Carrier::submitted);
-        self.units.push_back(Flying { ticket, flags, reads, ends_launch, transfer, event: None });
+        self.units.push_back(Flying { ticket, flags, steps, reads, ends_launch, transfer, event: None });
         Ok(true)
     }
 
@@ -193,8 +194,15 @@ impl CudaLane {
             let Some(launch) = self.launches.front_mut() else { return };
             // SAFETY: the unit's ticket was reached, so the device is done with its range (6).
             let flags = unsafe { self.ring.bytes_mut(unit.flags.clone()) };
-            for (flight, flag) in launch.flights.iter_mut().zip(flags.chunks_exact(4)) {
-                flight.finite &= flag == [0; 4];
+            if flags.iter().any(|byte| *byte != 0) {
+                let mut finite = flags.chunks_exact(4).map(|flag| flag == [0; 4]);
+                for (flight, finite) in launch.flights.iter_mut().zip(&mut finite) {
+                    flight.finite &= finite;
+                }
+                for (row, finite) in launch.steps[unit.steps.clone()].iter_mut().flat_map(rows_of).zip(finite)
+                {
+                    row.finite &= finite;
+                }
             }
             for read in unit.reads.drain(..) {
                 let Some(output) = &mut launch.flights[read.flight].output else { continue };
@@ -217,6 +225,14 @@ impl CudaLane {
     fn fail(&mut self, error: DriverError) {
         tracing::error!(target: "kv_cache::cuda", lane = ?self.kind, %error, "the device is lost");
         self.failed.get_or_insert(error);
+    }
+}
+
+/// The rows of a step that have flags of their own.
+fn rows_of(step: &mut Step) -> &mut [AppendRow] {
+    match step {
+        Step::AppendRows(rows) => &mut rows.rows,
+        _ => &mut [],
     }
 }
 

@@ -2,7 +2,7 @@
 //! the ring with the payload that they read and the output that they write:
 //!
 //! ```text
-//! | a flag per flight | moves | reopens | appends | seals | reads | payloads and outputs |
+//! | a flag per flight, and per row | moves | reopens | appends | seals | reads | payloads and outputs |
 //! ```
 
 use std::ops::Range;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use kv_cache_actors::format::Format;
 use kv_cache_actors::geometry::{BlockLayout, Plane};
-use kv_cache_actors::memory::{AppendStep, Launch, ReadStep, Step};
+use kv_cache_actors::memory::{AppendRows, AppendStep, Launch, ReadStep, Step};
 
 use super::driver::{DriverError, Stream};
 use super::kernels::{Descriptors, Kernels};
@@ -24,6 +24,8 @@ const VECTOR_BYTES: usize = 16;
 pub(super) struct Plan {
     pub(super) steps: usize,
     flights: usize,
+    /// Rows of appends, each with a flag of its own.
+    rows: usize,
     moves: usize,
     reopens: usize,
     appends: usize,
@@ -50,6 +52,12 @@ fn data_bytes(layout: &BlockLayout, launch: &Launch, step: &Step) -> usize {
     let tokens = match step {
         Step::Append(append) if append.on_device || launch.payload_is_reachable(append.flight) => 0,
         Step::Append(append) => append.layers.len() * append.tokens.len(),
+        Step::AppendRows(rows) if rows.on_device || launch.payload_is_reachable(rows.flight) => 0,
+        // Each row is staged by itself.
+        Step::AppendRows(rows) => {
+            let row = |bytes: usize| (rows.layers.len() * bytes).next_multiple_of(VECTOR_BYTES);
+            return rows.rows.len() * token_bytes(layout).map(row).iter().sum::<usize>();
+        }
         Step::Read(read) if read.on_device.is_none() => read.tokens.len(),
         _ => 0,
     };
@@ -62,8 +70,10 @@ impl Plan {
         let mut plan = Plan { flights: launch.flights.len(), ..Plan::default() };
         for step in &launch.steps[from..] {
             let data_bytes = data_bytes(layout, launch, step);
+            let rows = if let Step::AppendRows(rows) = step { rows.rows.len() } else { 0 };
             // The largest descriptor stands for any.
-            let more = plan.bytes() + data_bytes + size_of::<abi::Append>() + VECTOR_BYTES;
+            let descriptors = rows.max(1) * size_of::<abi::Append>() + rows * size_of::<u32>();
+            let more = plan.bytes() + data_bytes + descriptors + VECTOR_BYTES;
             if plan.steps > 0 && more > bytes_max {
                 break;
             }
@@ -71,10 +81,12 @@ impl Plan {
                 Step::Zero { .. } | Step::Copy { .. } | Step::Transfer { .. } => plan.moves += 1,
                 Step::Reopen { .. } => plan.reopens += 1,
                 Step::Append(_) => plan.appends += 1,
+                Step::AppendRows(_) => plan.appends += rows,
                 Step::Seal { .. } => plan.seals += 1,
                 Step::Read(_) => plan.reads += 1,
                 _ => {}
             }
+            plan.rows += rows;
             plan.data_bytes += data_bytes;
             plan.steps += 1;
         }
@@ -82,7 +94,7 @@ impl Plan {
     }
 
     fn flags_bytes(&self) -> usize {
-        (self.flights * size_of::<u32>()).next_multiple_of(8)
+        self.flags().len().next_multiple_of(8)
     }
 
     /// Where payloads and outputs begin.
@@ -99,9 +111,10 @@ impl Plan {
         self.data_at() + self.data_bytes
     }
 
-    /// Where the flags lie in the unit: one `u32` per flight of the launch, set if something was not finite.
+    /// Where the flags lie in the unit: a `u32` for each flight of the launch and then for each row of the unit's steps, set if
+    /// something was not finite.
     pub(super) fn flags(&self) -> Range<usize> {
-        0..self.flights * size_of::<u32>()
+        0..(self.flights + self.rows) * size_of::<u32>()
     }
 }
 
@@ -109,17 +122,21 @@ impl Plan {
 pub(super) fn split_large(layout: &BlockLayout, launch: &mut Launch, bytes_max: usize) {
     let overhead = launch.flights.len() * size_of::<u32>() + size_of::<abi::Append>() + 3 * VECTOR_BYTES;
     let most = bytes_max.saturating_sub(overhead);
-    if launch.steps.iter().all(|step| data_bytes(layout, launch, step) <= most) {
+    if launch.steps.iter().all(|step| unit_bytes(layout, launch, step) <= most) {
         return;
     }
     let token: usize = token_bytes(layout).iter().sum();
     let tokens_max = (most.saturating_sub(2 * VECTOR_BYTES) / token).max(1);
     let mut steps = Vec::with_capacity(launch.steps.len() + 8);
     for step in &launch.steps {
-        let large = data_bytes(layout, launch, step) > most;
+        let bytes = unit_bytes(layout, launch, step);
         match step {
-            Step::Append(append) if large => split_append(layout, append, tokens_max, &mut steps),
-            Step::Read(read) if large => {
+            Step::Append(append) if bytes > most => split_append(layout, append, tokens_max, &mut steps),
+            Step::AppendRows(rows) if bytes > most => {
+                let rows_max = (most / (bytes / rows.rows.len())).max(1);
+                steps.extend(rows.rows.chunks(rows_max).map(|part| Step::AppendRows(rows.part(part))));
+            }
+            Step::Read(read) if bytes > most => {
                 for at in read.tokens.clone().step_by(tokens_max) {
                     let tokens = at..read.tokens.end.min(at + tokens_max);
                     let output_token = read.output_token + at - read.tokens.start;
@@ -130,6 +147,13 @@ pub(super) fn split_large(layout: &BlockLayout, launch: &mut Launch, bytes_max: 
         }
     }
     launch.steps = steps;
+}
+
+/// Bytes of a unit that a step takes, less one descriptor.
+fn unit_bytes(layout: &BlockLayout, launch: &Launch, step: &Step) -> usize {
+    let row = size_of::<abi::Append>() + size_of::<u32>();
+    let rows = if let Step::AppendRows(rows) = step { rows.rows.len() * row } else { 0 };
+    rows + data_bytes(layout, launch, step)
 }
 
 fn split_append(layout: &BlockLayout, append: &AppendStep, tokens_max: usize, steps: &mut Vec<Step>) {
@@ -170,6 +194,8 @@ pub(super) struct Unit<'a> {
     launch: &'a Launch,
     slab: &'a Slab,
     flags: u64,
+    /// Flag of the next row.
+    row_flag: u64,
     moves: Section<'a, abi::Move>,
     reopens: Section<'a, abi::Convert>,
     appends: Section<'a, abi::Append>,
@@ -215,6 +241,7 @@ impl<'a> Unit<'a> {
     ) -> Self {
         let mut carver = Carver { bytes, address };
         let flags = carver.address;
+        let row_flag = flags + (plan.flights * size_of::<u32>()) as u64;
         carver.bytes(plan.flags_bytes()).fill(0);
         let moves = carver.section(plan.moves);
         let reopens = carver.section(plan.reopens);
@@ -229,6 +256,7 @@ impl<'a> Unit<'a> {
             launch,
             slab,
             flags,
+            row_flag,
             moves,
             reopens,
             appends,
@@ -273,7 +301,8 @@ impl<'a> Unit<'a> {
                 let (from, to, flag) = (at(from_offset), at(to_offset), self.flag(*flight));
                 self.seals.put(abi::Convert { from, to, flag });
             }
-            Step::Append(append) => self.append(append),
+            Step::Append(append) => self.append(append, self.flag(append.flight)),
+            Step::AppendRows(rows) => self.append_rows(rows),
             Step::Read(read) if abi::format_number(read.format).is_some() => return Ok(self.read(read)),
             // Steps and formats of a newer core: failing loudly beats leaving bytes out.
             other => return Err(format!("the CUDA device does not know {other:?}").into()),
@@ -285,27 +314,31 @@ impl<'a> Unit<'a> {
         self.flags + (size_of::<u32>() * flight) as u64
     }
 
-    fn append(&mut self, append: &AppendStep) {
-        let launch = self.launch;
-        let payload = launch.payload(append.flight);
-        // Where the device reaches the tensors as they are.
-        let origin = match append.on_device {
+    /// Where the device reaches the tensors of a flight as they are: what their places are counted from.
+    fn origin(&self, flight: usize, on_device: bool) -> Option<u64> {
+        match on_device {
             true => Some(0),
-            false => launch.payload_is_reachable(append.flight).then_some(payload.as_ptr() as u64),
-        };
+            false => {
+                let reachable = self.launch.payload_is_reachable(flight);
+                reachable.then(|| self.launch.payload(flight).as_ptr() as u64)
+            }
+        }
+    }
+
+    fn append(&mut self, append: &AppendStep, flag: u64) {
+        let origin = self.origin(append.flight, append.on_device);
         let [key_token, value_token] = token_bytes(self.layout);
         let planes = [(append.keys_at, key_token), (append.values_at, value_token)];
         let source = planes.map(|(from, token)| match origin {
             Some(origin) => origin + (from + append.first_token * token) as u64,
-            None => self.stage(append, payload, from, token),
+            None => self.stage(append, from, token),
         });
         let source_tokens = if origin.is_some() { append.payload_tokens } else { append.tokens.len() };
-        let (slot, flag) = (self.slab.address_of(append.slot_offset), self.flag(append.flight));
         self.most.0 = self.most.0.max(append.layers.len());
         self.most.1 = self.most.1.max(append.tokens.len());
         self.appends.put(abi::Append {
             source,
-            slot,
+            slot: self.slab.address_of(append.slot_offset),
             flag,
             source_tokens: source_tokens as u32,
             first_layer: append.layers.start as u32,
@@ -316,8 +349,45 @@ impl<'a> Unit<'a> {
         });
     }
 
+    fn append_rows(&mut self, rows: &AppendRows) {
+        let Some(origin) = self.origin(rows.flight, rows.on_device) else {
+            for row in &rows.rows {
+                let flag = self.next_row_flag();
+                self.append(&rows.step_of(row), flag);
+            }
+            return;
+        };
+        let tokens = token_bytes(self.layout).map(|bytes| bytes as u64);
+        let planes = [origin + rows.keys_at as u64, origin + rows.values_at as u64];
+        let of_all = abi::Append {
+            source: planes,
+            slot: 0,
+            flag: 0,
+            source_tokens: rows.payload_tokens as u32,
+            first_layer: rows.layers.start as u32,
+            layers: rows.layers.len() as u32,
+            first_token: 0,
+            tokens: 1,
+            padding: 0,
+        };
+        self.most.0 = self.most.0.max(rows.layers.len());
+        for row in &rows.rows {
+            let at = u64::from(row.row);
+            let source = [planes[0] + at * tokens[0], planes[1] + at * tokens[1]];
+            let (slot, flag) = (self.slab.address_of(row.slot_offset), self.next_row_flag());
+            self.appends.put(abi::Append { source, slot, flag, first_token: row.token, ..of_all });
+        }
+    }
+
+    fn next_row_flag(&mut self) -> u64 {
+        let flag = self.row_flag;
+        self.row_flag += size_of::<u32>() as u64;
+        flag
+    }
+
     /// Copies the tokens of one tensor that a step takes to the unit, and returns their address.
-    fn stage(&mut self, append: &AppendStep, payload: &[u8], from: usize, token: usize) -> u64 {
+    fn stage(&mut self, append: &AppendStep, from: usize, token: usize) -> u64 {
+        let payload = self.launch.payload(append.flight);
         let (start, bytes) = (self.data_used, append.tokens.len() * token);
         for layer in 0..append.layers.len() {
             let from = from + (layer * append.payload_tokens + append.first_token) * token;

@@ -8,7 +8,7 @@ use crate::geometry::{ElementType, Plane};
 use crate::pool::Tier;
 use crate::sequence::{OpenOptions, SINK_TOKENS, SequenceId, Tenant};
 use crate::testing::model::Op;
-use crate::testing::rig::{Ticket, tenant_name, token_ids};
+use crate::testing::rig::{EachRow, Ticket, tenant_name, token_ids};
 use crate::testing::values::not_finite;
 
 /// Tenants of a run.
@@ -28,10 +28,16 @@ impl Oracle {
         };
         let mut asked = Vec::with_capacity(count as usize);
         let mut queued = Vec::new();
-        for index in 0..count as usize {
-            asked.push(self.ask(&mut batch, index, for_tenant, &mut queued));
+        for _ in 0..count as usize {
+            match self.rng.one_in(8) {
+                true => self.ask_each(&mut batch, for_tenant, &mut asked, &mut queued),
+                false => {
+                    let one = self.ask(&mut batch, asked.len(), for_tenant, &mut queued);
+                    asked.push(one);
+                }
+            }
         }
-        self.report.operations += u64::from(count);
+        self.report.operations += asked.len() as u64;
         let ticket = self.rig.submit(batch);
         for (at, mut entry) in queued {
             entry.ticket = ticket;
@@ -117,17 +123,50 @@ impl Oracle {
         if !foreign {
             self.foresee(at, &op);
         }
-        let queue = Queued {
-            ticket: Ticket(usize::MAX),
-            index,
-            op,
-            foreign,
-            answer: None,
-            unanswered: false,
-            children: Vec::new(),
-        };
-        queued.push((at, queue));
+        queued.push((at, Queued::new(index, op, foreign)));
         Asked::On(at, id)
+    }
+
+    /// A token each for a few sequences, the same one twice now and then.
+    fn ask_each(
+        &mut self,
+        batch: &mut BatchCacheOperations,
+        for_tenant: Option<u32>,
+        asked: &mut Vec<Asked>,
+        queued: &mut Vec<(usize, Queued)>,
+    ) {
+        let layer = self.rng.one_in(3).then(|| self.rng.below(self.rules.layout.layers) as u32);
+        let mut rows = Vec::new();
+        for _ in 0..self.rng.between(1, 6) {
+            if self.alive.is_empty() {
+                break;
+            }
+            let chosen = self.rng.below(self.alive.len());
+            let at = self.alive[chosen];
+            let Some((sequence, tenant)) =
+                self.tracked[at].as_ref().filter(|t| !t.doomed && !t.closing).map(|t| (t.id, t.tenant))
+            else {
+                continue;
+            };
+            let (stamp, finite) = (self.next_stamp, !self.rng.one_in(16));
+            self.next_stamp += 1;
+            let op = match layer {
+                Some(layer) => Op::Stage { layer, stamp, tokens: 1, finite },
+                None => Op::Append { at: None, stamp, tokens: 1, finite, extra: None },
+            };
+            let foreign = for_tenant.is_some_and(|only| only != tenant);
+            if !foreign {
+                self.foresee(at, &op);
+            }
+            let spoil = (!finite).then(|| not_finite(tenant, stamp));
+            rows.push(EachRow { sequence, tenant, stamp, spoil });
+            queued.push((at, Queued::new(asked.len(), op, foreign)));
+            asked.push(Asked::On(at, sequence));
+        }
+        match rows.is_empty() {
+            true => asked.push(self.ask_open(batch)),
+            false => self.rig.each(batch, layer, &rows),
+        }
     }
 
     fn ask_open(&mut self, batch: &mut BatchCacheOperations) -> Asked {

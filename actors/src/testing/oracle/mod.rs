@@ -115,6 +115,14 @@ struct Queued {
     children: Vec<(usize, SequenceId)>,
 }
 
+impl Queued {
+    /// The operation at `index` of a batch that is not submitted yet.
+    fn new(index: usize, op: Op, foreign: bool) -> Queued {
+        let (ticket, children) = (Ticket(usize::MAX), Vec::new());
+        Queued { ticket, index, op, foreign, answer: None, unanswered: false, children }
+    }
+}
+
 /// What an operation of a submission was.
 enum Asked {
     Open {
