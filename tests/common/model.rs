@@ -130,6 +130,18 @@ impl<E: Number> Tokens<E> {
         self.ids.len()
     }
 
+    /// One of the tokens.
+    #[allow(dead_code, reason = "not every test binary takes tokens apart")]
+    pub fn token(&self, at: usize) -> Self {
+        let of = |elements: &[E], dim: usize| {
+            let token = self.layout.kv_heads * dim;
+            let layers = elements.chunks_exact(self.len() * token);
+            layers.flat_map(|layer| &layer[at * token..][..token]).copied().collect()
+        };
+        let (keys, values) = (of(&self.keys, self.layout.key_dim), of(&self.values, self.layout.value_dim));
+        Tokens { layout: self.layout, ids: vec![self.ids[at]], keys, values }
+    }
+
     /// `[tokens, kv_heads, key_dim]` of one layer.
     pub fn keys_of(&self, layer: u32) -> &[E] {
         let len = self.len() * self.layout.kv_heads * self.layout.key_dim;

@@ -11,6 +11,7 @@ mod callers;
 mod memory;
 mod random;
 mod sharing;
+mod steps;
 mod tiers;
 mod tokens;
 mod views;

@@ -14,4 +14,5 @@ mod faults;
 mod lent;
 mod ordering;
 mod refusals;
+mod steps;
 mod table;
