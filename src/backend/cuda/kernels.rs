@@ -246,6 +246,28 @@ mod tests {
         }
     }
 
+    /// For bf16 and f32 it corrects the product once. Exponents only shift what the significand decides: at the floor of a scale
+    /// nothing of it is subnormal yet, and the largest is far from infinity.
+    #[test]
+    fn the_corrected_reciprocal_of_127_gives_the_same_f32_scales() {
+        let corrected = |most: f32| {
+            let near = most * 0.007_874_016_f32;
+            near.mul_add(-127.0, most).mul_add(0.007_874_016_f32, near)
+        };
+        let one = 1.0f32.to_bits();
+        for significand in 0..1 << 23 {
+            let most = f32::from_bits(one + significand);
+            assert_eq!(corrected(most).to_bits(), (most / 127.0).to_bits(), "{most}");
+        }
+        for exponent in 30..255 {
+            for significand in [0, 1, 0x2b_cdef, 0x7f_ffff] {
+                let most = f32::from_bits(exponent << 23 | significand);
+                let floor = 2f32.powi(-100);
+                assert_eq!(corrected(most).max(floor), (most / 127.0).max(floor), "{most:e}");
+            }
+        }
+    }
+
     /// The PTX without its fast kernels. Plain ones, and `signal`, stay.
     fn without_fast_kernels() -> String {
         let mut lines: Vec<String> = Vec::new();
