@@ -71,7 +71,7 @@ impl DeviceCore {
             let state = entry.shared.state();
             reserved += entry.rest.reserved;
             waiting += entry.parked() + usize::from(entry.busy);
-            if !entry.busy && entry.has_parked {
+            if !entry.busy && entry.has_parked() {
                 return Err(format!("{id}: operations are parked, but none is in flight"));
             }
             if !entry.busy && state.blocks.len() != layout.blocks_for(state.end() as usize) {

@@ -229,6 +229,8 @@ pub struct DeviceCore {
     ready: VecDeque<OpRef>,
     /// Writes to blocks that are on their way to other slots, in no order: their sequences are busy with them.
     pub(super) waiting_for_moves: Vec<OpRef>,
+    /// Memory of [`DeviceCore::land_rows`].
+    landed_rows: Vec<u32>,
     pub(super) building: Building,
     pub(super) in_flight: usize,
     pub(super) counters: CoreCounters,
@@ -272,6 +274,7 @@ impl DeviceCore {
             pending: Pending::default(),
             ready: VecDeque::new(),
             waiting_for_moves: Vec::new(),
+            landed_rows: Vec::new(),
             building: Building::default(),
             in_flight: 0,
             counters: CoreCounters::default(),
@@ -610,13 +613,14 @@ impl DeviceCore {
         // The tokens of all at once; if they do not fit, as many as do, one by one.
         let tokens = rows.rows.iter().filter(went_well).count() as u64;
         let mut taken = if self.config.token_budget.take(tokens).is_ok() { tokens } else { 0 };
+        let mut landed_rows = std::mem::take(&mut self.landed_rows);
         for row in &rows.rows {
             let op = OpRef { result: row.result, ..rows.op };
             if went_well(&row)
                 && let Some((index, committed)) = self.land_append_in_place(op, &mut taken)
             {
                 self.answer_brief(op, Brief::Appended(committed), effects);
-                self.resume(index, effects);
+                landed_rows.push(index as u32);
                 continue;
             }
             let landed = match error {
@@ -625,6 +629,58 @@ impl DeviceCore {
                 None => Ok(None),
             };
             self.land_operation(op, landed, effects);
+        }
+        self.resume_all(&landed_rows, effects);
+        landed_rows.clear();
+        self.landed_rows = landed_rows;
+    }
+
+    /// [`DeviceCore::resume`] for many sequences: what waits on them is mostly the next step over all of them, which is looked
+    /// at as a whole.
+    fn resume_all(&mut self, sequences: &[u32], effects: &mut Effects) {
+        let mut run: Option<(OpRef, u32)> = None;
+        for &index in sequences {
+            let index = index as usize;
+            let entry = &mut self.sequences[index];
+            entry.busy = false;
+            let Some(next) = entry.unpark() else { continue };
+            match &mut run {
+                Some((first, end))
+                    if (first.submission, first.index, *end)
+                        == (next.submission, next.index, next.result) =>
+                {
+                    *end += 1;
+                }
+                _ => {
+                    if let Some((first, end)) = run.take() {
+                        self.resume_rows(first, end, effects);
+                    }
+                    if self.pending.row(next).is_some() {
+                        run = Some((next, next.result + 1));
+                    } else {
+                        self.sequences[index].park_first(next);
+                        self.resume(index, effects);
+                    }
+                }
+            }
+        }
+        if let Some((first, end)) = run {
+            self.resume_rows(first, end, effects);
+        }
+    }
+
+    /// Looks at rows that waited, and at what waited behind those that do not fly.
+    fn resume_rows(&mut self, first: OpRef, end: u32, effects: &mut Effects) {
+        // Before the last of them may be answered.
+        let ids: SmallVec<[SequenceId; 4]> = (first.result..end)
+            .filter_map(|result| self.pending.sequence(OpRef { result, ..first }))
+            .filter(|id| self.sequences.get(id.index()).is_some_and(SequenceEntry::has_parked))
+            .collect();
+        self.look_at_rows(first, end, effects);
+        for id in ids {
+            if self.sequences.get(id.index()).is_some_and(|entry| entry.id == id && !entry.busy) {
+                self.resume(id.index(), effects);
+            }
         }
     }
 
@@ -674,7 +730,7 @@ impl DeviceCore {
     fn resume(&mut self, index: usize, effects: &mut Effects) {
         let entry = &mut self.sequences[index];
         entry.busy = false;
-        if !entry.has_parked {
+        if !entry.has_parked() {
             return;
         }
         let id = entry.id;

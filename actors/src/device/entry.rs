@@ -9,7 +9,7 @@ use crate::block::{BlockId, BlockKey, ExtraIdentity};
 use crate::geometry::BlockLayout;
 use crate::memory::OpRef;
 use crate::permit::Permit;
-use crate::sequence::{SequenceId, SequenceShared, SequenceState};
+use crate::sequence::{SequenceId, SequenceShared, SequenceState, Tenant};
 
 /// The device thread's part of a sequence. With many sequences open every step misses the caches for it: what a step does
 /// not need lies elsewhere.
@@ -25,8 +25,8 @@ pub(super) struct SequenceEntry {
     pub(super) in_place: bool,
     /// The write in flight has taken blocks: `rest` says which.
     pub(super) took_blocks: bool,
-    /// Operations wait for the one in flight.
-    pub(super) has_parked: bool,
+    /// The operation that waits for the one in flight: mostly there is one at most, the next step's. `rest` has those behind it.
+    next: Option<OpRef>,
 }
 
 /// What is needed once per block or less.
@@ -35,8 +35,8 @@ pub(super) struct Rest {
     pub(super) tenant: u32,
     /// Parent key of the first block.
     pub(super) root: BlockKey,
-    /// Operations that wait for the one in flight, in order.
-    pub(super) parked: VecDeque<OpRef>,
+    /// Operations that wait behind the entry's `next`, in order.
+    parked: VecDeque<OpRef>,
     /// Blocks that the write in flight writes to, unless it is one in place.
     pub(super) writing: SmallVec<[BlockId; 2]>,
     /// Raw blocks set aside and not used yet.
@@ -84,24 +84,38 @@ impl SequenceEntry {
             busy: false,
             in_place: false,
             took_blocks: false,
-            has_parked: false,
+            next: None,
             shared,
         }
     }
 
+    /// Whether it is the sequence of this id, and of this tenant if one is named.
+    pub(super) fn is_of(&self, id: SequenceId, tenant: Option<&Tenant>) -> bool {
+        self.id == id && tenant.is_none_or(|tenant| tenant == self.shared.tenant())
+    }
+
     pub(super) fn park(&mut self, op: OpRef) {
-        self.rest.parked.push_back(op);
-        self.has_parked = true;
+        match self.next {
+            None => self.next = Some(op),
+            Some(_) => self.rest.parked.push_back(op),
+        }
     }
 
     pub(super) fn park_first(&mut self, op: OpRef) {
-        self.rest.parked.push_front(op);
-        self.has_parked = true;
+        if let Some(second) = self.next.replace(op) {
+            self.rest.parked.push_front(second);
+        }
+    }
+
+    pub(super) fn has_parked(&self) -> bool {
+        self.next.is_some()
     }
 
     pub(super) fn unpark(&mut self) -> Option<OpRef> {
-        let next = self.rest.parked.pop_front();
-        self.has_parked = !self.rest.parked.is_empty();
+        let next = self.next.take();
+        if next.is_some() {
+            self.next = self.rest.parked.pop_front();
+        }
         next
     }
 }
@@ -135,7 +149,7 @@ impl Glance {
 impl SequenceEntry {
     /// Operations that wait for the one in flight.
     pub(super) fn parked(&self) -> usize {
-        self.rest.parked.len()
+        self.rest.parked.len() + usize::from(self.next.is_some())
     }
 
     /// Whether the copies are those of `state`. While a write is in flight its sequence may have new blocks already.

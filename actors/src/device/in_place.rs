@@ -83,8 +83,8 @@ impl DeviceCore {
         true
     }
 
-    /// [`DeviceCore::append_in_place`] for the rows of an operation, from that of `first` to before result `end`: plans them up
-    /// to the first that is not plain, and returns how many.
+    /// [`DeviceCore::append_in_place`] for the rows of an operation, from that of `first` to before result `end`: plans them, or
+    /// parks them behind what their sequences are busy with, up to the first that is not plain, and returns how many.
     pub(super) fn append_rows_in_place(&mut self, first: OpRef, end: u32) -> u32 {
         let DeviceCore { sequences, pending, blocks, config, counters, building, .. } = self;
         let submission = pending.submission_mut(first);
@@ -99,6 +99,7 @@ impl DeviceCore {
         let from = (first.result - each.first_result) as usize;
         let count = (end - first.result) as usize;
         let mut planned = building.spare_rows();
+        let mut result = first.result;
         for row in &each.rows[from..from + count] {
             let Row { sequence, row, .. } = *row;
             let Some(entry) = sequences.get_mut(sequence.index()).filter(|_| row != Row::REFUSED) else {
@@ -106,15 +107,20 @@ impl DeviceCore {
             };
             let tenant = submission.tenant.as_ref();
             let Some((slot_offset, token)) = take_room(entry, blocks, config, sequence, tenant, 1) else {
-                break;
+                if !(entry.busy && entry.is_of(sequence, tenant)) {
+                    break;
+                }
+                entry.park(OpRef { result, ..first });
+                result += 1;
+                continue;
             };
-            let result = first.result + planned.len() as u32;
             planned.push(AppendRow { slot_offset, token: token as u32, row, result, finite: true });
+            result += 1;
         }
-        let count = planned.len();
+        let (count, looked_at) = (planned.len(), result - first.result);
         if count == 0 {
             building.recycle_rows(planned);
-            return 0;
+            return looked_at;
         }
         counters.bytes_in += (count * bytes) as u64;
         building.append_rows(lane, first, &mut submission.payload, planned, |flight| AppendRows {
@@ -127,7 +133,7 @@ impl DeviceCore {
             payload_tokens: tensors.tokens(1),
             rows: Vec::new(),
         });
-        count as u32
+        looked_at
     }
 
     /// Lands what [`DeviceCore::append_in_place`] has planned and what went well: the sequence, and its committed tokens.
@@ -185,12 +191,11 @@ fn take_room(
     tokens: u32,
 ) -> Option<(usize, usize)> {
     // Token dropping looks at the whole sequence.
-    let plain = entry.id == id
-        && !entry.busy
+    let plain = !entry.busy
         && tokens <= entry.glance.room
         && tokens <= config.max_tokens.saturating_sub(entry.glance.committed)
         && config.keep_ratio.is_none()
-        && tenant.is_none_or(|tenant| tenant == entry.shared.tenant());
+        && entry.is_of(id, tenant);
     if !plain || !blocks.is_writable(entry.glance.tail) {
         return None;
     }

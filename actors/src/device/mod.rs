@@ -15,7 +15,7 @@ pub(crate) mod tier;
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 #[cfg(any(test, feature = "testing"))]
 pub use self::audit::Holdings;
@@ -84,7 +84,11 @@ pub(crate) struct DeviceActor<L> {
     directory: Arc<Directory>,
     effects: Effects,
     done: Vec<Launch>,
+    patience: Duration,
 }
+
+/// How much longer than a lane says an actor looks for work before it sleeps, if work tends to come soon after it fell asleep.
+const PATIENCE_MAX: u32 = 8;
 
 /// Everything a device actor is made of.
 pub(crate) struct DeviceParts<L> {
@@ -120,6 +124,7 @@ pub(crate) fn run<L: Lane>(parts: DeviceParts<L>, ready: impl FnOnce(ShardView))
         directory: directory.clone(),
         effects: Effects::default(),
         done: Vec::new(),
+        patience: Duration::ZERO,
     };
     actor.publish(0, 0, Instant::now());
     ready(view);
@@ -186,9 +191,9 @@ impl<L: Lane> DeviceActor<L> {
     /// Waits for the next message, or for the compute lane to come forward.
     ///
     /// A launch is mostly a matter of microseconds, which a sleeping thread would double: so it looks for a while first, and
-    /// for as long as work keeps coming it does not sleep.
+    /// for as long as work keeps coming it does not sleep. If it fell asleep and work came soon, it looks longer the next time.
     fn wait(&mut self) -> Result<Wake, DeviceLost> {
-        let (started, spin) = (Instant::now(), self.compute.spin());
+        let (started, spin) = (Instant::now(), self.patience.max(self.compute.spin()));
         while !spin.is_zero() && started.elapsed() < spin {
             self.compute.poll(&mut self.done)?;
             if !self.done.is_empty() {
@@ -202,7 +207,11 @@ impl<L: Lane> DeviceActor<L> {
         if !self.compute.is_idle() {
             self.compute.ring_when_done();
         }
-        Ok(self.mailbox.next())
+        let asleep = Instant::now();
+        let wake = self.mailbox.next();
+        let longest = PATIENCE_MAX * self.compute.spin();
+        self.patience = if asleep.elapsed() < longest { longest.min(2 * spin) } else { Duration::ZERO };
+        Ok(wake)
     }
 
     /// Carries out submissions, with all those that have queued up behind them, as one batch.

@@ -1,6 +1,5 @@
 //! Operations on sequences: what each one checks, takes, launches, and does when it lands.
 
-use std::collections::VecDeque;
 use std::ops::Range;
 
 use smallvec::SmallVec;
@@ -86,8 +85,8 @@ impl DeviceCore {
     }
 
     /// Closes a sequence, and returns the operations that waited for it.
-    pub(super) fn close(&mut self, index: usize, effects: &mut Effects) -> VecDeque<OpRef> {
-        let entry = self.sequences.remove(index);
+    pub(super) fn close(&mut self, index: usize, effects: &mut Effects) -> Vec<OpRef> {
+        let mut entry = self.sequences.remove(index);
         let state = {
             let mut shown = entry.shared.state();
             entry.shared.publish_committed(0);
@@ -99,7 +98,7 @@ impl DeviceCore {
         self.blocks.unreserve(entry.rest.reserved);
         self.config.token_budget.give_back(u64::from(state.committed));
         effects.closed.push(entry.id);
-        entry.rest.parked
+        std::iter::from_fn(|| entry.unpark()).collect()
     }
 
     pub(super) fn truncate(&mut self, index: usize, tokens: u32) -> Result<Outcome, Error> {
@@ -311,12 +310,12 @@ impl DeviceCore {
         tokens: &Range<u32>,
         output: ReadOutput,
     ) -> Progress {
-        let shared = self.sequences[index].shared.clone();
-        let state = shared.state();
+        let DeviceCore { sequences, pending, blocks, config, counters, building, .. } = self;
+        let state = sequences[index].shared.state();
         if let Err(error) = state.check_readable(layer as usize, tokens) {
             return Progress::Done(Err(error));
         }
-        let layout = self.config.layout;
+        let layout = config.layout;
         let (output, on_device) = match output {
             ReadOutput::Buffer(buffer) => {
                 let output = buffer.unwrap_or_else(|| Box::new(ReadBuffer::new(&layout, tokens.len())));
@@ -331,11 +330,11 @@ impl DeviceCore {
         let sources: SmallVec<[_; 4]> = pieces(layout.block_tokens, tokens.clone())
             .map(|(at, inside)| {
                 let id = state.blocks[at];
-                (self.blocks.offset(id), self.blocks.format(id), self.blocks.pin(id), inside)
+                (blocks.offset(id), blocks.format(id), blocks.pin(id), inside)
             })
             .collect();
-        let lane = self.config.lane_for(LaneKind::Download, bytes, on_device.is_some());
-        let (launch, flight) = self.flight(lane, op, output);
+        let lane = config.lane_for(LaneKind::Download, bytes, on_device.is_some());
+        let (launch, flight) = building.flight(lane, op, pending.submission_mut(op), output);
         let mut output_token = 0;
         for (slot_offset, format, pin, tokens) in sources {
             let count = tokens.len();
@@ -352,7 +351,7 @@ impl DeviceCore {
             }));
             output_token += count;
         }
-        self.counters.bytes_out += bytes as u64;
+        counters.bytes_out += bytes as u64;
         Progress::Flying
     }
 }
