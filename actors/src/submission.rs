@@ -185,6 +185,11 @@ impl Submission {
         self.unanswered as usize
     }
 
+    /// Whether a result is still due.
+    pub(crate) fn is_missing(&self, result: usize) -> bool {
+        matches!(self.results[result], Brief::Missing)
+    }
+
     /// Answers one operation. True if it was the last.
     pub(crate) fn answer(&mut self, index: usize, result: Brief) -> bool {
         self.results[index] = result;

@@ -230,7 +230,7 @@ pub struct DeviceCore {
     /// Writes to blocks that are on their way to other slots, in no order: their sequences are busy with them.
     pub(super) waiting_for_moves: Vec<OpRef>,
     /// Memory of [`DeviceCore::land_rows`].
-    landed_rows: Vec<u32>,
+    resumed: Vec<u32>,
     pub(super) building: Building,
     pub(super) in_flight: usize,
     pub(super) counters: CoreCounters,
@@ -274,7 +274,7 @@ impl DeviceCore {
             pending: Pending::default(),
             ready: VecDeque::new(),
             waiting_for_moves: Vec::new(),
-            landed_rows: Vec::new(),
+            resumed: Vec::new(),
             building: Building::default(),
             in_flight: 0,
             counters: CoreCounters::default(),
@@ -600,8 +600,7 @@ impl DeviceCore {
 
     /// [`DeviceCore::land_operation`] for what [`DeviceCore::append_in_place`] has planned, if it went well.
     fn land_in_place(&mut self, op: OpRef, effects: &mut Effects) -> bool {
-        let mut taken = 0;
-        let Some((index, committed)) = self.land_append_in_place(op, &mut taken) else { return false };
+        let Some((index, committed)) = self.land_append_in_place(op) else { return false };
         self.answer_brief(op, Brief::Appended(committed), effects);
         self.resume(index, effects);
         true
@@ -609,30 +608,24 @@ impl DeviceCore {
 
     /// Lands the rows of a step: all of them were planned by [`DeviceCore::append_rows_in_place`].
     fn land_rows(&mut self, rows: &AppendRows, error: Option<&Arc<str>>, effects: &mut Effects) {
-        let went_well = |row: &&AppendRow| error.is_none() && row.finite;
-        // The tokens of all at once; if they do not fit, as many as do, one by one.
-        let tokens = rows.rows.iter().filter(went_well).count() as u64;
-        let mut taken = if self.config.token_budget.take(tokens).is_ok() { tokens } else { 0 };
-        let mut landed_rows = std::mem::take(&mut self.landed_rows);
-        for row in &rows.rows {
-            let op = OpRef { result: row.result, ..rows.op };
-            if went_well(&row)
-                && let Some((index, committed)) = self.land_append_in_place(op, &mut taken)
-            {
-                self.answer_brief(op, Brief::Appended(committed), effects);
-                landed_rows.push(index as u32);
-                continue;
+        let mut resumed = std::mem::take(&mut self.resumed);
+        if error.is_none() && self.land_rows_in_place(rows, &mut resumed) {
+            effects.answers.push(self.pending.0.remove(rows.op.submission as usize));
+        } else {
+            let left = |row: &&AppendRow| self.pending.submission(rows.op).is_missing(row.result as usize);
+            // Whatever went wrong goes the long way.
+            for row in rows.rows.iter().filter(left).copied().collect::<Vec<_>>() {
+                let landed = match error {
+                    Some(reason) => Err(Error::Device(reason.clone())),
+                    None if !row.finite => Err(Error::NotFinite),
+                    None => Ok(None),
+                };
+                self.land_operation(OpRef { result: row.result, ..rows.op }, landed, effects);
             }
-            let landed = match error {
-                Some(reason) => Err(Error::Device(reason.clone())),
-                None if !row.finite => Err(Error::NotFinite),
-                None => Ok(None),
-            };
-            self.land_operation(op, landed, effects);
         }
-        self.resume_all(&landed_rows, effects);
-        landed_rows.clear();
-        self.landed_rows = landed_rows;
+        self.resume_all(&resumed, effects);
+        resumed.clear();
+        self.resumed = resumed;
     }
 
     /// [`DeviceCore::resume`] for many sequences: what waits on them is mostly the next step over all of them, which is looked

@@ -7,7 +7,8 @@ use super::plan::commit;
 use crate::batch::{EachWrite, Operation, Row};
 use crate::memory::{AppendRow, AppendRows, AppendStep, LaneKind, OpRef, Step};
 use crate::sequence::{SequenceId, Tenant};
-use crate::submission::Submissions;
+use crate::stats::CoreCounters;
+use crate::submission::{Brief, Submissions};
 
 /// What so few sequences need is in the caches anyway.
 const WARM_MIN: usize = 1024;
@@ -137,47 +138,74 @@ impl DeviceCore {
     }
 
     /// Lands what [`DeviceCore::append_in_place`] has planned and what went well: the sequence, and its committed tokens.
-    /// `taken`: tokens of the budget that were taken for it and others already.
     ///
     /// None, with nothing changed, if it is something else, or the tokens do not fit the budget any more.
-    pub(super) fn land_append_in_place(&mut self, op: OpRef, taken: &mut u64) -> Option<(usize, u32)> {
+    pub(super) fn land_append_in_place(&mut self, op: OpRef) -> Option<(usize, u32)> {
         let DeviceCore { sequences, pending, blocks, config, counters, .. } = self;
-        let submission = pending.submission(op);
-        let (sequence, token_ids) = match pending.operation(op) {
-            Operation::Append { sequence, ids, .. } => (*sequence, ids.of(&submission.token_ids)),
-            Operation::Each(_) => {
-                let (_, row) = pending.row(op)?;
-                (row.sequence, std::slice::from_ref(&row.token_id))
-            }
-            _ => return None,
-        };
+        let Operation::Append { sequence, ids, .. } = pending.operation(op) else { return None };
         let index = sequence.index();
         let entry = &mut sequences[index];
-        let count = token_ids.len() as u32;
-        if !entry.in_place {
+        if !entry.in_place || config.token_budget.take(u64::from(ids.count)).is_err() {
             return None;
         }
-        match taken.checked_sub(u64::from(count)) {
-            Some(left) => *taken = left,
-            None => config.token_budget.take(u64::from(count)).ok()?,
-        }
-        entry.in_place = false;
-        let SequenceEntry { shared, rest, glance, .. } = entry;
-        blocks.get_mut(glance.tail).writing = false;
-        blocks.resume_draining();
-        if count < glance.room {
-            blocks.set_token_ids(glance.tail, config.layout.block_tokens - glance.room as usize, token_ids);
-            glance.committed += count;
-            glance.room -= count;
-            shared.publish_committed(glance.committed);
-            counters.tokens_committed += u64::from(count);
-        } else {
-            let mut state = shared.state();
-            commit(rest, blocks, config, counters, &mut state, token_ids, None);
-            glance.renew(shared, &state, &config.layout);
-        }
-        Some((index, glance.committed))
+        let token_ids = ids.of(&pending.submission(op).token_ids);
+        Some((index, fill_room(entry, blocks, config, counters, token_ids)))
     }
+
+    /// [`DeviceCore::land_append_in_place`] for the rows of a step: answers those that went well, and lists the sequences on which
+    /// more waits. True if that were the last answers of the submission.
+    pub(super) fn land_rows_in_place(&mut self, rows: &AppendRows, waited_for: &mut Vec<u32>) -> bool {
+        let DeviceCore { sequences, pending, blocks, config, counters, .. } = self;
+        let submission = pending.submission_mut(rows.op);
+        let went_well = rows.rows.iter().filter(|row| row.finite);
+        // The tokens of all at once; if they do not fit, as many as do.
+        let tokens = went_well.clone().count() as u64;
+        let together = config.token_budget.take(tokens).is_ok();
+        let mut last = false;
+        for row in went_well {
+            let Operation::Each(each) = &submission.operations[rows.op.index as usize] else { return last };
+            let Row { sequence, token_id, .. } = each.rows[(row.result - each.first_result) as usize];
+            if !together && config.token_budget.take(1).is_err() {
+                continue;
+            }
+            let entry = &mut sequences[sequence.index()];
+            let committed = fill_room(entry, blocks, config, counters, &[token_id]);
+            if entry.has_parked() {
+                waited_for.push(sequence.index() as u32);
+            } else {
+                entry.busy = false;
+            }
+            last = submission.answer(row.result as usize, Brief::Appended(committed));
+        }
+        last
+    }
+}
+
+/// Counts in what a plain append has written, and returns how many tokens are committed then. They were taken from the budget.
+fn fill_room(
+    entry: &mut SequenceEntry,
+    blocks: &mut BlockStore,
+    config: &CoreConfig,
+    counters: &mut CoreCounters,
+    token_ids: &[u32],
+) -> u32 {
+    entry.in_place = false;
+    let SequenceEntry { shared, rest, glance, .. } = entry;
+    let count = token_ids.len() as u32;
+    blocks.get_mut(glance.tail).writing = false;
+    blocks.resume_draining();
+    if count < glance.room {
+        blocks.set_token_ids(glance.tail, config.layout.block_tokens - glance.room as usize, token_ids);
+        glance.committed += count;
+        glance.room -= count;
+        shared.publish_committed(glance.committed);
+        counters.tokens_committed += u64::from(count);
+    } else {
+        let mut state = shared.state();
+        commit(rest, blocks, config, counters, &mut state, token_ids, None);
+        glance.renew(shared, &state, &config.layout);
+    }
+    glance.committed
 }
 
 /// Sets a plain append of `tokens` tokens on its way if there is room for it: the slot, and the token of the slot where it
