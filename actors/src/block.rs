@@ -1,6 +1,7 @@
 //! Blocks: `block_tokens` consecutive tokens of a sequence, over all layers. Their identity, sharing and state.
 
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 use crate::format::Format;
 use crate::geometry::Geometry;
@@ -47,52 +48,53 @@ impl std::fmt::Debug for HashSecret {
     }
 }
 
-/// A keyed hash over fields that cannot run into each other: each is preceded by its length.
-struct FieldHasher(blake3::Hasher);
+/// Fields that cannot run into each other, each preceded by its length, to be hashed under a key.
+///
+/// They are gathered first and hashed at once: a decode step that fills its blocks makes one key a sequence, and most of what an
+/// incremental hasher does for so few bytes is to set itself up.
+#[derive(Default)]
+struct Fields(SmallVec<[u8; 512]>);
 
-impl FieldHasher {
-    fn new(secret: &HashSecret) -> Self {
-        FieldHasher(blake3::Hasher::new_keyed(&secret.0))
-    }
-
+impl Fields {
     fn field(&mut self, bytes: &[u8]) -> &mut Self {
-        self.0.update(&(bytes.len() as u64).to_le_bytes()).update(bytes);
+        self.0.extend_from_slice(&(bytes.len() as u64).to_le_bytes());
+        self.0.extend_from_slice(bytes);
         self
     }
 
-    fn finish(&self) -> BlockKey {
-        BlockKey(*self.0.finalize().as_bytes())
+    fn hash(&self, secret: &HashSecret) -> BlockKey {
+        BlockKey(*blake3::keyed_hash(&secret.0, &self.0).as_bytes())
     }
 }
 
 impl BlockKey {
     /// The parent key of a sequence's first block: all that its blocks have in common.
     pub fn root(secret: &HashSecret, geometry: &Geometry, dropping: &str, options: &OpenOptions) -> BlockKey {
-        let mut hasher = FieldHasher::new(secret);
-        hasher.field(&KEY_VERSION.to_le_bytes()).field(geometry.model.as_bytes());
-        hasher.field(&geometry.block_tokens.to_le_bytes());
+        let mut fields = Fields::default();
+        fields.field(&KEY_VERSION.to_le_bytes()).field(geometry.model.as_bytes());
+        fields.field(&geometry.block_tokens.to_le_bytes());
         for group in &geometry.groups {
             for number in [group.layers, group.kv_heads, group.key_dim, group.value_dim] {
-                hasher.field(&number.to_le_bytes());
+                fields.field(&number.to_le_bytes());
             }
-            hasher.field(&[group.element as u8]);
+            fields.field(&[group.element as u8]);
             match &group.rope {
-                None => hasher.field(&[0]),
+                None => fields.field(&[0]),
                 Some(rope) => {
-                    hasher.field(&[1, rope.layout as u8]).field(&rope.rotary_dims.to_le_bytes());
-                    hasher.field(&rope.attention_scale.to_le_bytes());
+                    fields.field(&[1, rope.layout as u8]).field(&rope.rotary_dims.to_le_bytes());
+                    fields.field(&rope.attention_scale.to_le_bytes());
                     let freqs: Vec<u8> = rope.inv_freq.iter().flat_map(|f| f.to_le_bytes()).collect();
-                    hasher.field(&freqs)
+                    fields.field(&freqs)
                 }
             };
         }
-        hasher.field(dropping.as_bytes());
-        hasher.field(options.tenant.name().as_bytes());
+        fields.field(dropping.as_bytes());
+        fields.field(options.tenant.name().as_bytes());
         match &options.adapter {
-            None => hasher.field(&[0]),
-            Some(adapter) => hasher.field(&[1]).field(adapter.as_bytes()),
+            None => fields.field(&[0]),
+            Some(adapter) => fields.field(&[1]).field(adapter.as_bytes()),
         };
-        hasher.finish()
+        fields.hash(secret)
     }
 
     /// The key of the block after `parent` that holds `token_ids`, with the extra identity at positions in the block.
@@ -102,14 +104,15 @@ impl BlockKey {
         token_ids: &[u32],
         extra: impl IntoIterator<Item = (u32, ExtraIdentity)>,
     ) -> BlockKey {
-        let mut hasher = FieldHasher::new(secret);
-        hasher.field(&parent.0);
-        hasher.0.update(&(token_ids.len() as u64).to_le_bytes());
-        hasher.0.update(bytemuck::cast_slice(token_ids));
+        let mut fields = Fields::default();
+        fields.field(&parent.0);
+        // Counted in tokens.
+        fields.0.extend_from_slice(&(token_ids.len() as u64).to_le_bytes());
+        fields.0.extend_from_slice(bytemuck::cast_slice(token_ids));
         for (position, identity) in extra {
-            hasher.field(&position.to_le_bytes()).field(&identity.0);
+            fields.field(&position.to_le_bytes()).field(&identity.0);
         }
-        hasher.finish()
+        fields.hash(secret)
     }
 }
 

@@ -314,7 +314,24 @@ template <u32 E> __device__ __noinline__ uint2 codes_exact(uint4 v, float scale)
 #define SEAL_UNROLL 8
 #endif
 
-// One row by LANES threads, each with one vector; UNROLL rows a thread so that enough loads are under way.
+// Scales of `count` consecutive rows.
+template <u32 E> __device__ __forceinline__ void write_scales(u64 at, const float* scales, u32 count) {
+    const u32 N = E == F16 ? 8 : 4;
+    if (count == SEAL_UNROLL && SEAL_UNROLL % N == 0 && (at & 15) == 0) {
+#pragma unroll
+        for (u32 first = 0; first < SEAL_UNROLL; first += N) {
+            const uint4 v = pack<E == F16 ? F16 : F32>(scales + first);
+            __stcs((uint4*)at + first / N, v);
+        }
+        return;
+    }
+#pragma unroll
+    for (u32 k = 0; k < SEAL_UNROLL; k++) {
+        if (k < count) write_scale<E>((u8*)at + k * (E == F16 ? 2 : 4), scales[k]);
+    }
+}
+
+// One row by LANES threads, each with one vector; UNROLL consecutive rows a thread so that enough loads are under way.
 template <u32 E, u32 LANES>
 __device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s) {
     const u32 UNROLL = SEAL_UNROLL, N = Vector<E>::N;
@@ -324,23 +341,25 @@ __device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s) {
     bool bad = false;
     // The whole block takes every turn: shuffles need all lanes of a warp.
     for (u32 first = 0; first < p.rows; first += groups * UNROLL) {
+        const u32 row = first + group * UNROLL, count = row < p.rows ? min(p.rows - row, UNROLL) : 0;
+        const u64 from = p.raw + (u64)row * p.row_bytes + lane * 16;
+        const u64 to = p.codes + (u64)row * p.dim + lane * N;
         uint4 v[UNROLL];
+        float scales[UNROLL];
 #pragma unroll
         for (u32 k = 0; k < UNROLL; k++) {
-            const u32 row = first + k * groups + group;
             v[k] = make_uint4(0, 0, 0, 0);
-            if (active && row < p.rows) v[k] = __ldcs((const uint4*)(p.raw + (u64)row * p.row_bytes) + lane);
+            if (active && k < count) v[k] = __ldcs((const uint4*)(from + k * p.row_bytes));
         }
 #pragma unroll
         for (u32 k = 0; k < UNROLL; k++) {
-            const u32 row = first + k * groups + group;
             u32 most = abs_max_bits<E>(v[k]);
 #pragma unroll
             for (u32 step = LANES / 2; step > 0; step /= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, step));
             const bool finite = most < infinity_bits<E>();
             bad |= !finite;
             const float scale = stored_scale<E>(finite ? from_bits<E>(most) : 0.0f);
-            if (row >= p.rows) continue;
+            scales[k] = scale;
             float x[N];
             unpack<E>(v[k], x);
             Quantiser<E> q(scale);
@@ -351,13 +370,12 @@ __device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s) {
             if (N == 8) codes.y = pack_bytes(code[4], code[5], code[6], code[7]);
             if (q.exact) codes = codes_exact<E>(v[k], scale);
             if (!finite) codes = make_uint2(0, 0);
-            if (active) {
-                const u64 at = p.codes + (u64)row * p.dim + lane * N;
-                if (N == 8) __stcs((uint2*)at, codes);
-                else __stcs((u32*)at, codes.x);
+            if (active && k < count) {
+                if (N == 8) __stcs((uint2*)(to + k * p.dim), codes);
+                else __stcs((u32*)(to + k * p.dim), codes.x);
             }
-            if (lane == 0) write_scale<E>((u8*)p.scales + (u64)row * L.scale_bytes, scale);
         }
+        if (lane == 0 && count > 0) write_scales<E>(p.scales + (u64)row * L.scale_bytes, scales, count);
     }
     if (bad) raise(s.flag);
 }
