@@ -10,6 +10,7 @@ use crate::router::{self, FaultInjector, RouterActor, RouterHandle, RouterInbox,
 use crate::sequence::CloseHook;
 use crate::supervisor::{ActorName, Exit, Supervisor};
 use crate::transfer::TransferActor;
+use crate::usher::UsherHandle;
 
 /// A cache whose shards are being opened.
 pub struct Assembler {
@@ -17,6 +18,7 @@ pub struct Assembler {
     directory: Arc<Directory>,
     router: RouterHandle,
     inbox: RouterInbox,
+    usher: UsherHandle,
     on_drop: CloseHook,
     shards: Vec<Shard>,
     lane_capacity: usize,
@@ -39,12 +41,13 @@ pub struct Assembly {
 impl Assembler {
     /// A cache of `shards` shards in which at most `in_flight_max` operations and `sequences_max` sequences can be.
     pub fn new(shards: usize, in_flight_max: usize, sequences_max: usize) -> Self {
-        let (router, on_drop, inbox) = router::inbox();
+        let (router, usher, on_drop, inbox) = router::inbox();
         Assembler {
             supervisor: Supervisor::new(shards),
             directory: Arc::default(),
             router,
             inbox,
+            usher,
             on_drop,
             shards: Vec::new(),
             lane_capacity: in_flight_max + sequences_max,
@@ -60,6 +63,7 @@ impl Assembler {
         let (sender, device_mailbox, transfer, transfer_mailbox) = mailbox::shard(self.lane_capacity);
         let (supervisor, directory, on_drop) =
             (self.supervisor.clone(), self.directory.clone(), self.on_drop.clone());
+        let usher = self.usher.clone();
         let (ready_tx, ready) = mpsc::channel::<Result<ShardView, String>>();
         let name = ActorName::Device(shard);
         self.supervisor.started(name);
@@ -78,8 +82,16 @@ impl Assembler {
             match opened {
                 Ok(compute) => {
                     let mailbox = device_mailbox;
-                    let parts =
-                        DeviceParts { config, compute, mailbox, transfer, directory, supervisor, on_drop };
+                    let parts = DeviceParts {
+                        config,
+                        compute,
+                        mailbox,
+                        transfer,
+                        directory,
+                        supervisor,
+                        on_drop,
+                        usher,
+                    };
                     device::run(parts, |view| drop(ready_tx.send(Ok(view))));
                 }
                 Err(error) => {

@@ -35,3 +35,4 @@ mod sync;
 pub mod testing;
 pub mod tokens;
 mod transfer;
+mod usher;

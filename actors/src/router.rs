@@ -22,6 +22,7 @@ use crate::sequence::{CloseHook, SequenceId};
 use crate::submission::{Submission, Submissions};
 use crate::supervisor::{ActorName, Exit, Supervisor};
 use crate::sync::{Mutex, lock};
+use crate::usher::{Usher, UsherHandle, usher};
 
 /// Messages taken at once.
 const DRAIN_MAX: usize = 1024;
@@ -144,13 +145,14 @@ impl Delivery {
 pub(crate) struct RouterInbox {
     receiver: mpsc::UnboundedReceiver<Message>,
     bypass: Arc<Bypass>,
+    usher: Usher,
 }
 
 /// The router's mailbox.
 ///
 /// It is unbounded as a channel and bounded by construction: every submission holds a permit, and every close belongs to
 /// an open sequence, whose number is limited too.
-pub(crate) fn inbox() -> (RouterHandle, CloseHook, RouterInbox) {
+pub(crate) fn inbox() -> (RouterHandle, UsherHandle, CloseHook, RouterInbox) {
     let (sender, receiver) = mpsc::unbounded_channel();
     let bypass = Arc::<Bypass>::default();
     // Weak: sequences whose close is still to come must not keep a cache alive that nobody holds.
@@ -162,7 +164,9 @@ pub(crate) fn inbox() -> (RouterHandle, CloseHook, RouterInbox) {
             let _ = sender.send(Message::Close(id));
         }
     });
-    (RouterHandle { sender, bypass: bypass.clone() }, on_drop, RouterInbox { receiver, bypass })
+    let (usher_handle, usher) = usher();
+    let inbox = RouterInbox { receiver, bypass: bypass.clone(), usher };
+    (RouterHandle { sender, bypass }, usher_handle, on_drop, inbox)
 }
 
 pub(crate) struct RouterActor {
@@ -180,10 +184,11 @@ impl RouterActor {
 
     /// The router's task. Ends when told to, or when nobody can send any more.
     pub(crate) async fn run(mut self, inbox: RouterInbox) {
-        let RouterInbox { mut receiver, bypass } = inbox;
+        let RouterInbox { mut receiver, bypass, usher } = inbox;
         // Dropped last, also when the task is aborted with its runtime.
         let _report = EndReport(self.delivery.supervisor.clone());
         let _closing = CloseBypass(bypass.clone());
+        tokio::spawn(usher.run());
         *lock(&bypass.delivery) = Some(self.delivery.clone());
         let mut messages = Vec::with_capacity(DRAIN_MAX);
         let mut stopping = false;

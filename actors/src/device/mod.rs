@@ -30,6 +30,7 @@ use crate::slot::SlotTable;
 use crate::stats::SharedStats;
 use crate::submission::Submissions;
 use crate::supervisor::{ActorName, Exit, Supervisor, panic_message};
+use crate::usher::UsherHandle;
 
 /// Submissions taken from the mailbox before the launches built from them go out: bounds the wait of the first one.
 const DRAIN_MAX: usize = 4096;
@@ -82,6 +83,7 @@ pub(crate) struct DeviceActor<L> {
     transfers_waiting: VecDeque<(LaneKind, Launch)>,
     stats: Arc<SharedStats>,
     directory: Arc<Directory>,
+    usher: UsherHandle,
     effects: Effects,
     done: Vec<Launch>,
     patience: Duration,
@@ -99,11 +101,12 @@ pub(crate) struct DeviceParts<L> {
     pub(crate) directory: Arc<Directory>,
     pub(crate) supervisor: Arc<Supervisor>,
     pub(crate) on_drop: CloseHook,
+    pub(crate) usher: UsherHandle,
 }
 
 /// Turns the calling thread into a device actor until it ends. `ready` is called with its view before the first message.
 pub(crate) fn run<L: Lane>(parts: DeviceParts<L>, ready: impl FnOnce(ShardView)) {
-    let DeviceParts { config, compute, mailbox, transfer, directory, supervisor, on_drop } = parts;
+    let DeviceParts { config, compute, mailbox, transfer, directory, supervisor, on_drop, usher } = parts;
     let shard = config.shard;
     let core = DeviceCore::new(config, on_drop);
     let stats = Arc::new(SharedStats::default());
@@ -122,6 +125,7 @@ pub(crate) fn run<L: Lane>(parts: DeviceParts<L>, ready: impl FnOnce(ShardView))
         transfers_waiting: VecDeque::new(),
         stats,
         directory: directory.clone(),
+        usher,
         effects: Effects::default(),
         done: Vec::new(),
         patience: Duration::ZERO,
@@ -281,16 +285,8 @@ impl<L: Lane> DeviceActor<L> {
                 // Whoever has an answer finds its effect in the statistics, and in what admission looks at.
                 self.stats.lock().counters = *self.core.counters();
             }
-            // All permits in one step, and before anybody is answered: whoever has an answer finds its permit free.
-            let permits = self.effects.answers.iter_mut().filter_map(|answer| answer.take_permit());
-            drop(permits.reduce(|mut all, permit| {
-                all.absorb(permit);
-                all
-            }));
-            for answer in self.effects.answers.drain(..) {
-                answered += 1;
-                answer.send();
-            }
+            answered += self.effects.answers.len() as u64;
+            self.usher.give(&mut self.effects.answers);
             self.compute.poll(&mut self.done)?;
             if self.done.is_empty() {
                 return Ok(answered);
