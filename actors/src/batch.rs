@@ -15,7 +15,7 @@ use crate::block::ExtraIdentity;
 use crate::error::Error;
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::memory::ReadBuffer;
-use crate::payload::{Payload, TensorSpans};
+use crate::payload::{Payload, TensorSpans, TensorView};
 use crate::permit::Permit;
 use crate::pool::Tier;
 use crate::reach::{Arena, DeviceSource, LentMemory, Point};
@@ -135,6 +135,8 @@ pub(crate) struct Each {
     pub(crate) write: EachWrite,
     pub(crate) tensors: TensorSpans,
     pub(crate) rows: Vec<Row>,
+    /// Tokens of the tensors: more than rows if some have gone to other shards.
+    pub(crate) tensor_rows: u32,
     /// Place of the first row's result; the others follow.
     pub(crate) first_result: u32,
 }
@@ -169,8 +171,8 @@ impl Each {
     }
 
     /// The tensors as one row sees them.
-    pub(crate) fn tensors_of(&self, row: &Row) -> TensorSpans {
-        TensorSpans { row: row.row, ..self.tensors }
+    pub(crate) fn tensors_of(&self, row: &Row) -> TensorView {
+        self.tensors.row(row.row, self.tensor_rows)
     }
 }
 
@@ -521,9 +523,9 @@ impl BatchCacheOperations {
         tokens: impl ExactSizeIterator<Item = (SequenceId, u32)>,
         tensors: EachTensors<'_>,
     ) {
-        let tensors = TensorSpans { rows: tokens.len() as u32, ..self.each_tensors(tensors) };
+        let (tensors, tensor_rows) = (self.each_tensors(tensors), tokens.len() as u32);
         let rows = (0u32..).zip(tokens).map(|(row, (sequence, token_id))| Row { sequence, token_id, row });
-        let each = Each { write, tensors, rows: Vec::new(), first_result: 0 };
+        let each = Each { write, tensors, rows: Vec::new(), tensor_rows, first_result: 0 };
         self.submission.operations.extend(each.with_rows(rows.collect()));
     }
 
@@ -699,11 +701,8 @@ fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result
         if let Some(&given) = tensors.elements.iter().find(|element| **element != layout.element) {
             return Err(Error::ElementType { given, expected: layout.element });
         }
-        // Of shared tensors every operation sees the whole.
-        let tokens = tensors.tokens(tokens as u32);
         for (plane, bytes) in [(Plane::Key, tensors.keys_bytes), (Plane::Value, tensors.values_bytes)] {
             let expected_bytes = (layers * tokens).checked_mul(layout.token_bytes(plane));
-            let bytes = bytes as usize;
             if expected_bytes != Some(bytes) {
                 return Err(Error::Shape {
                     plane,
@@ -733,7 +732,7 @@ fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result
                 EachWrite::Append => layout.layers,
                 EachWrite::Stage { layer } => check_layer(layer).map(|()| 1)?,
             };
-            check_tensors(&each.tensors, layers, 1)
+            check_tensors(&each.tensors, layers, each.tensor_rows as usize)
         }
         Operation::ReadDevice { target, .. } => {
             check_layer(target.layer)?;

@@ -74,13 +74,10 @@ pub(crate) struct TensorSpans {
     /// In the payload, or the device's address.
     pub(crate) keys_at: usize,
     pub(crate) values_at: usize,
-    pub(crate) keys_bytes: u32,
-    pub(crate) values_bytes: u32,
+    pub(crate) keys_bytes: usize,
+    pub(crate) values_bytes: usize,
     pub(crate) elements: [ElementType; 2],
     pub(crate) on_device: bool,
-    /// Of tensors that hold a token for each of several sequences: which one, and of how many. 0 of 0: they are all its own.
-    pub(crate) row: u32,
-    pub(crate) rows: u32,
 }
 
 impl TensorSpans {
@@ -90,27 +87,34 @@ impl TensorSpans {
         elements: [ElementType; 2],
         on_device: bool,
     ) -> Self {
-        // One that 32 bits do not count is of no shape that a batch can carry: the door says so.
-        let bytes = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
-        TensorSpans {
-            keys_at: keys.0,
-            values_at: values.0,
-            keys_bytes: bytes(keys.1),
-            values_bytes: bytes(values.1),
-            elements,
-            on_device,
-            row: 0,
-            rows: 0,
-        }
+        let ((keys_at, keys_bytes), (values_at, values_bytes)) = (keys, values);
+        TensorSpans { keys_at, values_at, keys_bytes, values_bytes, elements, on_device }
     }
 
-    /// Bytes of both that belong to the operation.
-    pub(crate) fn bytes(&self) -> usize {
-        (self.keys_bytes as usize + self.values_bytes as usize) / self.rows.max(1) as usize
+    /// As the only operation on them sees them: `tokens` tokens.
+    pub(crate) fn whole(self, tokens: u32) -> TensorView {
+        TensorView { spans: self, tokens: tokens as usize, first_token: 0, bytes: self.bytes() }
     }
 
-    /// Tokens from one layer to the next, for an operation on `tokens` tokens.
-    pub(crate) fn tokens(&self, tokens: u32) -> usize {
-        if self.rows == 0 { tokens as usize } else { self.rows as usize }
+    /// As the operation on one of `rows` tokens sees them.
+    pub(crate) fn row(self, row: u32, rows: u32) -> TensorView {
+        let bytes = self.bytes() / rows.max(1) as usize;
+        TensorView { spans: self, tokens: rows as usize, first_token: row as usize, bytes }
     }
+
+    fn bytes(&self) -> usize {
+        self.keys_bytes + self.values_bytes
+    }
+}
+
+/// Tensors as one operation sees them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct TensorView {
+    pub(crate) spans: TensorSpans,
+    /// Tokens of the tensors, from one layer to the next.
+    pub(crate) tokens: usize,
+    /// The operation's first.
+    pub(crate) first_token: usize,
+    /// Bytes of keys and values that are the operation's.
+    pub(crate) bytes: usize,
 }

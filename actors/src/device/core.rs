@@ -455,7 +455,7 @@ impl DeviceCore {
             // What flies stays in its place: landing needs it again.
             (Operation::Append { at, ids, tensors, .. }, Some(index)) => {
                 let (at, tokens, tensors) = (*at, ids.count, *tensors);
-                self.plan_write(op, index, WriteTarget::AllLayers { at }, tokens, &tensors)
+                self.plan_write(op, index, WriteTarget::AllLayers { at }, tokens, tensors.whole(tokens))
             }
             (Operation::Each(each), Some(index)) => {
                 let row = each.rows[(op.result - each.first_result) as usize];
@@ -466,12 +466,12 @@ impl DeviceCore {
                 };
                 match row.row {
                     Row::REFUSED => Progress::Done(Err(out_of_reach())),
-                    _ => self.plan_write(op, index, target, 1, &tensors),
+                    _ => self.plan_write(op, index, target, 1, tensors),
                 }
             }
             (Operation::Stage { layer, tokens, tensors, .. }, Some(index)) => {
                 let (layer, tokens, tensors) = (*layer, *tokens, *tensors);
-                self.plan_write(op, index, WriteTarget::Layer(layer), tokens, &tensors)
+                self.plan_write(op, index, WriteTarget::Layer(layer), tokens, tensors.whole(tokens))
             }
             (Operation::Read { layer, tokens, buffer, .. }, Some(index)) => {
                 let (layer, tokens, buffer) = (*layer, tokens.clone(), buffer.take());

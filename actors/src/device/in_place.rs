@@ -65,7 +65,7 @@ impl DeviceCore {
         let Some((slot_offset, first)) = take_room(entry, blocks, config, *sequence, tenant, tokens) else {
             return false;
         };
-        let bytes = tensors.bytes();
+        let bytes = tensors.whole(tokens).bytes;
         counters.bytes_in += bytes as u64;
         let lane = config.lane_for(LaneKind::Upload, bytes, tensors.on_device);
         let tensors = *tensors;
@@ -76,8 +76,8 @@ impl DeviceCore {
             keys_at: tensors.keys_at,
             values_at: tensors.values_at,
             on_device: tensors.on_device,
-            payload_tokens: tensors.tokens(tokens),
-            first_token: tensors.row as usize,
+            payload_tokens: tokens as usize,
+            first_token: 0,
             slot_offset,
             tokens: first..first + tokens as usize,
         }));
@@ -94,8 +94,8 @@ impl DeviceCore {
         if each.write != EachWrite::Append || config.token_budget.check(1).is_err() {
             return 0;
         }
-        let tensors = each.tensors;
-        let bytes = tensors.bytes();
+        let (tensors, tensor_rows) = (each.tensors, each.tensor_rows);
+        let bytes = tensors.row(0, tensor_rows).bytes;
         let lane = config.lane_for(LaneKind::Upload, bytes, tensors.on_device);
         let from = (first.result - each.first_result) as usize;
         let count = (end - first.result) as usize;
@@ -131,7 +131,7 @@ impl DeviceCore {
             keys_at: tensors.keys_at,
             values_at: tensors.values_at,
             on_device: tensors.on_device,
-            payload_tokens: tensors.tokens(1),
+            payload_tokens: tensor_rows as usize,
             rows: Vec::new(),
         });
         looked_at

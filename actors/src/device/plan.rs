@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::format::Format;
 use crate::geometry::Plane;
 use crate::memory::{AppendStep, LaneKind, OpRef, ReadBuffer, ReadStep, Step};
-use crate::payload::TensorSpans;
+use crate::payload::TensorView;
 use crate::permit::Permit;
 use crate::sequence::{OpenOptions, SINK_TOKENS, SequenceShared, SequenceState, pieces};
 use crate::stats::CoreCounters;
@@ -132,9 +132,9 @@ impl DeviceCore {
         index: usize,
         target: WriteTarget,
         tokens: u32,
-        tensors: &TensorSpans,
+        view: TensorView,
     ) -> Progress {
-        let bytes = tensors.bytes();
+        let TensorView { spans: tensors, tokens: payload_tokens, mut first_token, bytes } = view;
         let lane = self.config.lane_for(LaneKind::Upload, bytes, tensors.on_device);
         let DeviceCore { sequences, blocks, config, counters, .. } = self;
         let SequenceEntry { shared, rest, took_blocks, .. } = &mut sequences[index];
@@ -175,7 +175,6 @@ impl DeviceCore {
         let (launch, flight) = self.flight(lane, op, None);
         launch.pins.extend(pins);
         launch.steps.extend(prepared.steps);
-        let mut first_token = tensors.row as usize;
         for (inside, slot_offset) in slots {
             let count = inside.len();
             launch.steps.push(Step::Append(AppendStep {
@@ -184,7 +183,7 @@ impl DeviceCore {
                 keys_at: tensors.keys_at,
                 values_at: tensors.values_at,
                 on_device: tensors.on_device,
-                payload_tokens: tensors.tokens(tokens),
+                payload_tokens,
                 first_token,
                 slot_offset,
                 tokens: inside,
