@@ -6,13 +6,16 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use half::f16;
-use kv_cache::Error;
+use kv_cache::{BatchCacheOperations, Error, Outcome, Sequence, Tier};
 use rand::Rng;
 
 use crate::content;
 use crate::model::{Model, Planned};
 use crate::recorder::Kind;
 use crate::worker::{BLOCKS_MAX, Fault, Held, Worker, expect};
+
+/// Sequences of a decode step at most.
+const STEP_MAX: usize = 8;
 
 impl Worker {
     pub(crate) async fn append(&mut self, held: &mut Held) -> Result<(), Fault> {
@@ -102,6 +105,64 @@ impl Worker {
     pub(crate) async fn truncate(&mut self, held: &mut Held) -> Result<(), Fault> {
         let keep = self.rng.random_range(1..=held.model.len());
         self.cut(held, keep).await
+    }
+
+    /// Sealed blocks go to the host or come back, and are read where they are then.
+    pub(crate) async fn change_tier(&mut self, held: &Held) -> Result<(), Fault> {
+        let tier = if self.rng.random_bool(0.5) { Tier::Host } else { Tier::Device };
+        let moved = match tier {
+            Tier::Device => self.timed(Kind::Move, held.sequence.prefetch()).await?,
+            _ => self.timed(Kind::Move, held.sequence.offload()).await?,
+        };
+        // The last one is sealed too if the sequence was cut inside of it.
+        let blocks = held.model.len().div_ceil(self.load.shape.block_tokens);
+        if moved > blocks {
+            return Err(Fault::Wrong(format!("{moved} blocks moved to {tier:?}, of {blocks}")));
+        }
+        self.read(held).await
+    }
+
+    /// A decode step: a token each for some sequences, as one call.
+    pub(crate) async fn append_each(&mut self) {
+        let mut rows: Vec<(usize, Held, Planned)> = Vec::new();
+        for _ in 0..self.rng.random_range(2..=STEP_MAX) {
+            let slot = self.rng.random_range(0..self.slots.len());
+            let Some(mut held) = self.slots[slot].take() else { continue };
+            match self.make_room(&mut held, 1).await {
+                Ok(()) => {
+                    let planned = self.plan(&held, 1);
+                    rows.push((slot, held, planned));
+                }
+                Err(fault) => self.recover(held, fault).await,
+            }
+        }
+        let seeds: Vec<u64> = rows.iter().flat_map(|(_, _, planned)| planned.seeds.clone()).collect();
+        let ids: Vec<u32> = rows.iter().flat_map(|(_, _, planned)| planned.token_ids()).collect();
+        let (keys, values) = content::all_layers(&self.load.shape, &seeds);
+        let batch = {
+            let sequences: Vec<&Sequence> = rows.iter().map(|(_, held, _)| &held.sequence).collect();
+            BatchCacheOperations::new().append_each(&sequences, &ids, &keys, &values)
+        };
+        let results = self.timed(Kind::Append, self.load.cache.submit(batch)).await;
+        let (mut results, mut refused) = match results {
+            Ok(results) => (results.into_iter(), None),
+            Err(fault) => (Vec::new().into_iter(), Some(fault)),
+        };
+        for (slot, mut held, planned) in rows {
+            let outcome = match results.next() {
+                Some(Ok(Outcome::Appended { committed })) => {
+                    self.committed(&mut held, &planned, 1);
+                    expect("committed tokens after a step", held.model.len(), committed)
+                }
+                Some(Ok(other)) => Err(Fault::Wrong(format!("a step was answered with {other:?}"))),
+                Some(Err(error)) => Err(Fault::of(Kind::Append, error)),
+                None => Err(refused.take().unwrap_or_else(|| Fault::Wrong("a step was refused".into()))),
+            };
+            match outcome {
+                Ok(()) => self.keep(slot, held),
+                Err(fault) => self.recover(held, fault).await,
+            }
+        }
     }
 
     // ---- the small parts ----

@@ -19,11 +19,20 @@ pub(crate) enum Kind {
     Read,
     Fork,
     Truncate,
+    Move,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Kind; 7] =
-        [Kind::Open, Kind::Append, Kind::Stage, Kind::Commit, Kind::Read, Kind::Fork, Kind::Truncate];
+    pub(crate) const ALL: [Kind; 8] = [
+        Kind::Open,
+        Kind::Append,
+        Kind::Stage,
+        Kind::Commit,
+        Kind::Read,
+        Kind::Fork,
+        Kind::Truncate,
+        Kind::Move,
+    ];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -34,6 +43,7 @@ impl Kind {
             Kind::Read => "read",
             Kind::Fork => "fork",
             Kind::Truncate => "truncate",
+            Kind::Move => "move",
         }
     }
 }

@@ -56,6 +56,8 @@ impl Session {
             .memory_bytes_per_device(setup.memory_bytes / u64::from(setup.shards))
             .sealed_format(setup.format)
             .max_sequences(setup.sequences_max)
+            // Room for some of the sealed blocks: moves there are refused now and then, too.
+            .configure(|c| c.host_tier_bytes_per_device = setup.memory_bytes / u64::from(8 * setup.shards))
             .build()
             .await
             .context("the cache cannot be opened")?;

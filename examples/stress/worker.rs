@@ -83,12 +83,16 @@ impl Worker {
 
     /// One random thing to one random sequence.
     pub(crate) async fn step(&mut self) {
+        if self.rng.random_bool(0.03) {
+            return self.append_each().await;
+        }
         let slot = self.rng.random_range(0..self.slots.len());
         let Some(mut held) = self.slots[slot].take() else { return self.reopen(slot).await };
         let outcome = match self.rng.random_range(0..100) {
             0..42 => self.append(&mut held).await,
             42..54 => self.append_staged(&mut held).await,
-            54..74 => self.read(&held).await,
+            54..71 => self.read(&held).await,
+            71..74 => self.change_tier(&held).await,
             74..78 => self.view(&mut held).await,
             78..82 => self.fork(slot, &mut held).await,
             82..88 => self.truncate(&mut held).await,
@@ -152,7 +156,7 @@ impl Worker {
         Held { sequence, model, has_sealed: false }
     }
 
-    fn keep(&mut self, slot: usize, mut held: Held) {
+    pub(crate) fn keep(&mut self, slot: usize, mut held: Held) {
         self.note_sealed(&mut held);
         // A fork of this very step may have taken a slot, but never the one that its parent came from.
         self.slots[slot] = Some(held);
@@ -167,7 +171,7 @@ impl Worker {
     }
 
     /// Counts what went wrong and gives up the sequence; its slot is filled again when its turn comes.
-    async fn recover(&self, held: Held, fault: Fault) {
+    pub(crate) async fn recover(&self, held: Held, fault: Fault) {
         self.count(Some(&held), fault);
         self.close(held);
         pause().await;
@@ -218,7 +222,7 @@ impl Worker {
 impl Fault {
     pub(crate) fn of(kind: Kind, error: Error) -> Self {
         match error {
-            Error::Capacity { .. } => Fault::Full,
+            Error::Capacity { .. } | Error::TierFull { .. } => Fault::Full,
             error => Fault::Error(kind, error),
         }
     }
