@@ -57,6 +57,7 @@ fn step(name: &str, count: usize, copied: bool, each: bool) {
     let slot = layout.raw_bytes().next_multiple_of(128);
     let pool = PoolLayout::plan(&layout, Format::Raw, (count * slot * 8) as u64).expect("a pool");
     let config = CoreConfig {
+        cache: 0,
         shard: 0,
         geometry,
         layout,

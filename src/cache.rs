@@ -90,7 +90,9 @@ impl CacheBuilder {
         self
     }
 
-    /// Opens the devices and starts the actors. Needs a tokio runtime, on which the router will run.
+    /// Opens the devices and starts the actors. Needs a tokio runtime, on which the router will run: nothing moves while nobody drives
+    /// that runtime (a current-thread one outside of `block_on`), and the cache closes when it is dropped. A program that uses the
+    /// cache from elsewhere takes [`CacheBuilder::build_blocking`], which gives the router a thread.
     ///
     /// # Errors
     /// [`BuildError`]; nothing is left behind.
@@ -224,9 +226,12 @@ impl Cache {
     /// An empty batch over `bytes` bytes of memory that the devices read in place: page-locked where there are GPUs. Tensors
     /// are copied once instead of twice, or not at all where they are computed into a [`Region`](crate::Region).
     ///
-    /// The memory is the cache's and goes back when the batch is done: see [`CacheConfig::lent_memory_bytes`].
+    /// The memory is the cache's and goes back when the batch is done: see [`CacheConfig::lent_memory_bytes`]. It is never more than
+    /// [`CacheConfig::max_bytes_in_flight`], which no batch may exceed.
     pub fn batch(&self, bytes: usize) -> BatchCacheOperations {
-        BatchCacheOperations::lent(self.runtime.lender.lend(bytes))
+        // More could not be submitted.
+        let most = usize::try_from(self.runtime.config.max_bytes_in_flight).unwrap_or(usize::MAX);
+        BatchCacheOperations::lent(self.runtime.lender.lend(bytes.min(most)))
     }
 
     /// Whether `tokens` new tokens would find room on some shard now, all raw, as a prefill leaves them before they are
@@ -256,13 +261,17 @@ impl Cache {
 
     /// Refuses new work, waits until what is in flight is answered and every actor has ended, at most until `deadline`.
     ///
-    /// Sequences that are open close with it. Cancel-safe: new work stays refused, and calling it again goes on waiting.
-    /// Needs a tokio runtime with time enabled.
+    /// Sequences that are open close with it. When it has drained, the devices are let go of: the process may end. Cancel-safe: new work
+    /// stays refused, and calling it again goes on waiting.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime with time enabled.
     pub async fn shutdown(&self, deadline: Duration) -> ShutdownReport {
         self.runtime.shutdown(deadline).await
     }
 
-    /// The same cache for threads that do not run async code.
+    /// The same cache for threads that do not run async code. Somebody has to drive the runtime that it was built on meanwhile: see
+    /// [`CacheBuilder::build`].
     pub fn blocking(&self) -> BlockingCache {
         BlockingCache::new(self.clone())
     }

@@ -1,6 +1,7 @@
 //! The composition root: opens devices, starts and wires the actors, and ends them.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use kv_cache_actors::assembly::Assembler;
@@ -11,7 +12,7 @@ use kv_cache_actors::directory::Directory;
 use kv_cache_actors::permit::{Amount, Permits};
 use kv_cache_actors::pool::PoolLayout;
 use kv_cache_actors::router::FaultInjector;
-use kv_cache_actors::submit::{Needs, Submitter};
+use kv_cache_actors::submit::{Needs, Refusals, Submitter};
 use kv_cache_actors::supervisor::Supervisor;
 use kv_cache_actors::tokens::TokenBudget;
 
@@ -64,9 +65,13 @@ pub(crate) fn open(
         }
     };
     let tokens = TokenBudget::new(config.max_total_tokens);
+    // Wraps: ids of two caches are alike only if 256 were opened between them.
+    static CACHES: AtomicU8 = AtomicU8::new(0);
+    let cache = CACHES.fetch_add(1, Ordering::Relaxed);
     let mut assembler = Assembler::new(devices.len(), config.max_jobs_in_flight, config.max_sequences);
     for (shard, (device, memory)) in devices.iter().zip(&memories).enumerate() {
         let core = CoreConfig {
+            cache,
             shard: shard as u16,
             geometry: config.geometry.clone(),
             layout,
@@ -93,6 +98,13 @@ pub(crate) fn open(
         sequences: Permits::new(sequences),
         router: assembly.router,
         supervisor: assembly.supervisor.clone(),
+        refusals: Refusals::default(),
+    };
+    let closing = CloseOnDrop([submitter.permits.clone(), submitter.sequences.clone()]);
+    let router = async move {
+        // However the router ends, with its executor for one: from then on everybody hears that the cache is closed.
+        let _closing = closing;
+        router.await;
     };
     let runtime = Runtime {
         config,
@@ -108,6 +120,15 @@ pub(crate) fn open(
         faults: assembly.faults,
     };
     Ok((runtime, router))
+}
+
+/// Closes permits when it is dropped.
+struct CloseOnDrop([Permits; 2]);
+
+impl Drop for CloseOnDrop {
+    fn drop(&mut self) {
+        self.0.iter().for_each(Permits::close);
+    }
 }
 
 impl Runtime {

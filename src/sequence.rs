@@ -15,7 +15,8 @@ use crate::{Error, ExtraIdentity, Format, SequenceId, Tenant, Tier};
 
 /// An open sequence. Dropping it closes it, without waiting; its memory is free once what is in flight has ended.
 ///
-/// Methods take `&self`: several may be in flight, and they take effect in the order in which they were first polled.
+/// Methods take `&self`: several may be in flight, and they take effect in the order in which they are
+/// submitted: that of their first poll while permits are free, and under back-pressure that in which they get theirs.
 ///
 /// Every async method is cancel-safe in the same way: a future dropped while it waits for a permit has done nothing; one
 /// dropped later takes effect all the same, and only its result is lost. Nothing in between, no leak either way.
@@ -104,8 +105,9 @@ impl Sequence {
     /// `token_ids.len()`. The tensors are copied once a permit is had, before this future is next suspended.
     ///
     /// # Errors
-    /// Nothing has changed on any error: [`Error::Shape`], [`Error::ElementType`], [`Error::NotFinite`],
-    /// [`Error::Capacity`], [`Error::SequenceTooLong`], [`Error::StagedTokens`], and those of a lost shard or closed cache.
+    /// Nothing has changed on any error: [`Error::Empty`], [`Error::Shape`], [`Error::ElementType`], [`Error::NotFinite`],
+    /// [`Error::Capacity`], [`Error::SequenceTooLong`], [`Error::TooManyTokens`], [`Error::StagedTokens`],
+    /// [`Error::ClosedSequence`] (a batch closed it), [`Error::BatchTooLarge`], and those of a lost shard or closed cache.
     // No `async fn`s, here and below: they would keep their arguments twice, in every task that waits.
     pub fn append<T: Element>(
         &self,

@@ -87,7 +87,10 @@ impl Stats {
         }
         stats.queue_wait = queue_wait.percentiles();
         stats.batch_service = service.percentiles();
-        let counted = ErrorKind::ALL.into_iter().zip(stats.total.errors);
+        let refused = runtime.submitter.refusals.counts();
+        let counts =
+            stats.total.errors.into_iter().zip(refused).map(|(of_shards, refused)| of_shards + refused);
+        let counted = ErrorKind::ALL.into_iter().zip(counts);
         stats.errors = counted.filter(|(_, count)| *count > 0).collect();
         stats
     }

@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::memory::ReadBuffer;
 use crate::payload::{Payload, TensorSpans, TensorView};
-use crate::permit::Permit;
+use crate::permit::{Amount, Permit};
 use crate::pool::Tier;
 use crate::reach::{Arena, DeviceSource, LentMemory, Point};
 use crate::sequence::{OpenOptions, OpenSequence, SequenceId, Tenant};
@@ -547,7 +547,7 @@ impl BatchCacheOperations {
         self.submission.operations.push(Operation::Stage { sequence, layer, tokens, tensors });
     }
 
-    /// Counts the first `token_ids.len()` staged tokens in; the other staged tokens are discarded.
+    /// Counts the first `token_ids.len()` staged tokens in, none if it is empty; the other staged tokens are discarded.
     pub fn commit(&mut self, sequence: SequenceId, token_ids: &[u32], extra: Option<ExtraIdentity>) {
         let ids = self.push_ids(token_ids);
         self.submission.operations.push(Operation::Commit { sequence, ids, extra: extra.map(Box::new) });
@@ -607,6 +607,39 @@ impl BatchCacheOperations {
                 _ => 0,
             })
             .sum()
+    }
+
+    /// Refuses operations that need more than there is in all, so that the others need not fail with them: reads of more than
+    /// `limit.bytes`, forks of more than `max_sequences`.
+    pub fn refuse_impossible(
+        &mut self,
+        layout: &BlockLayout,
+        max_tokens: u32,
+        limit: Amount,
+        max_sequences: usize,
+    ) {
+        for operation in &mut self.submission.operations {
+            let error = match operation {
+                Operation::Read { tokens, .. } => {
+                    let bytes = read_bytes(layout, tokens, max_tokens);
+                    let (jobs_max, bytes_max) = (limit.jobs, limit.bytes);
+                    (bytes > bytes_max).then_some(Error::BatchTooLarge {
+                        jobs: 1,
+                        bytes,
+                        jobs_max,
+                        bytes_max,
+                    })
+                }
+                Operation::Fork { count, .. } => {
+                    let needed = *count as usize;
+                    (needed > max_sequences).then_some(Error::TooManySequences { needed, max_sequences })
+                }
+                _ => None,
+            };
+            if let Some(error) = error {
+                *operation = Operation::Refused { error: Box::new(error), results: 1 };
+            }
+        }
     }
 
     /// Bytes that the batch carries in, and out once its reads are done. Reads that the door will refuse carry nothing.
@@ -742,7 +775,6 @@ fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result
             }
             check_tensors(&target.tensors, 1, tokens.len())
         }
-        Operation::Commit { ids, .. } if ids.count == 0 => Err(Error::Empty),
         Operation::Read { layer, tokens, .. } => {
             check_layer(*layer)?;
             // Before a buffer of that size is allocated.

@@ -214,10 +214,9 @@ impl Error {
             Error::Capacity { .. }
                 | Error::TierFull { .. }
                 | Error::Overloaded { .. }
-                | Error::TooManySequences { .. }
                 | Error::TooManyTokens { .. }
                 | Error::Device(_)
-        )
+        ) || matches!(self, Error::TooManySequences { needed, max_sequences } if needed <= max_sequences)
     }
 
     /// The kind, for counters.

@@ -13,9 +13,9 @@ use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, lock};
 /// Tokens at the start of a sequence that token dropping always keeps (attention sinks).
 pub const SINK_TOKENS: u32 = 4;
 
-/// Names a sequence for the lifetime of the cache; never used again after it closes.
+/// Names a sequence for the lifetime of the cache; never used again after it closes, and unknown to other caches of the process.
 ///
-/// The shard (16 bits), the entry in the shard's table (20) and the entry's generation (28).
+/// The cache (8 bits), the shard (8), the entry in the shard's table (20) and the entry's generation (28).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SequenceId(u64);
 
@@ -23,14 +23,20 @@ impl SequenceId {
     /// Most sequences of one shard.
     pub const PER_SHARD_MAX: usize = 1 << 20;
 
-    pub(crate) fn new(shard: u16, index: u32, generation: u32) -> Self {
-        debug_assert!((index as usize) < Self::PER_SHARD_MAX && generation < 1 << 28);
-        SequenceId(u64::from(shard) << 48 | u64::from(index) << 28 | u64::from(generation))
+    pub(crate) fn new(cache: u8, shard: u16, index: u32, generation: u32) -> Self {
+        debug_assert!((index as usize) < Self::PER_SHARD_MAX && generation < 1 << 28 && shard < 256);
+        let (cache, shard) = (u64::from(cache), u64::from(shard & 0xff));
+        SequenceId(cache << 56 | shard << 48 | u64::from(index) << 28 | u64::from(generation))
+    }
+
+    /// Which cache of the process it is of.
+    pub(crate) fn cache(self) -> u8 {
+        (self.0 >> 56) as u8
     }
 
     /// The shard it lives on.
     pub fn shard(self) -> u16 {
-        (self.0 >> 48) as u16
+        u16::from((self.0 >> 48) as u8)
     }
 
     pub(crate) fn index(self) -> usize {

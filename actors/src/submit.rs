@@ -3,10 +3,11 @@
 use std::ops::Deref;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use crate::batch::{BatchCacheOperations, Outcome};
-use crate::error::Error;
+use crate::error::{Error, ErrorKind};
 use crate::geometry::BlockLayout;
 use crate::permit::{Amount, Permit, Permits};
 use crate::reply::Answer;
@@ -31,6 +32,23 @@ pub struct Submitter {
     pub router: RouterHandle,
     /// Where the reason for a lost reply stands.
     pub supervisor: Arc<Supervisor>,
+    /// What never came as far as a shard.
+    pub refusals: Refusals,
+}
+
+/// Counts submissions that were refused as a whole, by kind of error.
+#[derive(Debug, Default)]
+pub struct Refusals([AtomicU64; ErrorKind::ALL.len()]);
+
+impl Refusals {
+    fn count(&self, error: &Error) {
+        self.0[error.kind() as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// So far, by [`ErrorKind`].
+    pub fn counts(&self) -> [u64; ErrorKind::ALL.len()] {
+        std::array::from_fn(|kind| self.0[kind].load(Ordering::Relaxed))
+    }
 }
 
 /// The permits that a batch needs.
@@ -62,10 +80,16 @@ impl Submitter {
     ///
     /// # Errors
     /// As [`Submitter::submit`].
-    pub async fn submit_only(&self, batch: BatchCacheOperations) -> Result<Waiting<Arc<Supervisor>>, Error> {
-        let needs = self.needs(&batch);
-        let sequences = self.sequences_for(needs.sequences)?;
-        let permit = self.permits.acquire(needs.amount).await?;
+    pub async fn submit_only(
+        &self,
+        mut batch: BatchCacheOperations,
+    ) -> Result<Waiting<Arc<Supervisor>>, Error> {
+        let needs = self.needs(&mut batch);
+        let permits = async {
+            let sequences = self.sequences_for(needs.sequences)?;
+            Ok((sequences, self.permits.acquire(needs.amount).await?))
+        };
+        let (sequences, permit) = permits.await.inspect_err(|error| self.refusals.count(error))?;
         Ok(self.send(batch, permit, sequences, self.supervisor.clone()))
     }
 
@@ -82,12 +106,14 @@ impl Submitter {
         build: impl FnOnce(&mut BatchCacheOperations),
     ) -> impl Future<Output = Result<Outcome, Error>> {
         async move {
-            let sequences = self.sequences_for(needs.sequences)?;
+            let refused = |error: &Error| self.refusals.count(error);
+            let sequences = self.sequences_for(needs.sequences).inspect_err(refused)?;
             let permit = match self.permits.try_acquire(needs.amount) {
                 // Boxed: only those who wait need the room for it.
-                Err(Error::Overloaded { .. }) => Box::pin(self.permits.acquire(needs.amount)).await?,
-                answered => answered?,
+                Err(Error::Overloaded { .. }) => Box::pin(self.permits.acquire(needs.amount)).await,
+                answered => answered,
             };
+            let permit = permit.inspect_err(refused)?;
             // Everything large lives inside this call and not across an await.
             let waiting = self.build_and_send(permit, sequences, build);
             waiting.await?.into_only().unwrap_or(Err(Error::Empty))
@@ -109,18 +135,23 @@ impl Submitter {
     ///
     /// # Errors
     /// [`Error::Overloaded`], and those of [`Submitter::submit`].
-    pub fn try_submit(&self, batch: BatchCacheOperations) -> Result<Waiting<Arc<Supervisor>>, Refused> {
-        let needs = self.needs(&batch);
+    pub fn try_submit(&self, mut batch: BatchCacheOperations) -> Result<Waiting<Arc<Supervisor>>, Refused> {
+        let needs = self.needs(&mut batch);
         let permits = self
             .sequences_for(needs.sequences)
             .and_then(|sequences| Ok((sequences, self.permits.try_acquire(needs.amount)?)));
         match permits {
             Ok((sequences, permit)) => Ok(self.send(batch, permit, sequences, self.supervisor.clone())),
-            Err(error) => Err((batch, error)),
+            Err(error) => {
+                self.refusals.count(&error);
+                Err((batch, error))
+            }
         }
     }
 
-    fn needs(&self, batch: &BatchCacheOperations) -> Needs {
+    fn needs(&self, batch: &mut BatchCacheOperations) -> Needs {
+        let max_sequences = self.sequences.limit().jobs as usize;
+        batch.refuse_impossible(&self.layout, self.max_tokens, self.permits.limit(), max_sequences);
         let amount = Amount { jobs: batch.len() as u64, bytes: batch.bytes(&self.layout, self.max_tokens) };
         Needs { amount, sequences: batch.sequences_to_open() }
     }

@@ -39,7 +39,10 @@ impl<L: Lane> TransferActor<L> {
                 Ok(Err(lost)) => Exit::DeviceLost(lost.0.to_string()),
                 Err(panic) => Exit::Panicked(panic_message(panic)),
             };
+            // As the device actor does: what is done with the device lets go of it before it says so.
+            let lost = (exit != Exit::Finished).then_some(actor);
             reporter.ended(name, exit);
+            drop(lost);
         });
         spawned.map(drop).inspect_err(|error| supervisor.ended(name, Exit::Panicked(error.to_string())))
     }

@@ -15,7 +15,7 @@ use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
 use kv_cache_actors::memory::Elements;
 use kv_cache_actors::permit::{Amount, Permits};
 use kv_cache_actors::sequence::{OpenOptions, OpenSequence, SequenceId};
-use kv_cache_actors::submit::Submitter;
+use kv_cache_actors::submit::{Refusals, Submitter};
 use kv_cache_actors::supervisor::{ActorName, Exit};
 use kv_cache_actors::testing::Rng;
 use kv_cache_actors::testing::rig::token_ids;
@@ -53,6 +53,7 @@ impl Simulated {
         let (assembly, router) = assembler.finish(false);
         tokio::spawn(router);
         let submitter = Submitter {
+            refusals: Refusals::default(),
             layout: layout.expect("a shard"),
             devices: Vec::new(),
             max_tokens: setup.max_tokens,

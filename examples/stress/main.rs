@@ -160,7 +160,7 @@ async fn main() -> ExitCode {
 }
 
 async fn run(options: &Options) -> anyhow::Result<Totals> {
-    ensure!(options.seconds >= 0.0 && options.seconds.is_finite(), "--seconds must be a number from 0 up");
+    ensure!((0.0..=1e9).contains(&options.seconds), "--seconds must be a number from 0 to 1e9");
     ensure!(options.speed > 0.0 && options.speed.is_finite(), "--speed must be a positive number");
     let stop = Stop::on_ctrl_c();
     let requests = options.trace.as_deref().map(|file| read_trace(file, options)).transpose()?;

@@ -217,8 +217,9 @@ async fn absurd_numbers() {
             assert_eq!(error, Error::TooManySequences { needed, max_sequences });
             assert_eq!(sequence.fork_many(0).await.unwrap_err(), Error::Empty);
             let batch = (0..3).fold(BatchCacheOperations::new(), |batch, _| batch.fork(&sequence, u32::MAX));
-            let error = rig.cache.submit(batch).await.unwrap_err();
-            assert_eq!(error, Error::TooManySequences { needed: 3 * needed, max_sequences });
+            for result in rig.cache.submit(batch).await.unwrap() {
+                assert_eq!(result.unwrap_err(), Error::TooManySequences { needed, max_sequences });
+            }
             let refused = sequence.truncate(u32::MAX).await;
             assert_eq!(refused, Err(Error::TokenRange { range: 0..u32::MAX, visible: 7 }));
             let many = OpenOptions::default().reserve_tokens(u32::MAX);
@@ -235,14 +236,14 @@ async fn absurd_numbers() {
                 .append(number, &wrong.ids, &wrong.keys, &wrong.values)
                 .read(number, 0, 0..u32::MAX)
                 .reserve_bytes(0);
-            match rig.cache.submit(batch).await {
-                Ok(results) => {
-                    let position = Error::Position { expected: u32::MAX, actual: 7 };
-                    assert_eq!(results[0].as_ref().unwrap_err(), &position);
-                    assert_eq!(results[1].as_ref().unwrap_err(), &Error::UnknownSequence(number));
-                    assert!(matches!(results[2], Err(Error::TokenRange { .. })), "{:?}", results[2]);
-                }
-                Err(error) => assert!(matches!(error, Error::BatchTooLarge { .. }) && max_tokens == u32::MAX),
+            let results = rig.cache.submit(batch).await.unwrap();
+            let position = Error::Position { expected: u32::MAX, actual: 7 };
+            assert_eq!(results[0].as_ref().unwrap_err(), &position);
+            assert_eq!(results[1].as_ref().unwrap_err(), &Error::UnknownSequence(number));
+            match &results[2] {
+                Err(Error::TokenRange { .. }) => {}
+                Err(Error::BatchTooLarge { jobs: 1, .. }) => assert_eq!(max_tokens, u32::MAX),
+                other => panic!("{other:?}"),
             }
             rig.check(&sequence, &model).await;
             drop(sequence);
@@ -355,6 +356,82 @@ async fn batches_larger_than_the_permits() {
 }
 
 /// `try_submit` gives the batch back whole, and it can be submitted later.
+/// What needs more than there is in all is refused by itself: what stands beside it in the batch takes effect.
+#[tokio::test]
+async fn impossible_operations_fail_alone() {
+    let rig = rig::<f32>(|b| b.max_in_flight(4, 100_000).max_sequences(8)).await;
+    let (sequence, mut model) = rig.filled(1).await;
+    let new = rig.tokens(1);
+    let batch = BatchCacheOperations::new()
+        .append(&sequence, &new.ids, &new.keys, &new.values)
+        .read(&sequence, 0, 0..10_000)
+        .fork(&sequence, u32::MAX)
+        .read(&sequence, 0, 0..2);
+    model.push(&new);
+    let results = rig.cache.submit(batch).await.unwrap();
+    assert!(matches!(results[0], Ok(Outcome::Appended { committed: 2 })), "{:?}", results[0]);
+    let bytes = 10_000 * 112;
+    let error = Error::BatchTooLarge { jobs: 1, bytes, jobs_max: 4, bytes_max: 100_000 };
+    assert_eq!(results[1].as_ref().unwrap_err(), &error);
+    let error = Error::TooManySequences { needed: u32::MAX as usize, max_sequences: 8 };
+    assert_eq!(results[2].as_ref().unwrap_err(), &error);
+    assert!(!error.is_retryable(), "it never fits");
+    assert!(results[3].is_ok());
+    rig.check(&sequence, &model).await;
+    drop((sequence, results));
+    whole_case("finishing", rig.finish()).await;
+}
+
+/// Handles name sequences of their own cache only.
+#[tokio::test]
+async fn a_sequence_of_another_cache_is_unknown() {
+    let (rig, other) = (rig::<f32>(|b| b).await, rig::<f32>(|b| b).await);
+    let (sequence, model) = rig.filled(3).await;
+    let (stranger, strange_model) = other.filled(3).await;
+    let new = rig.tokens(2);
+    let one = new.token(0);
+    let batch = BatchCacheOperations::new()
+        .read(&stranger, 0, 0..1)
+        .append(&stranger, &new.ids, &new.keys, &new.values)
+        .append_each(&[&stranger, &sequence], &new.ids, &new.keys, &new.values)
+        .append_each(&[&stranger], &one.ids, &one.keys, &one.values)
+        .truncate(&sequence, 3)
+        .close(&stranger);
+    let results = rig.cache.submit(batch).await.unwrap();
+    for at in [0, 1, 2, 4, 6] {
+        assert_eq!(results[at].as_ref().unwrap_err(), &Error::UnknownSequence(stranger.id()), "{at}");
+    }
+    rig.check(&sequence, &model).await;
+    other.check(&stranger, &strange_model).await;
+    drop((sequence, stranger, results));
+    whole_case("finishing", rig.finish()).await;
+    whole_case("finishing", other.finish()).await;
+}
+
+/// Refusals of whole submissions are in the statistics, too.
+#[tokio::test]
+async fn refusals_are_counted() {
+    let rig = rig::<f32>(|b| b.max_in_flight(1, 1000).max_sequences(1)).await;
+    let sequence = rig.open().await;
+    assert!(rig.cache.open("tenant", OpenOptions::default()).await.is_err());
+    let two = BatchCacheOperations::new().truncate(&sequence, 0).truncate(&sequence, 0);
+    assert!(rig.cache.submit(two).await.is_err());
+    assert_eq!(rig.cache.stats().errors, [(ErrorKind::Capacity, 1), (ErrorKind::InvalidInput, 1)]);
+    drop(sequence);
+    whole_case("finishing", rig.finish()).await;
+}
+
+/// Absurd wishes for memory are granted as far as they could ever be used.
+#[tokio::test]
+async fn absurd_batches_of_memory() {
+    let rig = rig::<f32>(|b| b.max_in_flight(4, 100_000)).await;
+    let mut batch = rig.cache.batch(usize::MAX);
+    assert!(batch.region::<f32>(100_000).is_err());
+    assert_eq!(batch.region::<f32>(1000).unwrap().len(), 1000);
+    drop(BatchCacheOperations::new().reserve_bytes(usize::MAX));
+    whole_case("finishing", rig.finish()).await;
+}
+
 #[tokio::test]
 async fn an_overloaded_cache_gives_the_batch_back() {
     let rig = rig::<f32>(|b| b.max_in_flight(3, 2000)).await;

@@ -135,8 +135,8 @@ async fn two_caches_side_by_side() {
     within("finishing the second", b.finish()).await;
 }
 
-/// A script of operations whose outcome shows in bytes, places and ids.
-async fn script(rig: &Rig<f32>) -> Vec<(SequenceId, u32, Format, usize, Vec<u8>)> {
+/// A script of operations whose outcome shows in bytes, places and ids (less the number of the cache in their highest byte).
+async fn script(rig: &Rig<f32>) -> Vec<(u64, u32, Format, usize, Vec<u8>)> {
     let mut rows = Vec::new();
     for _ in 0..9 {
         rows.push(rig.filled(rig.block() + 2).await);
@@ -163,9 +163,9 @@ async fn script(rig: &Rig<f32>) -> Vec<(SequenceId, u32, Format, usize, Vec<u8>)
         let view = sequence.view(1).unwrap();
         let stored = super::views::look::<f32>(&rig.layout, &view).stored;
         let blocks = table.sequences[0].blocks.iter();
-        found.extend(
-            blocks.map(|b| (sequence.id(), b.first_token, b.format, b.slot_offset_bytes, stored.clone())),
-        );
+        found.extend(blocks.map(|b| {
+            (sequence.id().as_u64() << 8, b.first_token, b.format, b.slot_offset_bytes, stored.clone())
+        }));
     }
     found
 }

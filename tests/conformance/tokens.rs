@@ -232,9 +232,17 @@ async fn a_commit_needs_every_layer<E: Number>(rig: Rig<E>) {
     sequence.stage(last, new.keys_of(last), new.values_of(last)).await.unwrap();
     let too_many = [0; 4];
     assert_eq!(sequence.commit(&too_many).await, Err(Error::NotStaged { tokens: 4, layer: 0, staged: 3 }));
-    assert_eq!(sequence.commit(&[]).await, Err(Error::Empty));
     assert_eq!(sequence.commit(&new.ids).await, Ok(4));
     model.push(&new);
+    // Nothing of a draft is accepted, or there is none.
+    let draft = rig.tokens(1);
+    for staged in [false, true] {
+        if staged {
+            rig.stage_all(&sequence, &draft).await;
+        }
+        assert_eq!(sequence.commit(&[]).await, Ok(sequence.len()));
+        assert!(sequence.info().staged.is_empty());
+    }
     rig.check(&sequence, &model).await;
     drop(sequence);
     rig.finish().await;

@@ -34,6 +34,8 @@ use crate::tokens::TokenBudget;
 /// What a device core needs to know.
 #[derive(Debug, Clone)]
 pub struct CoreConfig {
+    /// Tells the ids of the process's caches apart.
+    pub cache: u8,
     /// Number of the shard.
     pub shard: u16,
     /// What is cached.
@@ -429,7 +431,7 @@ impl DeviceCore {
                 _ => Ok(index),
             },
             // An id of a shard that does not exist comes here as well.
-            _ if id.shard() == self.config.shard
+            _ if (id.cache(), id.shard()) == (self.config.cache, self.config.shard)
                 && self.generations.get(index).is_some_and(|&next| id.generation() < next) =>
             {
                 Err(Error::ClosedSequence(id))
@@ -792,7 +794,7 @@ impl DeviceCore {
         // The generation wraps after 2^28 sequences at one entry.
         let generation = self.generations[index];
         self.generations[index] = (generation + 1) & ((1 << 28) - 1);
-        let entry = make(SequenceId::new(self.config.shard, index as u32, generation));
+        let entry = make(SequenceId::new(self.config.cache, self.config.shard, index as u32, generation));
         let shared = entry.shared.clone();
         vacant.insert(entry);
         effects.opened.push(shared.clone());

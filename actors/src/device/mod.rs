@@ -137,10 +137,18 @@ pub(crate) fn run<L: Lane>(parts: DeviceParts<L>, ready: impl FnOnce(ShardView))
         Ok(Err(lost)) => Exit::DeviceLost(lost.0.to_string()),
         Err(panic) => Exit::Panicked(panic_message(panic)),
     };
-    // Before the actor is dropped, and every unanswered reply with it.
-    supervisor.ended(ActorName::Device(shard), exit);
-    actor.mailbox.discard();
-    directory.remove_shard(shard);
+    let name = ActorName::Device(shard);
+    if exit == Exit::Finished {
+        // Nobody waits for an answer. Whoever waits for the end may end the process then: the device is to be let go of before.
+        drop(actor);
+        directory.remove_shard(shard);
+        supervisor.ended(name, exit);
+    } else {
+        // Before the actor is dropped, and every unanswered reply with it.
+        supervisor.ended(name, exit);
+        actor.mailbox.discard();
+        directory.remove_shard(shard);
+    }
 }
 
 impl<L: Lane> DeviceActor<L> {

@@ -120,6 +120,7 @@ impl Setup {
         }
         let pool = pool.with_host_bytes(self.host_blocks * pool.sealed_slot_bytes as u64);
         CoreConfig {
+            cache: 0,
             shard: 0,
             geometry: self.geometry.clone(),
             layout,

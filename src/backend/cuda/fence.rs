@@ -6,6 +6,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
+use std::thread::JoinHandle;
 
 use cudarc::driver::sys;
 use kv_cache_actors::memory::Doorbell;
@@ -75,9 +76,20 @@ impl Fence {
 /// Sleeps until events are reached, and rings a doorbell then.
 pub(super) struct Waiter {
     gpu: Arc<Gpu>,
-    events: Option<mpsc::Sender<Event>>,
+    events: Option<(mpsc::Sender<Event>, JoinHandle<()>)>,
     doorbell: Option<Doorbell>,
     lost: Arc<OnceLock<DriverError>>,
+}
+
+impl Drop for Waiter {
+    /// What it waits for has been reached by now, or never will be and the driver says so: its owner synchronises the stream first.
+    fn drop(&mut self) {
+        if let Some((events, thread)) = self.events.take() {
+            drop(events);
+            // An error means that it has panicked, and ended.
+            let _ = thread.join();
+        }
+    }
 }
 
 impl Waiter {
@@ -118,11 +130,11 @@ impl Waiter {
                 }
             };
             let name = format!("kv-waiter-{}", self.gpu.ordinal());
-            std::thread::Builder::new().name(name).spawn(run).map_err(|error| failed(error.to_string()))?;
-            self.events = Some(sender);
+            let thread = std::thread::Builder::new().name(name).spawn(run);
+            self.events = Some((sender, thread.map_err(|error| failed(error.to_string()))?));
         }
         match &self.events {
-            Some(events) => events.send(event).map_err(|_| failed("its thread has ended".into())),
+            Some((events, _)) => events.send(event).map_err(|_| failed("its thread has ended".into())),
             None => Ok(()),
         }
     }

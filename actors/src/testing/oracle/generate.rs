@@ -195,7 +195,7 @@ impl Oracle {
     fn ask_nonsense(&mut self, batch: &mut BatchCacheOperations) -> Asked {
         let layout = self.rules.layout;
         let id = match self.closed_ids.is_empty() || self.rng.one_in(4) {
-            true => SequenceId::new(0, 1 << 19, self.rng.below(9) as u32),
+            true => SequenceId::new(0, 0, 1 << 19, self.rng.below(9) as u32),
             false => self.rng.pick(&self.closed_ids.clone()),
         };
         let none = HostTensor { element: ElementType::F32, bytes: &[] };
@@ -270,7 +270,7 @@ impl Oracle {
                 let tokens = (most - guess.layers[layer]).max(1);
                 Op::Stage { layer: layer as u32, stamp, tokens, finite }
             }
-            0..20 if staged => Op::Commit { stamp, tokens: rng.between(1, common.max(1)) },
+            0..20 if staged => Op::Commit { stamp, tokens: rng.between(0, common.max(1)) },
             0..3 => Op::Commit { stamp, tokens },
             3..38 => {
                 let at = match rng.below(8) {
