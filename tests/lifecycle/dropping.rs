@@ -54,6 +54,8 @@ fn the_runtime_goes_first() {
         assert_eq!(within("an append", append).await, Err(Error::Closed));
         let open = rig.cache.open("tenant", OpenOptions::default());
         assert_eq!(within("an open", open).await.unwrap_err(), Error::Closed);
+        assert!(!rig.cache.can_admit(1), "it will never take anything any more");
+        assert_eq!(sequence.view(0).unwrap_err(), Error::Closed);
         let stats = rig.cache.stats();
         assert_eq!((stats.jobs_in_flight, stats.bytes_in_flight), (0, 0));
         let report = within("shutting down", rig.cache.shutdown(PATIENCE)).await;
