@@ -8,6 +8,7 @@ use kv_cache_actors::router::FaultInjector;
 use kv_cache_actors::submission::Answered;
 use kv_cache_actors::submit::Submitter;
 use kv_cache_actors::supervisor::{ActorName, Exit};
+use tracing::Instrument;
 
 use crate::batch::{BatchCacheOperations, Outcome};
 use crate::blocking::BlockingCache;
@@ -99,7 +100,8 @@ impl CacheBuilder {
     pub async fn build(self) -> Result<Cache, BuildError> {
         let handle = tokio::runtime::Handle::try_current().map_err(|_| BuildError::NoRuntime)?;
         // Allocating and opening blocks, for seconds if the slab is large.
-        let opened = handle.spawn_blocking(move || runtime::open(self.config)).await;
+        let span = tracing::info_span!(target: "kv_cache::runtime", "build");
+        let opened = handle.spawn_blocking(move || span.in_scope(|| runtime::open(self.config))).await;
         let (runtime, router) = opened.map_err(|error| BuildError::Device {
             device: "the cache".into(),
             reason: error.to_string(),
@@ -267,7 +269,8 @@ impl Cache {
     /// # Panics
     /// Outside of a tokio runtime with time enabled.
     pub async fn shutdown(&self, deadline: Duration) -> ShutdownReport {
-        self.runtime.shutdown(deadline).await
+        let span = tracing::info_span!(target: "kv_cache::runtime", "shutdown");
+        self.runtime.shutdown(deadline).instrument(span).await
     }
 
     /// The same cache for threads that do not run async code. Somebody has to drive the runtime that it was built on meanwhile: see

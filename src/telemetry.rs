@@ -1,13 +1,4 @@
-//! What a cache tells about itself. Events go to `tracing` under these targets, which are part of the interface:
-//!
-//! | target | what |
-//! |---|---|
-//! | `kv_cache::devices` | which devices and kernels were chosen, and why |
-//! | `kv_cache::device` | a batch on a shard: operations, submissions |
-//! | `kv_cache::transfer` | a transfer actor starts |
-//! | `kv_cache::router` | routing trouble |
-//! | `kv_cache::reply` | submissions dropped unanswered |
-//! | `kv_cache::supervisor` | how actors end |
+//! What a cache tells about itself.
 
 use kv_cache_actors::stats::{BatchSizes, CoreCounters, Latencies, Percentiles};
 use serde::Serialize;
@@ -16,6 +7,19 @@ use crate::ErrorKind;
 use crate::runtime::Runtime;
 
 /// A snapshot of a cache. Each shard's part is as of its last batch.
+///
+/// Beside it, spans and events go to `tracing` under these targets, which are part of the interface:
+///
+/// | target | spans | events |
+/// |---|---|---|
+/// | `kv_cache::runtime` | `build`, `shutdown` | an operation that was answered with another's outcome |
+/// | `kv_cache::devices` | | which devices and kernels were chosen, and why |
+/// | `kv_cache::device` | `batch` (shard, operations, submissions), `seal` (shard) | |
+/// | `kv_cache::transfer` | | a transfer actor starts |
+/// | `kv_cache::cuda` | | kernels replaced by plain ones, a device that is lost |
+/// | `kv_cache::router` | | routing trouble |
+/// | `kv_cache::reply` | | submissions dropped unanswered |
+/// | `kv_cache::supervisor` | | how actors end |
 #[derive(Debug, Clone, Default, Serialize)]
 #[non_exhaustive]
 pub struct Stats {

@@ -2,7 +2,7 @@
 //!
 //! It never blocks: permits bound what can be under way, and the shards' lanes hold more than that. It merges by itself:
 //! while it routes one run of messages, the next run queues up behind it, so batches grow with the load and an idle
-//! system adds no wait. What is a batch already and finds nothing queued before it goes past the router ([`Bypass`]).
+//! system adds no wait. What is a batch already and finds nothing queued before it goes past the router (`Bypass`).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering, fence};

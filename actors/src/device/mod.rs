@@ -160,6 +160,8 @@ impl<L: Lane> DeviceActor<L> {
                 Some(wake) => wake,
                 // Sealing is what it does when nobody waits.
                 None if self.core.wants_to_seal() && !closed => {
+                    let shard = self.core.config.shard;
+                    let _span = tracing::debug_span!(target: "kv_cache::device", "seal", shard).entered();
                     self.core.apply(Event::Seal, &mut self.effects);
                     self.settle()?;
                     self.publish(0, 0, Instant::now());
@@ -229,6 +231,11 @@ impl<L: Lane> DeviceActor<L> {
     /// Carries out submissions, with all those that have queued up behind them, as one batch.
     fn serve(&mut self, first: Submissions) -> Result<(), DeviceLost> {
         let started = Instant::now();
+        let (shard, none) = (self.core.config.shard, tracing::field::Empty);
+        let span = tracing::debug_span!(
+            target: "kv_cache::device", "batch", shard, operations = none, submissions = none
+        )
+        .entered();
         let mut operations = 0;
         let mut submissions = 0;
         let mut next = Some(first);
@@ -261,7 +268,7 @@ impl<L: Lane> DeviceActor<L> {
             self.settle()?;
         }
         self.publish(operations, answered, started);
-        tracing::trace!(target: "kv_cache::device", operations, submissions, "batch");
+        span.record("operations", operations).record("submissions", submissions);
         Ok(())
     }
 
