@@ -346,8 +346,9 @@ impl CacheConfig {
         if self.compression.enabled && !(ratio > 0.0 && ratio <= 1.0) {
             return Err(ConfigError::invalid("compression.ratio", ratio, "use a share above 0 and up to 1"));
         }
-        // A unit of work is at most half a ring, and holds at least one token of one layer and a flag for each operation.
-        let token_bytes = layout.token_bytes(Plane::Key) + layout.token_bytes(Plane::Value);
+        // A unit of work is at most half a ring, and holds at least one token (of all layers: a row of a decode step is not cut) and a
+        // flag for each operation.
+        let token_bytes = layout.layers * (layout.token_bytes(Plane::Key) + layout.token_bytes(Plane::Value));
         let unit_least = token_bytes as u64 + 4 * self.max_jobs_in_flight as u64;
         let pinned_least = 3 * (4 * unit_least).max(1 << 20);
         if self.pinned_memory_bytes < pinned_least && !matches!(self.devices, Devices::Cpu(_)) {

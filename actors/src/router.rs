@@ -84,11 +84,15 @@ impl Bypass {
     fn take(&self, submission: Box<Submission>) -> Option<Box<Submission>> {
         if self.undelivered.load(Ordering::SeqCst) == 0
             && let Some(shard) = only_shard(&submission)
-            && let Some(delivery) = &*lock(&self.delivery)
-            && shard < delivery.shards.len()
         {
-            delivery.deliver(shard, vec![submission]);
-            return None;
+            let running = lock(&self.delivery);
+            if let Some(delivery) = running.as_ref().filter(|delivery| shard < delivery.shards.len()) {
+                let stranded = delivery.deliver(shard, vec![submission]);
+                // Outside of the lock: whoever is refused is woken, and may submit again at once.
+                drop(running);
+                stranded.refuse();
+                return None;
+            }
         }
         self.undelivered.fetch_add(1, Ordering::SeqCst);
         Some(submission)
@@ -121,7 +125,9 @@ struct Delivery {
 }
 
 impl Delivery {
-    fn deliver(&self, number: usize, submissions: Submissions) {
+    /// Sends to a shard, and returns what nobody there will ever receive.
+    #[must_use]
+    fn deliver(&self, number: usize, submissions: Submissions) -> Stranded {
         let shard = &self.shards[number];
         let refused = shard.sender.data.try_send(submissions).map_err(|error| {
             if error.is_full() {
@@ -135,8 +141,21 @@ impl Delivery {
         fence(Ordering::SeqCst);
         let lost = self.supervisor.lost(number as u16);
         let stranded = lost.is_some().then(|| shard.sender.unreceived.try_iter()).into_iter().flatten();
-        for submission in refused.err().into_iter().chain(stranded).flatten() {
-            submission.refuse(lost.as_ref().unwrap_or(&Error::Closed));
+        let submissions = refused.err().into_iter().chain(stranded).flatten().collect();
+        Stranded { submissions, error: lost.unwrap_or(Error::Closed) }
+    }
+}
+
+/// Submissions that have no shard to go to, and why.
+struct Stranded {
+    submissions: Submissions,
+    error: Error,
+}
+
+impl Stranded {
+    fn refuse(self) {
+        for submission in self.submissions {
+            submission.refuse(&self.error);
         }
     }
 }
@@ -214,7 +233,7 @@ impl RouterActor {
             for (number, outbox) in
                 self.core.outboxes.iter_mut().enumerate().filter(|(_, outbox)| !outbox.is_empty())
             {
-                self.delivery.deliver(number, std::mem::take(outbox));
+                self.delivery.deliver(number, std::mem::take(outbox)).refuse();
             }
             if !stopping {
                 bypass.undelivered.fetch_sub(taken, Ordering::SeqCst);

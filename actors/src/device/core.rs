@@ -6,7 +6,7 @@
 //!
 //! The rule that keeps it simple: **a sequence has at most one operation in flight**; later ones wait in the sequence's own
 //! queue. Everything else (blocks shared by forks, slots read by views, seals in the background) is settled by reference
-//! counts and pins, never by waiting.
+//! counts and pins, never by waiting (but a write to a block that a move is copying waits for the move).
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;

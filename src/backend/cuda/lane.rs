@@ -105,6 +105,12 @@ impl CudaLane {
         while self.enqueuing < self.launches.len() {
             let launch = &self.launches[self.enqueuing];
             let plan = Plan::of(&self.layout, launch, self.next_step, self.ring.unit_bytes_max());
+            if plan.bytes() > self.ring.unit_bytes_max() {
+                // It would wait for room for ever. Settings that lead here are refused; if one slips through, losing the device
+                // beats a lane that stands still.
+                let text = format!("{} bytes of {}", plan.bytes(), self.ring.unit_bytes_max());
+                return Err(DriverError::Call { call: "planning a unit", name: "too large".into(), text });
+            }
             let ends_launch = self.next_step + plan.steps == launch.steps.len();
             if !self.enqueue(&plan, ends_launch)? {
                 return Ok(());
