@@ -170,6 +170,16 @@ impl Each {
         (!rows.is_empty()).then(|| Operation::Each(Box::new(Each { rows, ..*self })))
     }
 
+    /// The row whose result has this place in the submission.
+    pub(crate) fn row_at(&self, result: u32) -> Option<&Row> {
+        self.rows.get(result.checked_sub(self.first_result)? as usize)
+    }
+
+    /// Place of the result after its last.
+    pub(crate) fn results_end(&self) -> u32 {
+        self.first_result + self.rows.len() as u32
+    }
+
     /// The tensors as one row sees them.
     pub(crate) fn tensors_of(&self, row: &Row) -> TensorView {
         self.tensors.row(row.row, self.tensor_rows)

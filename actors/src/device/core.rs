@@ -113,7 +113,7 @@ impl Pending {
     /// Where the results of an operation over rows end; none if `op` is not one.
     fn rows_end(&self, op: OpRef) -> Option<u32> {
         match self.operation(op) {
-            Operation::Each(each) => Some(each.first_result + each.rows.len() as u32),
+            Operation::Each(each) => Some(each.results_end()),
             _ => None,
         }
     }
@@ -134,7 +134,7 @@ impl Pending {
     /// The row that `op` is, if it is one.
     pub(super) fn row(&self, op: OpRef) -> Option<(&Each, &Row)> {
         let Operation::Each(each) = self.operation(op) else { return None };
-        Some((each, each.rows.get((op.result - each.first_result) as usize)?))
+        Some((each, each.row_at(op.result)?))
     }
 
     fn sequence(&self, op: OpRef) -> Option<SequenceId> {
@@ -460,7 +460,7 @@ impl DeviceCore {
                 self.plan_write(op, index, WriteTarget::AllLayers { at }, tokens, tensors.whole(tokens))
             }
             (Operation::Each(each), Some(index)) => {
-                let row = each.rows[(op.result - each.first_result) as usize];
+                let Some(row) = each.row_at(op.result).copied() else { return };
                 let tensors = each.tensors_of(&row);
                 let target = match each.write {
                     EachWrite::Append => WriteTarget::AllLayers { at: None },
@@ -689,7 +689,7 @@ impl DeviceCore {
         // A read leaves nothing behind but the sequence that it kept busy.
         let (id, result) = match &submission.operations[op.index as usize] {
             Operation::Each(each) => {
-                let Row { sequence: id, token_id, .. } = each.rows[(op.result - each.first_result) as usize];
+                let Some(&Row { sequence: id, token_id, .. }) = each.row_at(op.result) else { return };
                 let landed = landed.map(drop);
                 let result = match each.write {
                     EachWrite::Append => self.land_append(id.index(), landed, &[token_id], None),

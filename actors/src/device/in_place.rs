@@ -164,7 +164,7 @@ impl DeviceCore {
         let mut last = false;
         for row in went_well {
             let Operation::Each(each) = &submission.operations[rows.op.index as usize] else { return last };
-            let Row { sequence, token_id, .. } = each.rows[(row.result - each.first_result) as usize];
+            let Some(&Row { sequence, token_id, .. }) = each.row_at(row.result) else { return last };
             if !together && config.token_budget.take(1).is_err() {
                 continue;
             }
