@@ -3,7 +3,7 @@
 //! | lane | from | capacity, and why that much |
 //! |---|---|---|
 //! | control | supervisor | 8: one stop, a few injected faults |
-//! | data | router | operations that permits allow in flight, plus one close per sequence: a send cannot find it full |
+//! | data | router, and callers past it | operations that permits allow in flight, plus one close per sequence: a send cannot find it full |
 //! | launches | device actor | [`TRANSFERS_MAX`]: it keeps the rest to itself |
 //! | landed | transfer actor | [`TRANSFERS_MAX`]: no more launches than that are out, so a send cannot block |
 //! | doorbell | the device's own threads | 1: rung is rung |

@@ -370,7 +370,7 @@ impl Launch {
     }
 }
 
-/// One operation (or seal) inside a launch. Small: a decode step has hundreds of them.
+/// One operation (or seal, or the rows of a step) inside a launch. Small: a decode step has hundreds of them.
 #[derive(Debug)]
 pub struct Flight {
     /// What it is for.

@@ -76,7 +76,7 @@ impl<L: Lane> TransferActor<L> {
         Ok(())
     }
 
-    /// Waits for the next message, or for a lane to come forward: as the device actor does.
+    /// Waits for the next message, or for a lane to come forward: as the device actor does, with as much patience as lanes ask for.
     fn wait(&mut self) -> Result<TransferWake, DeviceLost> {
         let (started, spin) = (Instant::now(), self.upload.spin());
         while !spin.is_zero() && started.elapsed() < spin {

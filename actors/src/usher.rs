@@ -15,7 +15,8 @@ const TURN_MAX: usize = 1024;
 
 /// The way to the usher.
 ///
-/// The channel is unbounded and holds no more than permits allow: each answer keeps its permit until it is given.
+/// The channel is unbounded and holds no more than can be under way: an answer keeps its permit until it is given (one of several parts leaves it to
+/// the last), and closes by drop, which have none, are as many as sequences at most.
 #[derive(Debug, Clone)]
 pub(crate) struct UsherHandle(mpsc::UnboundedSender<Submissions>);
 

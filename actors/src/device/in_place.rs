@@ -43,7 +43,7 @@ impl DeviceCore {
     /// which is open, this sequence's alone, and not shown to anybody where it will write. False, with nothing changed, if
     /// it is not: then the long way finds out what it is, or what is wrong with it.
     ///
-    /// It takes no lock, no block and no temporary.
+    /// It takes no lock, no block and no temporary. (A row of a busy sequence is parked instead, which is true as well.)
     pub(super) fn append_in_place(&mut self, op: OpRef) -> bool {
         if self.pending.row(op).is_some() {
             return self.append_rows_in_place(op, op.result + 1) > 0;
