@@ -1,6 +1,7 @@
 //! What is timed: match → allocate → register → release, for one request after the other.
 
 use std::sync::Barrier;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -83,31 +84,49 @@ pub struct Round {
     pub retries: usize,
 }
 
-/// Deals the requests to `threads` in turn; each takes its own strictly in order.
-pub fn round(
-    workload: &Workload,
-    backend: Backend,
-    capacity_blocks: usize,
-    threads: usize,
-    order: ReleaseOrder,
-) -> anyhow::Result<Round> {
-    let manager = backend.manager(capacity_blocks)?;
-    let start = Barrier::new(threads + 1);
+/// How requests are dealt to threads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Deal {
+    /// Each thread has its share from the start, every N-th request, and gets through it as fast as it can.
+    RoundRobin,
+    /// Each thread takes the next request when it is done with one: no thread falls behind the order of the trace.
+    Next,
+}
+
+/// How a case is run.
+#[derive(Debug, Clone, Copy)]
+pub struct Setup {
+    pub capacity_blocks: usize,
+    pub threads: usize,
+    pub deal: Deal,
+    pub release: ReleaseOrder,
+}
+
+/// Runs all requests on threads that share one manager; each thread has one request at a time.
+pub fn round(workload: &Workload, backend: Backend, setup: &Setup) -> anyhow::Result<Round> {
+    let &Setup { threads, deal, .. } = setup;
+    let manager = backend.manager(setup.capacity_blocks)?;
+    let (start, dealt) = (Barrier::new(threads + 1), AtomicUsize::new(0));
     let share = |first: usize| {
-        let (mut hits, mut retries) = (0, 0);
+        let (mut hits, mut retries, mut own) = (0, 0, first);
         start.wait();
-        for hashes in workload.requests.iter().skip(first).step_by(threads) {
+        loop {
+            if deal == Deal::Next {
+                own = dealt.fetch_add(1, Relaxed);
+            }
+            let Some(hashes) = workload.requests.get(own) else { return (hits, retries) };
+            own += threads;
             loop {
-                match request(&manager, hashes, order) {
+                match request(&manager, hashes, setup.release) {
                     Some(found) => break hits += found,
                     None => retries += 1,
                 }
                 thread::yield_now();
             }
         }
-        (hits, retries)
     };
     thread::scope(|scope| {
+        let share = &share;
         let shares: Vec<_> = (0..threads).map(|first| scope.spawn(move || share(first))).collect();
         start.wait();
         let begun = Instant::now();

@@ -14,7 +14,7 @@ use anyhow::ensure;
 use clap::Parser;
 use serde::Serialize;
 
-use crate::cycle::{Backend, ReleaseOrder};
+use crate::cycle::{Backend, Deal, ReleaseOrder, Setup};
 use crate::trace::Workload;
 
 /// Replays a request trace against kvbm-logical: match, allocate, register, release, request by request.
@@ -35,9 +35,12 @@ struct Options {
         default_value = "hashmap,lru,multi_lru,lineage,lineage_fifo"
     )]
     backend: Vec<Backend>,
-    /// Threads that share one manager; requests are dealt to them in turn.
+    /// Threads that share one manager.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: u16,
+    /// How requests are dealt to threads.
+    #[arg(long, value_enum, default_value = "round-robin")]
+    deal: Deal,
     /// Runs of each case with a fresh pool; the one with the median time is reported.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
     rounds: u16,
@@ -117,9 +120,13 @@ fn measure<'a>(
     backend: Backend,
     capacity_blocks: u32,
 ) -> anyhow::Result<Row<'a>> {
-    let round = |_| {
-        cycle::round(workload, backend, capacity_blocks as usize, options.threads.into(), options.release)
+    let setup = Setup {
+        capacity_blocks: capacity_blocks as usize,
+        threads: options.threads.into(),
+        deal: options.deal,
+        release: options.release,
     };
+    let round = |_| cycle::round(workload, backend, &setup);
     let mut rounds = (0..options.rounds).map(round).collect::<Result<Vec<_>, _>>()?;
     rounds.sort_by_key(|round| round.wall);
     let median = rounds[rounds.len() / 2];
