@@ -9,17 +9,12 @@ use std::fmt;
 use half::f16;
 use kv_cache::Format;
 
+use crate::mix::mix;
+
 /// Bits of an f16 that hold the mantissa.
 const MANTISSA_BITS: u16 = 10;
 /// Largest relative error of rounding to f16: half a unit in the last place.
 const F16_ROUNDING: f32 = 1.0 / 2048.0;
-
-/// The hash behind everything here: the finaliser of SplitMix64 (Steele et al. 2014).
-pub(crate) fn mix(mut x: u64) -> u64 {
-    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    x ^ (x >> 31)
-}
 
 /// The seed of the token that `origin` (a writer, or a token id) put at `position`.
 pub(crate) fn token_seed(seed: u64, origin: u64, position: u32) -> u64 {

@@ -17,16 +17,23 @@
 //! | `content.rs` | keys and values from a seed; the check of what was read |
 //! | `model.rs` | what one sequence must contain |
 //! | `worker.rs`, `operations.rs`, `views.rs`, `cancel.rs` | a task of the synthetic load, what it does, and what it cuts short |
-//! | `synthetic.rs`, `replay.rs` | the two loads; `trace.rs` parses traces |
+//! | `synthetic.rs`, `replay.rs` | the two loads |
 //! | `session.rs` | the cache, its statistics, leaks |
 //! | `recorder.rs`, `histogram.rs` | counts, latencies, samples over time |
-//! | `totals.rs`, `report.rs`, `plot.rs` | the figures as JSON, text and a page with plots |
+//! | `totals.rs`, `report.rs` | the figures as JSON, text and a page with plots |
+//! | `../common/` | what examples share: traces, plots, pages |
 
 mod cancel;
 mod content;
 mod histogram;
+#[path = "../common/mix.rs"]
+mod mix;
 mod model;
 mod operations;
+#[path = "../common/page.rs"]
+mod page;
+#[path = "../common/plot.rs"]
+#[allow(dead_code, reason = "other examples plot over settings")]
 mod plot;
 mod recorder;
 mod replay;
@@ -35,6 +42,7 @@ mod session;
 mod stop;
 mod synthetic;
 mod totals;
+#[path = "../common/trace.rs"]
 mod trace;
 mod views;
 mod worker;

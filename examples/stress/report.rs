@@ -1,45 +1,12 @@
-//! `target/stress-report.html`: one file with its plots inside, light and dark, nothing loaded from anywhere.
+//! `target/stress-report.html`: figures, plots over time and totals.
 
 use std::fmt::Write;
 use std::path::Path;
 
-use anyhow::Context;
-
-use crate::plot::{Line, Plot, Scale};
+use crate::page::{self, escaped, grouped};
+use crate::plot::{Across, Line, Plot, Scale};
 use crate::recorder::Sample;
-use crate::totals::{Totals, grouped, micros};
-
-const STYLE: &str = "
-:root { color-scheme: light dark; --page: #f6f6f4; --card: #fff; --ink: #1d1d1b; --muted: #6b6a66; --grid: #e5e4e0;
-  --s0: #2a78d6; --s1: #d9601f; --good: #0a7a3d; --bad: #c22b2b; }
-@media (prefers-color-scheme: dark) { :root { --page: #161615; --card: #20201e; --ink: #efeeea; --muted: #a3a29c;
-  --grid: #383835; --s0: #4d97ee; --s1: #ee7f45; --good: #45b877; --bad: #f0706f; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 28px 20px 60px; max-width: 1240px; background: var(--page); color: var(--ink);
-  font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 22px; margin: 0 0 4px; }
-h2 { font-size: 16px; margin: 32px 0 10px; }
-p { margin: 0 0 18px; color: var(--muted); }
-.tiles, .plots { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); }
-.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); margin-top: 14px; }
-.tile, figure, .tables > * { background: var(--card); border: 1px solid var(--grid); border-radius: 8px; }
-.tile { padding: 12px 14px; } .tile b { display: block; font-size: 22px; font-weight: 600; }
-.tile span { color: var(--muted); font-size: 13px; } .good { color: var(--good); } .bad { color: var(--bad); }
-figure { margin: 0; padding: 12px 14px 6px; } figcaption { font-weight: 600; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--muted); font-size: 11px; }
-.legend { font-size: 12px; color: var(--muted); } .legend span { margin-right: 14px; }
-.legend i { display: inline-block; width: 12px; height: 3px; margin-right: 5px; vertical-align: middle; }
-.legend .s0 { background: var(--s0); } .legend .s1 { background: var(--s1); }
-.grid { stroke: var(--grid); } .rule { stroke: var(--muted); stroke-dasharray: 3 4; }
-.line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .line.s0 { stroke: var(--s0); } .line.s1 { stroke: var(--s1); }
-.area.s0 { fill: color-mix(in srgb, var(--s0) 30%, var(--card)); } .area.s1 { fill: color-mix(in srgb, var(--s1) 30%, var(--card)); }
-.hover { fill: transparent; } .hover:hover { fill: var(--muted); fill-opacity: .18; }
-.tables { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); align-items: start; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-td, th { padding: 5px 14px; text-align: right; border-bottom: 1px solid var(--grid); font-weight: normal; }
-td:first-child, th:first-child { text-align: left; color: var(--muted); } th { color: var(--muted); } tr:last-child td { border: 0; }
-pre { padding: 12px 14px; white-space: pre-wrap; overflow-wrap: anywhere; }
-";
+use crate::totals::{Totals, micros};
 
 /// Writes the report, and the folder if it is missing.
 ///
@@ -51,18 +18,11 @@ pub(crate) fn write(
     samples: &[Sample],
     measured_from_s: f64,
 ) -> anyhow::Result<()> {
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    }
-    std::fs::write(path, page(totals, samples, measured_from_s))
-        .with_context(|| format!("cannot write {}", path.display()))
+    page::write(path, "kv-cache stress", &body(totals, samples, measured_from_s))
 }
 
-fn page(totals: &Totals, samples: &[Sample], measured_from_s: f64) -> String {
-    let mut out =
-        String::from("<!doctype html><html lang=en><meta charset=utf-8><title>kv-cache stress</title>");
-    out.push_str("<meta name=viewport content=\"width=device-width, initial-scale=1\">");
-    let _ = write!(out, "<style>{STYLE}</style>\n<h1>kv-cache under load</h1>");
+fn body(totals: &Totals, samples: &[Sample], measured_from_s: f64) -> String {
+    let mut out = String::from("<h1>kv-cache under load</h1>");
     let _ = writeln!(
         out,
         "<p>{} run, {} sequences, {}, sealed as {}, seed {}</p>",
@@ -75,7 +35,6 @@ fn page(totals: &Totals, samples: &[Sample], measured_from_s: f64) -> String {
     tiles(&mut out, totals);
     let _ = writeln!(out, "<div class=plots>\n{}</div>", figures(samples, measured_from_s));
     tables(&mut out, totals);
-    out.push_str("</html>\n");
     out
 }
 
@@ -110,11 +69,10 @@ fn figures(samples: &[Sample], measured_from_s: f64) -> String {
     let count: fn(f64) -> String = |value| grouped(value.round() as u64);
     let plot = |title, lines, unit| Plot {
         title,
-        seconds: &seconds,
+        across: Across::Time { seconds: &seconds, measured_from_s: Some(measured_from_s) },
         lines,
         scale: Scale::Linear,
         stacked: false,
-        measured_from_s: Some(measured_from_s),
         unit,
     };
     let latency = vec![line("p50", |s| s.p50_us), line("p99", |s| s.p99_us)];
@@ -153,8 +111,4 @@ fn tables(out: &mut String, totals: &Totals) {
             escaped(&totals.messages.join("\n"))
         );
     }
-}
-
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;")
 }

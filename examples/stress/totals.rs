@@ -6,6 +6,7 @@ use std::fmt::{self, Write};
 use serde::Serialize;
 
 use crate::histogram::Counts;
+use crate::page::grouped;
 use crate::recorder::{Gauges, Recorder};
 use crate::replay::ReplayTotals;
 use crate::session::{Leaks, Setup};
@@ -214,19 +215,6 @@ impl fmt::Display for Totals {
     }
 }
 
-/// `1234567` as `1,234,567`.
-pub(crate) fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut out = String::with_capacity(digits.len() * 4 / 3);
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
-}
-
 /// Microseconds in the unit that reads best.
 pub(crate) fn micros(us: f64) -> String {
     let mut out = String::new();
@@ -248,7 +236,6 @@ mod tests {
 
     #[test]
     fn numbers_read_well() {
-        assert_eq!([0, 999, 1000, 1234567].map(grouped), ["0", "999", "1,000", "1,234,567"]);
         assert_eq!([3.0, 4500.0, 2.5e6].map(micros), ["3.0 µs", "4.50 ms", "2.50 s"]);
     }
 }

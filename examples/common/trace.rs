@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use serde::Deserialize;
 
-use crate::content::mix;
+use crate::mix::mix;
 
 /// Input tokens that one hash id stands for.
 pub(crate) const HASH_TOKENS: u32 = 512;
@@ -45,12 +45,11 @@ impl Request {
     }
 
     fn token_id(&self, index: usize, position: u32) -> u32 {
-        let (source, offset) = match position.checked_sub(self.input_tokens) {
-            None => (self.hash_ids[(position / HASH_TOKENS) as usize], position % HASH_TOKENS),
+        match position.checked_sub(self.input_tokens) {
+            None => token_id(self.hash_ids[(position / HASH_TOKENS) as usize], position % HASH_TOKENS),
             // Generated tokens are this request's own: the top bit keeps them apart from every hash id.
-            Some(generated) => (1 << 63 | index as u64, generated),
-        };
-        (mix(source.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ u64::from(offset)) % VOCABULARY) as u32
+            Some(generated) => token_id(1 << 63 | index as u64, generated),
+        }
     }
 
     fn check(&self, previous_ms: u64) -> Result<(), Problem> {
@@ -69,6 +68,11 @@ impl Request {
             Ok(())
         }
     }
+}
+
+/// The made-up token id at `offset` of the block that `hash_id` names.
+pub(crate) fn token_id(hash_id: u64, offset: u32) -> u32 {
+    (mix(hash_id.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ u64::from(offset)) % VOCABULARY) as u32
 }
 
 /// A line that is not a request.
