@@ -244,10 +244,8 @@ fn rows_of(step: &mut Step) -> &mut [AppendRow] {
 
 impl Lane for CudaLane {
     fn launch(&mut self, mut launch: Launch) {
-        if let Some(carrier) = &mut self.carrier
-            && let Err(error) = carrier.take(&self.slab, &mut launch)
-        {
-            self.fail(error);
+        if let Some(carrier) = &mut self.carrier {
+            carrier.take(&self.slab, &mut launch);
         }
         split_large(&self.layout, &mut launch, self.ring.unit_bytes_max());
         self.launches.push_back(launch);

@@ -34,6 +34,7 @@
 //!     or while none is outstanding.
 
 mod abi;
+mod copies;
 mod driver;
 mod fence;
 pub(crate) mod interop;
@@ -64,6 +65,7 @@ use self::kernels::Kernels;
 use self::lane::CudaLane;
 pub(crate) use self::lender::Lender;
 use self::table::Tables;
+use self::transfer::Traffic;
 
 /// Lanes of a device with a ring of page-locked memory each.
 pub(crate) const RINGS: u64 = 3;
@@ -74,6 +76,8 @@ pub(crate) struct Slab {
     memory: DeviceMemory,
     /// The host tier, whose offsets begin where the slab ends.
     host: PinnedMemory,
+    /// What its lanes carry between the two.
+    traffic: Arc<Traffic>,
     tables: Tables,
 }
 
@@ -81,7 +85,7 @@ impl Slab {
     /// Allocates `bytes` zero bytes on `gpu`, and `host_bytes` of page-locked memory as its host tier.
     pub(crate) fn allocate(gpu: &Arc<Gpu>, bytes: usize, host_bytes: usize) -> Result<Slab, DriverError> {
         let (memory, host) = (DeviceMemory::zeroed(gpu, bytes)?, PinnedMemory::zeroed(gpu, host_bytes)?);
-        Ok(Slab { memory, host, tables: Tables::default() })
+        Ok(Slab { memory, host, traffic: Arc::default(), tables: Tables::default() })
     }
 
     fn has_host_tier(&self) -> bool {

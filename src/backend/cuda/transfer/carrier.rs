@@ -41,15 +41,13 @@ impl Carrier {
             true => calibrate::known(gpu, kernels, direction, config)?,
             false => Calibration::TYPICAL,
         };
-        let engine = Engine::open(gpu, kernels.clone(), direction, Region::tiers(slab), config, calibration)?;
+        let course = (direction, slab.traffic.clone());
+        let engine = Engine::open(gpu, kernels.clone(), course, Region::tiers(slab), config, calibration)?;
         Ok(Some(Carrier { engine, direction, submitted: 0, done: 0 }))
     }
 
     /// Takes the transfers out of a launch, and begins them.
-    ///
-    /// # Errors
-    /// A slot outside of both tiers: a defect of ours.
-    pub(in super::super) fn take(&mut self, slab: &Slab, launch: &mut Launch) -> Result<(), DriverError> {
+    pub(in super::super) fn take(&mut self, slab: &Slab, launch: &mut Launch) {
         let mut moves = Vec::new();
         launch.steps.retain(|step| {
             let Step::Transfer { from_offset, to_offset, bytes } = *step else { return true };
@@ -62,16 +60,13 @@ impl Carrier {
             false
         });
         if moves.is_empty() {
-            return Ok(());
+            return;
         }
         // The engine's start with the first bytes is soonest if they come in host order.
         moves.sort_unstable_by_key(|one| one.host);
         self.submitted += 1;
-        self.engine.submit(Transfer { moves, after: None, method: None }).map_err(|error| DriverError::Call {
-            call: "moving blocks",
-            name: "out of bounds".into(),
-            text: error.to_string(),
-        })
+        let bytes = moves.iter().map(|one| one.bytes).sum();
+        self.engine.submit(Transfer { moves, bytes, after: None, method: None });
     }
 
     /// Transfers that were taken.

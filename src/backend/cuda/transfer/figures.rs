@@ -2,7 +2,7 @@
 
 mod rig;
 
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use std::time::Instant;
 
 use cudarc::driver::result;
@@ -16,7 +16,7 @@ use self::rig::{
 use super::super::driver::{DeviceMemory, DriverError, Event, Gpu, PinnedMemory, check};
 use super::super::kernels::Kernels;
 use super::calibrate;
-use super::engine::{Engine, Region};
+use super::engine::{Engine, Region, Traffic};
 use super::paths::Config;
 use super::plan::{Calibration, Direction, Method, Move};
 use crate::error::BuildError;
@@ -104,10 +104,11 @@ impl<'a> Bench<'a> {
                 of,
             });
         }
+        let traffic = Arc::new(Traffic::default());
         let engine = |direction: Direction| {
             let regions = (Region::device(device.clone(), MEMORY), Region::host(host.clone()));
-            let calibration = calibrations[direction as usize];
-            Engine::open(&gpu, kernels.clone(), direction, regions, Config::default(), calibration)
+            let (course, calibration) = ((direction, traffic.clone()), calibrations[direction as usize]);
+            Engine::open(&gpu, kernels.clone(), course, regions, Config::default(), calibration)
         };
         Ok(Bench {
             engines: [engine(Direction::ToDevice)?, engine(Direction::ToHost)?],
@@ -285,11 +286,9 @@ impl<'a> Bench<'a> {
         let staged = [
             usual,
             Config { buffer_bytes: 2 << 20, ..usual },
-            Config { buffer_bytes: 4 << 20, ..usual },
-            Config { buffer_bytes: 16 << 20, ..usual },
-            Config { buffers: 2, ..usual },
+            Config { buffer_bytes: 8 << 20, ..usual },
+            Config { buffers: 4, ..usual },
             Config { staged_grid: 8, ..usual },
-            Config { staged_grid: 16, ..usual },
             Config { staged_grid: 132, ..usual },
         ];
         let copies = [(Method::Copies, usual)];
@@ -298,9 +297,9 @@ impl<'a> Bench<'a> {
             DIRECTIONS.into_iter().flat_map(|direction| cases.clone().map(move |case| (direction, case)))
         {
             let regions = (Region::device(self.device.clone(), MEMORY), Region::host(self.host.clone()));
-            let calibration = self.calibrations[direction as usize];
+            let (course, calibration) = ((direction, Arc::default()), self.calibrations[direction as usize]);
             let mut engine =
-                Engine::open(&self.gpu, self.kernels.clone(), direction, regions, config, calibration)?;
+                Engine::open(&self.gpu, self.kernels.clone(), course, regions, config, calibration)?;
             for block in [4 << 10, 256 << 10] {
                 if method == Method::Copies && block < 256 << 10 {
                     continue;
@@ -311,7 +310,7 @@ impl<'a> Bench<'a> {
                 let rate = (256 << 20) as f64 / us / 1e3;
                 let set_up = match method {
                     Method::Direct => format!("grid {}", config.direct_grid),
-                    Method::Copies => "one by one".to_owned(),
+                    Method::Copies => "in calls of many".to_owned(),
                     Method::Staged => format!(
                         "{} × {}, grid {}",
                         config.buffers,
@@ -334,30 +333,63 @@ impl<'a> Bench<'a> {
             .into_iter()
             .flat_map(|spread| [4 << 10, 64 << 10, 1 << 20].map(|block| (spread, block)))
         {
-            let mut times = Vec::new();
-            let mut ways = [String::new(), String::new()];
-            for _ in 0..4 {
-                let lists = [0, MEMORY / 2].map(|base| self.moves(spread, block, GIB / block, base));
-                let started = Instant::now();
-                for (engine, moves) in self.engines.iter_mut().zip(lists) {
-                    submit(engine, moves, None, None)?;
-                }
-                let mut done = [Vec::new(), Vec::new()];
-                while !self.engines.iter().all(Engine::is_idle) {
-                    for (engine, done) in self.engines.iter_mut().zip(&mut done) {
-                        engine.poll(done)?;
-                    }
-                    give_up_after(started)?;
-                }
-                times.push(elapsed_us(started));
-                ways = done.map(|done| ways_of(&done));
-            }
-            let rate = 2.0 * GIB as f64 / median(times.split_off(1)) / 1e3;
-            let of = format!("of plain copies both ways; h2d {}, d2h {}", ways[0], ways[1]);
+            let (rate, of) = self.both_ways_rate(None, spread, block)?;
             let what = format!("{}, {}", spread.name(), size_name(block));
             self.figure(GROUP, what, rate, Some(rate / self.peaks[2]), of);
         }
+        for crowded_grid in [8, 32] {
+            let (traffic, config) =
+                (Arc::new(Traffic::default()), Config { crowded_grid, ..Config::default() });
+            let open = |direction: Direction| {
+                let (course, calibration) =
+                    ((direction, traffic.clone()), self.calibrations[direction as usize]);
+                let regions = (Region::device(self.device.clone(), MEMORY), Region::host(self.host.clone()));
+                Engine::open(&self.gpu, self.kernels.clone(), course, regions, config, calibration)
+            };
+            let mut engines = [open(Direction::ToDevice)?, open(Direction::ToHost)?];
+            let (rate, of) = self.both_ways_rate(Some(&mut engines), Spread::Scattered, 4 << 10)?;
+            let what = format!("both scattered, 4 KiB: grid {crowded_grid}");
+            self.figure(GROUP, what, rate, Some(rate / self.peaks[2]), of);
+        }
         Ok(())
+    }
+
+    /// By the bench's engines unless others are given.
+    fn both_ways_rate(
+        &mut self,
+        others: Option<&mut [Engine; 2]>,
+        spread: Spread,
+        block: usize,
+    ) -> Result<(f64, String), DriverError> {
+        let (mut times, mut host_us, mut ways) = (Vec::new(), 0.0, [String::new(), String::new()]);
+        let lists = [0, MEMORY / 2].map(|base| self.moves(spread, block, GIB / block, base));
+        let engines = others.unwrap_or(&mut self.engines);
+        for _ in 0..4 {
+            let lists = lists.clone();
+            let (started, mut done) = (Instant::now(), [Vec::new(), Vec::new()]);
+            for (engine, moves) in engines.iter_mut().zip(lists) {
+                submit(engine, moves, None, None);
+            }
+            host_us = elapsed_us(started);
+            while !engines.iter().all(Engine::is_idle) {
+                let polled = Instant::now();
+                for (engine, done) in engines.iter_mut().zip(&mut done) {
+                    engine.poll(done)?;
+                }
+                // Shorter ones have enqueued nothing.
+                host_us += Some(elapsed_us(polled)).filter(|us| *us > 5.0).unwrap_or(0.0);
+                give_up_after(started)?;
+            }
+            times.push(elapsed_us(started));
+            ways = done.map(|done| ways_of(&done));
+        }
+        let us = median(times.split_off(1));
+        let [h2d, d2h] = ways;
+        let of = format!(
+            "of plain copies both ways; h2d {h2d}, d2h {d2h}; the host was busy {:.0} %",
+            100.0 * host_us / us
+        );
+        Ok((2.0 * GIB as f64 / us / 1e3, of))
     }
 
     /// Transfers beside seal kernels that take about as long.
@@ -401,45 +433,37 @@ impl<'a> Bench<'a> {
         Ok(())
     }
 
-    /// When `launches` seal kernels, and a transfer beside them, are done.
+    /// When `launches` seal kernels, and a transfer beside them, are done. Compute has a thread of its own, as in a server.
     fn compute_us(
         &mut self,
         sealing: &Sealing,
         launches: u32,
         beside: Option<(Direction, Vec<Move>)>,
     ) -> Result<(f64, f64), DriverError> {
-        let lane = &mut self.lanes[0];
-        let mut done = Vec::new();
-        let started = Instant::now();
-        let mut engine = None;
-        if let Some((direction, moves)) = beside {
-            let found = &mut self.engines[direction as usize];
-            submit(found, moves, None, None)?;
-            engine = Some(found);
-        }
-        for _ in 0..launches {
-            sealing.launch(&lane.stream, &self.kernels)?;
-            if let Some(engine) = &mut engine {
-                engine.poll(&mut done)?;
-            }
-        }
-        let ticket = lane.fence.issue(&lane.stream, &self.kernels)?;
-        let (mut compute_us, mut transfer_us) = (0.0, 0.0);
-        while compute_us == 0.0 || (engine.is_some() && transfer_us == 0.0) {
-            if compute_us == 0.0 && lane.fence.reached() >= ticket {
-                compute_us = elapsed_us(started);
-            }
-            if let Some(engine) = &mut engine
-                && transfer_us == 0.0
-            {
-                engine.poll(&mut done)?;
-                if engine.is_idle() {
-                    transfer_us = elapsed_us(started);
+        let Bench { lanes: [lane, _], engines, kernels, gpu, .. } = self;
+        let (ready, mut transfer_us) = (Barrier::new(2), 0.0);
+        std::thread::scope(|scope| {
+            let compute = scope.spawn(|| {
+                gpu.make_current()?;
+                ready.wait();
+                let started = Instant::now();
+                for _ in 0..launches {
+                    sealing.launch(&lane.stream, kernels)?;
                 }
+                let ticket = lane.fence.issue(&lane.stream, kernels)?;
+                lane.spin(ticket).map(|()| elapsed_us(started))
+            });
+            ready.wait();
+            if let Some((direction, moves)) = beside {
+                let (engine, started) = (&mut engines[direction as usize], Instant::now());
+                submit(engine, moves, None, None);
+                engine.finish(&mut Vec::new())?;
+                transfer_us = elapsed_us(started);
             }
-            give_up_after(started)?;
-        }
-        Ok((compute_us, transfer_us))
+            let compute_us =
+                compute.join().map_err(|_| failed("no compute", "its thread panicked".into()))?;
+            Ok((compute_us?, transfer_us))
+        })
     }
 
     /// Runs a transfer over memory that holds something else, and compares what arrived. Returns the blocks compared.
@@ -473,7 +497,7 @@ impl<'a> Bench<'a> {
         }
         event.record(self.lanes[0].stream.raw())?;
         let engine = &mut self.engines[direction as usize];
-        submit(engine, moves.to_vec(), Some(event), method)?;
+        submit(engine, moves.to_vec(), Some(event), method);
         engine.finish(&mut Vec::new())?;
         let (mut found, mut compared) = (Vec::new(), 0);
         for item in sample() {

@@ -12,3 +12,4 @@ mod paths;
 mod plan;
 
 pub(super) use self::carrier::Carrier;
+pub(super) use self::engine::Traffic;

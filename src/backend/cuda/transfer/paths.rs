@@ -14,10 +14,12 @@
 use std::sync::Arc;
 
 use super::super::abi;
+use super::super::copies::Copies;
 use super::super::driver::{DeviceMemory, DriverError, Event, Gpu, Stream};
 use super::super::fence::Fence;
 use super::super::kernels::{Descriptors, Kernels};
-use super::plan::{Chunk, Direction, Method, Move, Planner, joint_run};
+use super::engine::PIECE_BYTES;
+use super::plan::{Chunk, Direction, Method, Planner, joint_run};
 
 /// Streams by number. The join stream has no work of its own: it waits for the others, and counts the fence up.
 const COPIES: usize = 0;
@@ -28,20 +30,23 @@ const STREAMS: usize = 3;
 /// What an engine takes from the GPU.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Config {
-    /// Bytes of a staging buffer: the largest chunk. A copy of 8 MiB takes 150 µs, some 15 times what enqueueing a chunk does.
+    /// Bytes of a staging buffer: the largest chunk. A copy of 16 MiB takes 300 µs; the pause before the next one is 2 to 3.
     pub(super) buffer_bytes: usize,
-    /// Staging buffers: one that fills, one that drains, and two between.
+    /// Staging buffers: one that fills, and one that drains.
     pub(super) buffers: usize,
     /// Thread blocks of 256 of a kernel between staging memory and slots.
     pub(super) staged_grid: u32,
     /// Thread blocks of 256 of a kernel that reaches over PCIe; each has 32 KiB in flight, and PCIe needs some 150: 8 measured
-    /// no slower than 132.
+    /// no slower than 132, and hold up compute the least.
     pub(super) direct_grid: u32,
+    /// The same while bytes flow both ways, when answers take longer: with 8, 16, 32, 64 and 132 one kernel for all came to 59, 64,
+    /// 72, 79 and 81 GB/s both ways, units of 4 KiB blocks to 59, 59, 60 and 66 with 8, 32, 64 and 132.
+    pub(super) crowded_grid: u32,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Config { buffer_bytes: 8 << 20, buffers: 4, staged_grid: 32, direct_grid: 8 }
+        Config { buffer_bytes: 16 << 20, buffers: 2, staged_grid: 32, direct_grid: 8, crowded_grid: 132 }
     }
 }
 
@@ -61,26 +66,56 @@ struct Buffer {
     drained: Event,
 }
 
+/// How large chunks may be: the copies of a transfer follow each other without a pause, but nothing hides the kernel before the
+/// first one, or behind the last one.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Chunks {
+    /// Bytes of the transfer before the next chunk, and from it on.
+    pub(super) before: usize,
+    pub(super) left: usize,
+}
+
+impl Chunks {
+    /// A kernel moves some ten times as many bytes as a copy in the same time, so it is done before a third of them has been copied.
+    fn limit(&self, direction: Direction) -> usize {
+        let bytes = match direction {
+            Direction::ToHost => self.before * 3,
+            Direction::ToDevice => self.left / 4 * 3,
+        };
+        bytes.max(PIECE_BYTES)
+    }
+
+    fn pass(&mut self, bytes: usize) {
+        self.before += bytes;
+        self.left = self.left.saturating_sub(bytes);
+    }
+}
+
 /// Descriptors of a unit, written one after the other into its part of the ring.
 pub(super) struct Script<'a> {
     left: &'a mut [abi::Move],
     address: u64,
+    /// Of the descriptors since the last that were ended: how many, and the most bytes of any.
+    count: usize,
+    most: usize,
 }
 
 impl<'a> Script<'a> {
     /// Over places that the device sees at `address`.
     pub(super) fn new(left: &'a mut [abi::Move], address: u64) -> Self {
-        Script { left, address }
+        Script { left, address, count: 0, most: 0 }
     }
 
-    /// Writes the next descriptors, and returns where they are and the most bytes of any.
-    fn write(&mut self, moves: impl Iterator<Item = abi::Move>) -> (Descriptors, usize) {
-        let (mut count, mut most) = (0, 0);
-        for (place, item) in self.left.iter_mut().zip(moves) {
-            *place = item;
-            most = most.max(item.bytes as usize);
-            count += 1;
-        }
+    /// Writes the next descriptor. There is room for one of each piece of the unit.
+    fn put(&mut self, item: abi::Move) {
+        self.left[self.count] = item;
+        self.count += 1;
+        self.most = self.most.max(item.bytes as usize);
+    }
+
+    /// Ends the descriptors of a kernel: where they are, and the most bytes of any.
+    fn end(&mut self) -> (Descriptors, usize) {
+        let (count, most) = (std::mem::take(&mut self.count), std::mem::take(&mut self.most));
         let descriptors = Descriptors { address: self.address, count };
         self.left = &mut std::mem::take(&mut self.left)[count..];
         self.address += (count * size_of::<abi::Move>()) as u64;
@@ -104,6 +139,7 @@ pub(super) struct Paths {
     fenced_on: usize,
     next_buffer: usize,
     chunk: Chunk,
+    copies: Copies,
 }
 
 impl Paths {
@@ -115,7 +151,7 @@ impl Paths {
     ) -> Result<Paths, DriverError> {
         let config = Config {
             buffers: config.buffers.max(1),
-            buffer_bytes: config.buffer_bytes.max(super::engine::PIECE_BYTES).next_multiple_of(128),
+            buffer_bytes: config.buffer_bytes.max(PIECE_BYTES).next_multiple_of(128),
             ..config
         };
         let (plain, urgent, event) = (|| Stream::new(gpu), || Stream::urgent(gpu), || Event::new(gpu));
@@ -132,6 +168,7 @@ impl Paths {
             fenced_on: JOIN,
             next_buffer: 0,
             chunk: Chunk::default(),
+            copies: Copies::default(),
         })
     }
 
@@ -150,60 +187,67 @@ impl Paths {
         self.streams[..JOIN].iter().try_for_each(|stream| unsafe { stream.wait(event.raw()) })
     }
 
-    /// Enqueues a unit that is planned.
+    /// Enqueues a unit that is planned. `crowded`: bytes flow against it. `alone`: nothing else is in flight.
     pub(super) fn enqueue(
         &mut self,
         planner: &Planner,
         mut script: Script<'_>,
-        chunk_bytes: usize,
+        chunks: Chunks,
+        crowded: bool,
+        alone: bool,
     ) -> Result<(), DriverError> {
+        if alone {
+            self.copies.hurry();
+        }
         // Copies last: they take the host longest, and the device has something to do meanwhile.
-        self.direct(planner, &mut script)?;
+        self.direct(planner, &mut script, crowded)?;
         let mut chunk = std::mem::take(&mut self.chunk);
-        let staged = self.stage(planner, &mut chunk, &mut script, chunk_bytes.min(self.config.buffer_bytes));
+        let staged = self.stage(planner, &mut chunk, &mut script, chunks);
         chunk.clear();
         self.chunk = chunk;
         staged?;
-        planner
-            .runs()
-            .iter()
-            .filter(|run| run.method == Method::Copies)
-            .try_for_each(|run| self.copy(&planner.pieces()[run.pieces.clone()]))
+        self.copy(planner)
     }
 
     /// One launch for all that goes directly.
-    fn direct(&mut self, planner: &Planner, script: &mut Script<'_>) -> Result<(), DriverError> {
-        let direction = self.direction;
-        let runs = planner.runs().iter().filter(|run| run.method == Method::Direct);
-        let pieces = runs.flat_map(|run| &planner.pieces()[run.pieces.clone()]);
-        let (descriptors, most) = script.write(pieces.map(|piece| {
+    fn direct(
+        &mut self,
+        planner: &Planner,
+        script: &mut Script<'_>,
+        crowded: bool,
+    ) -> Result<(), DriverError> {
+        let (direction, config) = (self.direction, self.config);
+        let grid = if crowded { config.crowded_grid } else { config.direct_grid };
+        for piece in planner.pieces_by(Method::Direct).flatten() {
             let (from, to) = direction.route(piece.device, piece.host);
-            abi::Move { from, to, bytes: piece.bytes as u64 }
-        }));
+            script.put(abi::Move { from, to, bytes: piece.bytes as u64 });
+        }
+        let (descriptors, most) = script.end();
         if descriptors.count == 0 {
             return Ok(());
         }
         self.ends_on |= 1 << KERNELS;
         // SAFETY: checked against both regions (3), which the caller lends to the transfer (4); the descriptors are the
         // unit's part of the ring (5).
-        unsafe {
-            self.kernels.carry_blocks(&self.streams[KERNELS], descriptors, most, self.config.direct_grid)
-        }
+        unsafe { self.kernels.carry_blocks(&self.streams[KERNELS], descriptors, most, grid) }
     }
 
     /// A copy for each joint run.
-    fn copy(&mut self, pieces: &[Move]) -> Result<(), DriverError> {
-        let mut at = 0;
-        while at < pieces.len() {
-            let run = joint_run(pieces, at);
-            let (first, bytes) = (pieces[at], pieces[run.clone()].iter().map(|piece| piece.bytes).sum());
-            at = run.end;
+    fn copy(&mut self, planner: &Planner) -> Result<(), DriverError> {
+        for pieces in planner.pieces_by(Method::Copies) {
             self.ends_on |= 1 << COPIES;
-            let (from, to) = self.direction.route(first.device, first.host);
-            // SAFETY: checked against both regions (3), which the caller lends to the transfer (4).
-            unsafe { self.streams[COPIES].copy(to, from, bytes) }?;
+            let mut at = 0;
+            while at < pieces.len() {
+                let run = joint_run(pieces, at);
+                let (first, bytes) = (pieces[at], pieces[run.clone()].iter().map(|piece| piece.bytes).sum());
+                at = run.end;
+                let (from, to) = self.direction.route(first.device, first.host);
+                // SAFETY: checked against both regions (3), which the caller lends to the transfer, without overlaps (4).
+                unsafe { self.copies.push(to, from, bytes, &self.streams[COPIES]) }?;
+            }
         }
-        Ok(())
+        // SAFETY: as above.
+        unsafe { self.copies.send(&self.streams[COPIES]) }
     }
 
     /// Packs what is staged into chunks.
@@ -212,28 +256,40 @@ impl Paths {
         planner: &Planner,
         chunk: &mut Chunk,
         script: &mut Script<'_>,
-        chunk_bytes: usize,
+        mut chunks: Chunks,
     ) -> Result<(), DriverError> {
-        for run in planner.runs().iter().filter(|run| run.method == Method::Staged) {
-            for piece in &planner.pieces()[run.pieces.clone()] {
-                if !chunk.push(piece, chunk_bytes) {
-                    self.pass(chunk, script)?;
-                    chunk.clear();
-                    // An empty chunk takes any piece: none is larger than a buffer.
-                    chunk.push(piece, chunk_bytes);
-                }
+        let (direction, most) = (self.direction, self.config.buffer_bytes);
+        let limit = |chunks: &Chunks| chunks.limit(direction).min(most);
+        let (mut limit_bytes, mut base) = (limit(&chunks), self.next_buffer_address());
+        for pieces in planner.pieces_by(Method::Staged) {
+            for piece in pieces {
+                let at = match chunk.push(piece, limit_bytes) {
+                    Some(at) => at,
+                    None => {
+                        self.pass(chunk, script)?;
+                        chunks.pass(chunk.bytes());
+                        (limit_bytes, base) = (limit(&chunks), self.next_buffer_address());
+                        chunk.clear();
+                        // An empty chunk takes any piece: none is larger than a buffer.
+                        chunk.push(piece, limit_bytes).unwrap_or_default()
+                    }
+                };
+                let (from, to) = direction.route(piece.device, base + at as u64);
+                script.put(abi::Move { from, to, bytes: piece.bytes as u64 });
             }
         }
         if chunk.is_empty() { Ok(()) } else { self.pass(chunk, script) }
     }
 
-    /// Sends a chunk through the next staging buffer.
+    fn next_buffer_address(&self) -> u64 {
+        self.staging.address() + (self.next_buffer * self.config.buffer_bytes) as u64
+    }
+
+    /// Sends a chunk through the next staging buffer. The script ends in its descriptors.
     fn pass(&mut self, chunk: &Chunk, script: &mut Script<'_>) -> Result<(), DriverError> {
-        let at = self.next_buffer;
-        self.next_buffer = (at + 1) % self.buffers.len();
+        let (base, buffer) = (self.next_buffer_address(), &self.buffers[self.next_buffer]);
+        self.next_buffer = (self.next_buffer + 1) % self.buffers.len();
         let copies = COPIES;
-        let (buffer, base) =
-            (&self.buffers[at], self.staging.address() + (at * self.config.buffer_bytes) as u64);
         let (first, second) = match self.direction {
             Direction::ToDevice => (copies, KERNELS),
             Direction::ToHost => (KERNELS, copies),
@@ -246,14 +302,12 @@ impl Paths {
                 for segment in &chunk.segments {
                     let (from, to) = self.direction.route(base + segment.staging_at as u64, segment.host);
                     // SAFETY: the host's side was checked (3) and is lent (4); the buffer is between its events (9).
-                    unsafe { self.streams[on].copy(to, from, segment.bytes) }?;
+                    unsafe { self.copies.push(to, from, segment.bytes, &self.streams[on]) }?;
                 }
+                // SAFETY: as above.
+                unsafe { self.copies.send(&self.streams[on]) }?;
             } else {
-                let direction = self.direction;
-                let (descriptors, most) = script.write(chunk.places.iter().map(|(device, offset, bytes)| {
-                    let (from, to) = direction.route(*device, base + *offset as u64);
-                    abi::Move { from, to, bytes: *bytes as u64 }
-                }));
+                let (descriptors, most) = script.end();
                 // SAFETY: the slots were checked (3) and are lent (4), the descriptors are the unit's part of the ring (5);
                 // the buffer is between its events (9).
                 unsafe {

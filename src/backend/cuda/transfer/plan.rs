@@ -5,9 +5,9 @@
 //!
 //! | way | costs | good for |
 //! |---|---|---|
-//! | copies | one call of the driver per joint run | few, large joint runs |
-//! | staged | one copy per host run into staging memory, and a share of a kernel | scattered slots of a host run |
-//! | direct | a share of a kernel that reaches over PCIe | what is scattered on both sides |
+//! | copies | one copy per joint run, many in a call of the driver | joint runs that are large, or few |
+//! | staged | one copy per host run into staging memory, and a share of a kernel | small scattered slots of a host run |
+//! | direct | a share of a kernel that reaches over PCIe | what is small and scattered on both sides |
 
 use std::ops::Range;
 
@@ -58,21 +58,34 @@ impl Move {
     }
 }
 
-/// What a way costs: a start, and per item a call and its bytes. Calls do not hide behind bytes: two streams with copies of
-/// 256 KiB in turn came to two thirds of what one long copy does.
+/// What a way costs: a start, and per item its bytes and what does not hide behind them, but no less than the driver or the copy
+/// engine need for any item.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Cost {
     /// Of a transfer.
     pub(super) start_us: f64,
-    /// Of a copy; of a block that a kernel moves.
+    /// Of a transfer of several copies: the device waits for a call with all its first ones.
+    pub(super) many_us: f64,
+    /// Of a copy, or of a block that a kernel moves, beside its bytes.
     pub(super) item_us: f64,
-    /// Rate of many bytes.
-    pub(super) gb_per_s: f64,
+    /// Of a copy or block, however small.
+    pub(super) least_us: f64,
+    /// Of a byte of many.
+    pub(super) byte_us: f64,
 }
 
 impl Cost {
+    /// Bytes and nothing else.
+    pub(super) const fn of_bytes(byte_us: f64) -> Cost {
+        Cost { start_us: 0.0, many_us: 0.0, item_us: 0.0, least_us: 0.0, byte_us }
+    }
+
+    fn bytes(&self, bytes: usize) -> f64 {
+        bytes as f64 * self.byte_us
+    }
+
     fn item(&self, bytes: usize) -> f64 {
-        self.item_us + bytes as f64 / self.gb_per_s / 1e3
+        (self.item_us + self.bytes(bytes)).max(self.least_us)
     }
 }
 
@@ -83,19 +96,23 @@ pub(super) struct Calibration(pub(super) [Cost; 3]);
 impl Calibration {
     /// Before anything was measured: an H100 on PCIe 5.
     pub(super) const TYPICAL: Calibration = Calibration([
-        Cost { start_us: 6.0, item_us: 2.5, gb_per_s: 54.0 },
-        Cost { start_us: 20.0, item_us: 2.5, gb_per_s: 53.0 },
-        Cost { start_us: 9.0, item_us: 0.0, gb_per_s: 50.7 },
+        Cost { start_us: 6.0, many_us: 15.0, item_us: 0.03, least_us: 0.7, byte_us: 1e-3 / 54.0 },
+        Cost { start_us: 20.0, many_us: 0.0, item_us: 0.03, least_us: 0.7, byte_us: 1e-3 / 53.0 },
+        Cost { start_us: 9.0, ..Cost::of_bytes(1e-3 / 50.7) },
     ]);
 }
+
+/// What a kernel on the bus costs others: it holds up compute and the bytes that flow against it (60 GB/s both ways where copies
+/// come to 80 and more). So copies win where both take about as long.
+const KERNEL_ON_THE_BUS: f64 = 1.05;
 
 /// Pieces that a unit of work takes at most: their numbers have this many bits to spare beside an address.
 pub(super) const UNIT_PIECES: usize = 1 << PIECE_BITS;
 const PIECE_BITS: u32 = 13;
 
-/// Pieces without a gap on the host, and their way.
+/// Pieces that take one way: those of a host run, or neighbours of one size that stand alone, each a host run of its own.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct HostRun {
+pub(super) struct Part {
     pub(super) pieces: Range<usize>,
     pub(super) method: Method,
     bytes: usize,
@@ -103,63 +120,74 @@ pub(super) struct HostRun {
 }
 
 /// Sorts pieces into host runs and chooses their ways. Keeps its memory from unit to unit.
+///
+/// Blocks of 4 KiB cross the bus in 75 ns each, so every pass over them counts.
 #[derive(Debug, Default)]
 pub(super) struct Planner {
     keys: Vec<u64>,
+    spare_keys: Vec<u64>,
     sorted: Vec<Move>,
-    runs: Vec<HostRun>,
+    parts: Vec<Part>,
+    /// Joint runs.
+    copies: usize,
 }
 
 impl Planner {
-    /// Plans a unit of at most [`UNIT_PIECES`] pieces that is `share` of its transfer, which pays for the starts.
-    pub(super) fn plan(&mut self, pieces: &[Move], share: f64, costs: &Calibration, forced: Option<Method>) {
+    /// Plans a unit of at most [`UNIT_PIECES`] pieces that is `share` of its transfer, which pays for the starts. Takes the pieces,
+    /// and leaves anything in their place.
+    pub(super) fn plan(
+        &mut self,
+        pieces: &mut Vec<Move>,
+        share: f64,
+        costs: &Calibration,
+        forced: Option<Method>,
+    ) {
         self.sort(pieces);
-        self.find_runs(costs);
+        self.find_parts(costs);
         match forced {
-            Some(method) => self.runs.iter_mut().for_each(|run| run.method = method),
+            Some(method) => self.parts.iter_mut().for_each(|part| part.method = method),
             None => self.choose(share, costs),
         }
     }
 
-    /// The pieces by host address.
-    pub(super) fn pieces(&self) -> &[Move] {
-        &self.sorted
+    /// The pieces that take one way, in host order.
+    pub(super) fn pieces_by(&self, method: Method) -> impl Iterator<Item = &[Move]> {
+        let parts = self.parts.iter().filter(move |part| part.method == method);
+        parts.map(|part| &self.sorted[part.pieces.clone()])
     }
 
-    /// The pieces and ways of the host runs.
-    pub(super) fn runs(&self) -> &[HostRun] {
-        &self.runs
-    }
-
-    fn sort(&mut self, pieces: &[Move]) {
-        self.sorted.clear();
+    fn sort(&mut self, pieces: &mut Vec<Move>) {
         if pieces.is_sorted_by_key(|piece| piece.host) {
-            self.sorted.extend_from_slice(pieces);
+            std::mem::swap(&mut self.sorted, pieces);
             return;
         }
-        // Whole numbers sort several times faster than structs, and this is done while the first bytes wait.
+        self.sorted.clear();
+        // This is done while the first bytes wait: numbers sort several times faster than structs.
         let least = pieces.iter().map(|piece| piece.host).min().unwrap_or_default();
         self.keys.clear();
         let keys =
             pieces.iter().enumerate().map(|(at, piece)| (piece.host - least) << PIECE_BITS | at as u64);
         self.keys.extend(keys);
-        self.keys.sort_unstable();
+        sort_keys(&mut self.keys, &mut self.spare_keys);
         let index = |key: &u64| (key & (UNIT_PIECES as u64 - 1)) as usize;
         self.sorted.extend(self.keys.iter().map(|key| pieces[index(key)]));
     }
 
-    fn find_runs(&mut self, Calibration([copies, staged, direct]): &Calibration) {
-        self.runs.clear();
+    fn find_parts(&mut self, Calibration([copies, staged, direct]): &Calibration) {
+        self.parts.clear();
+        self.copies = 0;
         let pieces = &self.sorted;
         let mut at = 0;
         while at < pieces.len() {
             let (first, mut bytes, mut copies_us, mut direct_us) = (at, 0, 0.0, 0.0);
             loop {
+                self.copies += 1;
                 let joint = joint_run(pieces, at);
                 let joint_bytes: usize = pieces[joint.clone()].iter().map(|piece| piece.bytes).sum();
                 copies_us += copies.item(joint_bytes);
                 // Blocks share the kernel's warps, so their parts add up.
-                direct_us += joint.len() as f64 * direct.item_us + joint_bytes as f64 / direct.gb_per_s / 1e3;
+                direct_us +=
+                    (joint.len() as f64 * direct.item_us + direct.bytes(joint_bytes)) * KERNEL_ON_THE_BUS;
                 bytes += joint_bytes;
                 at = joint.end;
                 if at == pieces.len() || !pieces[at - 1].meets_on_host(&pieces[at]) {
@@ -167,37 +195,84 @@ impl Planner {
                 }
             }
             let costs_us = [copies_us, staged.item(bytes), direct_us];
-            self.runs.push(HostRun { pieces: first..at, method: Method::Copies, bytes, costs_us });
+            let mut count = 1;
+            if at - first == 1 {
+                // More that stand alone need no second look, nor parts of their own.
+                count += (at..pieces.len()).take_while(|at| stands_alone(pieces, *at, bytes)).count();
+                at = first + count;
+                self.copies += count - 1;
+            }
+            let (bytes, costs_us) = (bytes * count, costs_us.map(|us| us * count as f64));
+            self.parts.push(Part { pieces: first..at, method: Method::Copies, bytes, costs_us });
         }
     }
 
     /// One way for all, or to each its cheapest where that pays for several starts.
     fn choose(&mut self, share: f64, costs: &Calibration) {
-        let start = |method: Method| costs.0[method as usize].start_us * share;
+        let several = self.copies > 1;
+        let start = |method: Method| {
+            let cost = &costs.0[method as usize];
+            (cost.start_us + if several { cost.many_us } else { 0.0 }) * share
+        };
         let mut uniform = Method::ALL.map(start);
         let (mut mixed, mut used) = (0.0, [false; 3]);
-        for run in &mut self.runs {
-            let cost = |method: &Method| run.costs_us[*method as usize];
+        for part in &mut self.parts {
+            let cost = |method: &Method| part.costs_us[*method as usize];
             let cheapest = Method::ALL.into_iter().min_by(|a, b| cost(a).total_cmp(&cost(b)));
             let cheapest = cheapest.unwrap_or(Method::Direct);
             mixed += cost(&cheapest);
             used[cheapest as usize] = true;
             Method::ALL.iter().for_each(|method| uniform[*method as usize] += cost(method));
-            run.method = cheapest;
+            part.method = cheapest;
         }
         mixed += Method::ALL.into_iter().filter(|method| used[*method as usize]).map(start).sum::<f64>();
         let of = |method: &Method| uniform[*method as usize];
         let best = Method::ALL.into_iter().min_by(|a, b| of(a).total_cmp(&of(b)));
         if let Some(best) = best.filter(|best| of(best) <= mixed) {
-            self.runs.iter_mut().for_each(|run| run.method = best);
+            self.parts.iter_mut().for_each(|part| part.method = best);
         }
     }
 
     /// Bytes that take each way.
     pub(super) fn bytes_by_method(&self) -> [u64; 3] {
         let mut bytes = [0; 3];
-        self.runs.iter().for_each(|run| bytes[run.method as usize] += run.bytes as u64);
+        self.parts.iter().for_each(|part| bytes[part.method as usize] += part.bytes as u64);
         bytes
+    }
+}
+
+/// Whether the piece at `at`, which does not meet the one before, has `bytes` bytes and does not meet the next.
+fn stands_alone(pieces: &[Move], at: usize, bytes: usize) -> bool {
+    pieces[at].bytes == bytes && pieces.get(at + 1).is_none_or(|next| !pieces[at].meets_on_host(next))
+}
+
+/// Sorts keys whose lowest [`PIECE_BITS`] do not matter, digit by digit: places of blocks have few digits that differ.
+fn sort_keys(keys: &mut Vec<u64>, spare: &mut Vec<u64>) {
+    const DIGIT: u32 = 11;
+    let places = keys.iter().fold(0, |bits, key| bits | key >> PIECE_BITS);
+    let mut shift = PIECE_BITS + if places == 0 { 0 } else { places.trailing_zeros() };
+    let end = u64::BITS - places.leading_zeros() + PIECE_BITS;
+    if end.saturating_sub(shift) > 4 * DIGIT || keys.len() < 1 << (DIGIT - 3) {
+        keys.sort_unstable();
+        return;
+    }
+    spare.clear();
+    spare.resize(keys.len(), 0);
+    while shift < end {
+        let digit = |key: &u64| (key >> shift) as usize & ((1 << DIGIT) - 1);
+        let mut next = [0u32; 1 << DIGIT];
+        keys.iter().for_each(|key| next[digit(key)] += 1);
+        let mut sum = 0;
+        for count in &mut next {
+            sum += std::mem::replace(count, sum);
+        }
+        for key in keys.iter() {
+            let place = &mut next[digit(key)];
+            spare[*place as usize] = *key;
+            *place += 1;
+        }
+        std::mem::swap(keys, spare);
+        shift += DIGIT;
     }
 }
 
@@ -222,35 +297,35 @@ pub(super) struct Segment {
 #[derive(Debug, Default)]
 pub(super) struct Chunk {
     pub(super) segments: Vec<Segment>,
-    /// Place on the device, offset in staging memory, bytes.
-    pub(super) places: Vec<(u64, usize, usize)>,
     bytes: usize,
 }
 
 impl Chunk {
-    /// Adds a piece, unless it goes beyond `limit_bytes` of a chunk that is not empty.
-    pub(super) fn push(&mut self, piece: &Move, limit_bytes: usize) -> bool {
+    /// Adds a piece, unless it goes beyond `limit_bytes` of a chunk that is not empty. Returns its offset in staging memory.
+    pub(super) fn push(&mut self, piece: &Move, limit_bytes: usize) -> Option<usize> {
         let joins = self.segments.last().is_some_and(|last| last.host + last.bytes as u64 == piece.host);
         let at = if joins { self.bytes } else { self.bytes.next_multiple_of(SEGMENT_ALIGN) };
         if at + piece.bytes > limit_bytes && !self.is_empty() {
-            return false;
+            return None;
         }
         match self.segments.last_mut().filter(|_| joins) {
             Some(last) => last.bytes += piece.bytes,
             None => self.segments.push(Segment { host: piece.host, staging_at: at, bytes: piece.bytes }),
         }
-        self.places.push((piece.device, at, piece.bytes));
         self.bytes = at + piece.bytes;
-        true
+        Some(at)
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.places.is_empty()
+        self.bytes == 0
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     pub(super) fn clear(&mut self) {
         self.segments.clear();
-        self.places.clear();
         self.bytes = 0;
     }
 }
@@ -280,8 +355,8 @@ mod tests {
 
     fn methods(pieces: &[Move]) -> Vec<Method> {
         let mut planner = Planner::default();
-        planner.plan(pieces, 1.0, &Calibration::TYPICAL, None);
-        let mut methods: Vec<Method> = planner.runs().iter().map(|run| run.method).collect();
+        planner.plan(&mut pieces.to_vec(), 1.0, &Calibration::TYPICAL, None);
+        let mut methods: Vec<Method> = planner.parts.iter().map(|part| part.method).collect();
         methods.dedup();
         methods
     }
@@ -291,10 +366,10 @@ mod tests {
         let order = shuffled(1000);
         let pieces = moves(4 * KIB, |i| order[i as usize], |i| order[i as usize], 1000);
         let mut planner = Planner::default();
-        planner.plan(&pieces, 1.0, &Calibration::TYPICAL, None);
-        assert_eq!(planner.runs().len(), 1);
-        assert_eq!(planner.runs()[0].method, Method::Copies);
-        assert_eq!(joint_run(planner.pieces(), 0), 0..1000);
+        planner.plan(&mut pieces.clone(), 1.0, &Calibration::TYPICAL, None);
+        assert_eq!(planner.parts.len(), 1);
+        assert_eq!(planner.parts[0].method, Method::Copies);
+        assert_eq!(joint_run(&planner.sorted, 0), 0..1000);
         assert_eq!(planner.bytes_by_method(), [4000 * KIB as u64, 0, 0]);
     }
 
@@ -312,9 +387,42 @@ mod tests {
         let order = shuffled(512);
         let of = |bytes| methods(&moves(bytes, |i| 2 * order[i as usize], |i| 2 * i, 512));
         assert_eq!(of(4 * KIB), [Method::Direct]);
-        assert_eq!(of(64 * KIB), [Method::Direct]);
-        assert_eq!(of(1024 * KIB), [Method::Direct]);
-        assert_eq!(of(16 * 1024 * KIB), [Method::Copies]);
+        assert_eq!(of(16 * KIB), [Method::Direct]);
+        assert_eq!(of(64 * KIB), [Method::Copies]);
+        assert_eq!(of(1024 * KIB), [Method::Copies]);
+    }
+
+    #[test]
+    fn what_stands_alone_is_one_part_for_each_size() {
+        let order = shuffled(300);
+        let mut pieces = moves(4 * KIB, |i| i, |i| 2 * order[i as usize], 200);
+        pieces.extend(moves(8 * KIB, |i| 1000 + i, |i| 1000 + 2 * i, 100));
+        // A run between two that stand alone.
+        pieces.extend(moves(4 * KIB, |i| 5000 + 2 * i, |i| 5000 + i, 10));
+        pieces.extend(moves(4 * KIB, |i| 6000 + 2 * i, |i| 6000 + 2 * i, 10));
+        let mut planner = Planner::default();
+        planner.plan(&mut pieces.clone(), 1.0, &Calibration::TYPICAL, None);
+        let lengths: Vec<usize> = planner.parts.iter().map(|part| part.pieces.len()).collect();
+        assert_eq!(lengths, [200, 100, 10, 10]);
+    }
+
+    #[test]
+    fn keys_are_sorted_whatever_their_digits() {
+        let mut spare = Vec::new();
+        for (count, shift, most) in
+            [(8192, 12, 1 << 21), (8192, 0, 1 << 40), (300, 20, 1 << 12), (5, 3, 9), (4096, 0, 1)]
+        {
+            let mut seed = 11u64;
+            let mut next = || {
+                seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                ((seed >> 24) % most) << shift
+            };
+            let mut keys: Vec<u64> = (0..count).map(|at| next() << PIECE_BITS | at).collect();
+            let mut sorted = keys.clone();
+            sorted.sort_unstable();
+            sort_keys(&mut keys, &mut spare);
+            assert_eq!(keys, sorted, "{count} keys << {shift} below {most}");
+        }
     }
 
     #[test]
@@ -346,11 +454,11 @@ mod tests {
         let mut pieces = moves(4 * KIB, |i| i, host, UNIT_PIECES as u64);
         for forced in [None, Some(Method::Copies), Some(Method::Staged), Some(Method::Direct)] {
             let mut planner = Planner::default();
-            planner.plan(&pieces, 0.5, &Calibration::TYPICAL, forced);
-            let covered: usize = planner.runs().iter().map(|run| run.pieces.len()).sum();
-            assert_eq!(covered, pieces.len());
+            planner.plan(&mut pieces.clone(), 0.5, &Calibration::TYPICAL, forced);
+            let ways = Method::ALL.into_iter().flat_map(|method| planner.pieces_by(method));
+            assert_eq!(ways.map(<[Move]>::len).sum::<usize>(), pieces.len());
             assert_eq!(planner.bytes_by_method().iter().sum::<u64>(), (4 * KIB * pieces.len()) as u64);
-            let mut found = planner.pieces().to_vec();
+            let mut found = planner.sorted.clone();
             found.sort_by_key(|piece| piece.device);
             pieces.sort_by_key(|piece| piece.device);
             assert_eq!(found, pieces);
@@ -361,9 +469,9 @@ mod tests {
     fn chunks_join_host_neighbours_and_keep_to_their_limit() {
         let mut chunk = Chunk::default();
         let piece = |device, host, bytes| Move { device, host, bytes };
-        assert!(chunk.push(&piece(1000, 0, 100), 4096));
-        assert!(chunk.push(&piece(9000, 100, 100), 4096));
-        assert!(chunk.push(&piece(5000, 500, 300), 4096));
+        assert_eq!(chunk.push(&piece(1000, 0, 100), 4096), Some(0));
+        assert_eq!(chunk.push(&piece(9000, 100, 100), 4096), Some(100));
+        assert_eq!(chunk.push(&piece(5000, 500, 300), 4096), Some(256));
         assert_eq!(
             chunk.segments,
             [
@@ -371,9 +479,8 @@ mod tests {
                 Segment { host: 500, staging_at: 256, bytes: 300 }
             ]
         );
-        assert_eq!(chunk.places, [(1000, 0, 100), (9000, 100, 100), (5000, 256, 300)]);
-        assert!(!chunk.push(&piece(0, 800, 4096), 4096));
+        assert_eq!(chunk.push(&piece(0, 800, 4096), 4096), None);
         chunk.clear();
-        assert!(chunk.push(&piece(0, 800, 4096), 4096));
+        assert_eq!(chunk.push(&piece(0, 800, 4096), 4096), Some(0));
     }
 }

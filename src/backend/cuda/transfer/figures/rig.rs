@@ -123,10 +123,9 @@ pub(super) fn submit(
     moves: Vec<Move>,
     after: Option<Arc<Event>>,
     method: Option<Method>,
-) -> Result<(), DriverError> {
-    engine.submit(Transfer { moves, after, method }).map_err(|error| {
-        failed("out of bounds", format!("{error}, the first of {} moves", error.transfer.moves.len()))
-    })
+) {
+    let bytes = moves.iter().map(|item| item.bytes).sum();
+    engine.submit(Transfer { moves, bytes, after, method });
 }
 
 /// Median time of a transfer, and the ways that its bytes took.
@@ -140,7 +139,7 @@ pub(super) fn transfer_us(
     for _ in 0..=rounds(bytes) {
         let mut done = Vec::with_capacity(1);
         let started = Instant::now();
-        submit(engine, moves, None, method)?;
+        engine.submit(Transfer { moves, bytes, after: None, method });
         engine.finish(&mut done)?;
         times.push(elapsed_us(started));
         ways = ways_of(&done);
