@@ -17,7 +17,9 @@ fn committed(result: &Result<Outcome, Error>) -> u32 {
 
 /// Steps over device memory, each row of which is checked by itself.
 async fn from_device_memory<E: OnDevice>(format: Format, shape: (u32, u32, u32, u32, u32)) {
-    let Some((device, rig)) = rig::<E>(format, geometry(shape, E::TYPE), |b| b).await else { return };
+    // Room for all blocks while none is sealed yet, however slow the device.
+    let roomy = |builder: CacheBuilder| builder.memory_bytes_per_device(64 << 20);
+    let Some((device, rig)) = rig::<E>(format, geometry(shape, E::TYPE), roomy).await else { return };
     let (mut sequences, mut models) = (Vec::new(), Vec::new());
     for at in 0..SEQUENCES as u32 {
         let (sequence, model) = rig.filled(at % (rig.block() + 1)).await;
