@@ -27,6 +27,7 @@
 //! 6. **The host reads what the device wrote only behind its ticket.** The fence word is written by the stream after, and with
 //!    a system-wide barrier behind, everything before it; the host reads it with acquire ordering.
 //! 7. **Layouts agree.** Structs handed to kernels are `repr(C)` mirrors of those in the `.cu` sources and hold plain integers.
+//!    `copies.rs` mirrors one struct and one function of the driver's API, and asks for them by the version that has them.
 //! 8. **Plain memory.** Page-locked memory is allocated zeroed and holds bytes only.
 //! 9. **Staging buffers pass from hand to hand.** The stream that fills one waits for the event behind its last draining, the stream
 //!    that drains it for the event behind its filling; both are recorded before they are waited for.

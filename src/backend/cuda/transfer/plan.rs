@@ -97,7 +97,7 @@ impl Calibration {
     /// Before anything was measured: an H100 on PCIe 5.
     pub(super) const TYPICAL: Calibration = Calibration([
         Cost { start_us: 6.0, many_us: 15.0, item_us: 0.03, least_us: 0.7, byte_us: 1e-3 / 54.0 },
-        Cost { start_us: 20.0, many_us: 0.0, item_us: 0.03, least_us: 0.7, byte_us: 1e-3 / 53.0 },
+        Cost { start_us: 20.0, many_us: 15.0, item_us: 0.03, least_us: 0.7, byte_us: 1e-3 / 53.5 },
         Cost { start_us: 9.0, ..Cost::of_bytes(1e-3 / 50.7) },
     ]);
 }
@@ -105,6 +105,9 @@ impl Calibration {
 /// What a kernel on the bus costs others: it holds up compute and the bytes that flow against it (60 GB/s both ways where copies
 /// come to 80 and more). So copies win where both take about as long.
 const KERNEL_ON_THE_BUS: f64 = 1.05;
+
+/// What staging costs others: the bytes pass through the device's memory twice more.
+const THROUGH_STAGING: f64 = 1.01;
 
 /// Pieces that a unit of work takes at most: their numbers have this many bits to spare beside an address.
 pub(super) const UNIT_PIECES: usize = 1 << PIECE_BITS;
@@ -128,8 +131,8 @@ pub(super) struct Planner {
     spare_keys: Vec<u64>,
     sorted: Vec<Move>,
     parts: Vec<Part>,
-    /// Joint runs.
-    copies: usize,
+    /// Copies that each way makes: joint runs, host runs, none.
+    copies: [usize; 3],
 }
 
 impl Planner {
@@ -175,13 +178,13 @@ impl Planner {
 
     fn find_parts(&mut self, Calibration([copies, staged, direct]): &Calibration) {
         self.parts.clear();
-        self.copies = 0;
+        self.copies = [0; 3];
         let pieces = &self.sorted;
         let mut at = 0;
         while at < pieces.len() {
             let (first, mut bytes, mut copies_us, mut direct_us) = (at, 0, 0.0, 0.0);
             loop {
-                self.copies += 1;
+                self.copies[Method::Copies as usize] += 1;
                 let joint = joint_run(pieces, at);
                 let joint_bytes: usize = pieces[joint.clone()].iter().map(|piece| piece.bytes).sum();
                 copies_us += copies.item(joint_bytes);
@@ -194,14 +197,15 @@ impl Planner {
                     break;
                 }
             }
-            let costs_us = [copies_us, staged.item(bytes), direct_us];
+            let costs_us = [copies_us, staged.item(bytes) * THROUGH_STAGING, direct_us];
             let mut count = 1;
             if at - first == 1 {
                 // More that stand alone need no second look, nor parts of their own.
                 count += (at..pieces.len()).take_while(|at| stands_alone(pieces, *at, bytes)).count();
                 at = first + count;
-                self.copies += count - 1;
+                self.copies[Method::Copies as usize] += count - 1;
             }
+            self.copies[Method::Staged as usize] += count;
             let (bytes, costs_us) = (bytes * count, costs_us.map(|us| us * count as f64));
             self.parts.push(Part { pieces: first..at, method: Method::Copies, bytes, costs_us });
         }
@@ -209,10 +213,9 @@ impl Planner {
 
     /// One way for all, or to each its cheapest where that pays for several starts.
     fn choose(&mut self, share: f64, costs: &Calibration) {
-        let several = self.copies > 1;
         let start = |method: Method| {
-            let cost = &costs.0[method as usize];
-            (cost.start_us + if several { cost.many_us } else { 0.0 }) * share
+            let (cost, copies) = (&costs.0[method as usize], self.copies[method as usize]);
+            (cost.start_us + if copies > 1 { cost.many_us } else { 0.0 }) * share
         };
         let mut uniform = Method::ALL.map(start);
         let (mut mixed, mut used) = (0.0, [false; 3]);
