@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kv_cache_actors::batch::{BatchCacheOperations, EachTensors, HostTensor, Outcome};
-use kv_cache_actors::block::HashSecret;
+use kv_cache_actors::block::{HashSecret, KeyScheme};
 use kv_cache_actors::device::{CoreConfig, DeviceCore, Effects, Event};
+use kv_cache_actors::eviction::EvictionPolicy;
 use kv_cache_actors::format::Format;
 use kv_cache_actors::geometry::{ElementType, Geometry};
 use kv_cache_actors::pool::PoolLayout;
@@ -56,6 +57,7 @@ fn step(name: &str, count: usize, copied: bool, each: bool) {
     let layout = geometry.layout().expect("a layout");
     let slot = layout.raw_bytes().next_multiple_of(128);
     let pool = PoolLayout::plan(&layout, Format::Raw, (count * slot * 8) as u64).expect("a pool");
+    let keys = KeyScheme::new(HashSecret([0; 32]), &geometry, None);
     let config = CoreConfig {
         cache: 0,
         shard: 0,
@@ -69,7 +71,9 @@ fn step(name: &str, count: usize, copied: bool, each: bool) {
         seals_per_launch: 16,
         deterministic: false,
         keep_ratio: None,
-        secret: HashSecret([0; 32]),
+        keys,
+        eviction: EvictionPolicy::Auto,
+        index_hash_bits: 64,
     };
     let on_drop: CloseHook = Arc::new(|_| {});
     let mut core = DeviceCore::new(config, on_drop);

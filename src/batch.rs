@@ -348,6 +348,8 @@ impl Outcome {
             InnerOutcome::Truncated { committed } => Outcome::Truncated { committed },
             InnerOutcome::Moved { blocks } => Outcome::Moved { blocks },
             InnerOutcome::Closed => Outcome::Closed,
+            // No batch of a caller's asks for it.
+            other @ InnerOutcome::Invalidated { .. } => return Err(crate::sequence::unexpected(&other)),
             _ => {
                 return Err(Error::Unsupported {
                     what: "an outcome of a newer core",

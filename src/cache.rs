@@ -18,7 +18,7 @@ use crate::runtime::{self, Runtime};
 use crate::sequence::unexpected;
 use crate::telemetry::Stats;
 use crate::view::BlockTable;
-use crate::{Error, Format, Geometry, OpenOptions, Sequence, SequenceId, Tenant};
+use crate::{BlockEvents, Error, Format, Geometry, Invalidate, OpenOptions, Sequence, SequenceId, Tenant};
 
 /// A KV cache: cheap to clone, shared by all tasks of a server.
 ///
@@ -157,7 +157,10 @@ impl Cache {
         &self.runtime.config
     }
 
-    /// Opens a sequence on the shard with the least load.
+    /// Opens a sequence, on the shard that holds most of its prompt, or else on that with the least load.
+    ///
+    /// With a prompt ([`OpenOptions::prompt`]) it begins with what of that is cached: [`Sequence::len`] says how many tokens need not be
+    /// computed. Whole blocks are found, and never the prompt's last token, since a model has to be run on it in any case.
     ///
     /// # Errors
     /// [`Error::TooManySequences`]; [`Error::Capacity`] if what it reserves is not free; [`Error::ShardLost`] if no shard is
@@ -254,6 +257,36 @@ impl Cache {
         }
         let ids: Vec<SequenceId> = sequences.iter().map(|sequence| sequence.id()).collect();
         BlockTable::new(&self.runtime, &ids, layer)
+    }
+
+    /// Lets prompts find some cached blocks no more, on every shard: after new weights for the model, or an adapter. Sequences that hold
+    /// such blocks keep them. Returns how many blocks they were.
+    ///
+    /// Takes effect for every sequence that is opened after it has returned. What sequences compute that are open meanwhile can be found
+    /// again: close them first.
+    ///
+    /// # Errors
+    /// [`Error::Closed`]; [`Error::ShardLost`] if no shard is left.
+    pub async fn invalidate(&self, what: Invalidate) -> Result<u64, Error> {
+        let mut batch = kv_cache_actors::batch::BatchCacheOperations::new();
+        (0..self.runtime.views.len()).for_each(|shard| batch.invalidate(shard as u16, what.clone()));
+        let mut sum = 0;
+        for result in self.runtime.submitter.submit(batch).await? {
+            match result {
+                Ok(InnerOutcome::Invalidated { blocks }) => sum += u64::from(blocks),
+                // What was cached on it is gone.
+                Err(Error::ShardLost { .. }) => {}
+                Ok(other) => return Err(unexpected(&other)),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(sum)
+    }
+
+    /// Hears of every block that prompts find from now on, or find no more: for a router that sends requests to where their prefix is.
+    /// What came before is not told. [`CacheConfig::event_capacity`] bounds how far a listener may fall behind.
+    pub fn events(&self) -> BlockEvents {
+        self.runtime.events.subscribe()
     }
 
     /// Counters, gauges and percentiles. Inline: no message.

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use kv_cache_actors::block::HashSecret;
 use kv_cache_actors::error::ConfigError;
+use kv_cache_actors::eviction::EvictionPolicy;
 use kv_cache_actors::format::Format;
 use kv_cache_actors::geometry::{BlockLayout, Geometry, Plane};
 use kv_cache_actors::permit::Amount;
@@ -103,21 +104,6 @@ impl Default for Compression {
     }
 }
 
-/// How blocks that nobody holds are chosen for eviction. Takes effect with prefix sharing, which is not built yet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-#[non_exhaustive]
-pub enum EvictionStrategy {
-    /// Least recently used.
-    Lru,
-    /// Least frequently used.
-    Lfu,
-    /// Segmented LRU.
-    Slru,
-    /// Learned online.
-    Auto,
-}
-
 /// Settings of a cache. Load it from TOML or JSON, or let [`Cache::builder`](crate::Cache::builder) make it.
 ///
 /// ```
@@ -183,9 +169,13 @@ pub struct CacheConfig {
     /// From how many bytes an operation counts as a large copy.
     #[serde(default = "defaults::copy_lane_min_bytes")]
     pub copy_lane_min_bytes: usize,
-    /// Eviction of blocks that nobody holds. There are none before prefix sharing is built: leave it out.
+    /// Which of the blocks that no sequence holds goes first when room is needed. Blocks of sequences that were opened with a prompt
+    /// ([`OpenOptions::prompt`](crate::OpenOptions::prompt)) are kept until then; all others are freed with their last sequence.
     #[serde(default)]
-    pub eviction: Option<EvictionStrategy>,
+    pub eviction: EvictionPolicy,
+    /// Block events that are kept for listeners that are slow ([`Cache::events`](crate::Cache::events)).
+    #[serde(default = "defaults::event_capacity")]
+    pub event_capacity: usize,
     /// The same submissions in the same order give the same bytes, placement and evictions. Slower: one operation at a time.
     #[serde(default)]
     pub deterministic: bool,
@@ -231,6 +221,10 @@ mod defaults {
     pub(super) fn copy_lane_min_bytes() -> usize {
         256 << 10
     }
+    /// A second or so of a busy shard; 80 bytes each, once somebody listens.
+    pub(super) fn event_capacity() -> usize {
+        1 << 14
+    }
     pub(super) fn yes() -> bool {
         true
     }
@@ -255,7 +249,8 @@ impl CacheConfig {
             lent_memory_bytes: defaults::lent_memory_bytes(),
             non_blocking: true,
             copy_lane_min_bytes: defaults::copy_lane_min_bytes(),
-            eviction: None,
+            eviction: EvictionPolicy::Auto,
+            event_capacity: defaults::event_capacity(),
             deterministic: false,
             auto_tune: true,
             hash_secret: None,
@@ -342,6 +337,8 @@ impl CacheConfig {
             let fix = format!("use at most {}", Amount::MAX.bytes);
             return Err(ConfigError::invalid("max_bytes_in_flight", self.max_bytes_in_flight, fix));
         }
+        at_least_one("event_capacity", self.event_capacity as u64)?;
+        at_most("event_capacity", self.event_capacity, 1 << 24)?;
         let ratio = self.compression.ratio;
         if self.compression.enabled && !(ratio > 0.0 && ratio <= 1.0) {
             return Err(ConfigError::invalid("compression.ratio", ratio, "use a share above 0 and up to 1"));
@@ -377,10 +374,6 @@ impl CacheConfig {
         }
         if self.compression.enabled && self.compression.method != CompressionMethod::Truncation {
             return not_built("compression.method", format!("{:?}", self.compression.method), "truncation");
-        }
-        if let Some(strategy) = self.eviction {
-            let value = format!("{strategy:?}").to_lowercase();
-            return not_built("eviction", value, "no setting: blocks are freed with their last sequence");
         }
         Ok(())
     }

@@ -58,17 +58,20 @@ pub mod cuda {
 pub use batch::{BatchCacheOperations, KeysValues, Outcome, Region};
 pub use blocking::{BlockingCache, BlockingSequence};
 pub use cache::{Cache, CacheBuilder, ShutdownReport};
-pub use config::{CacheConfig, Compression, CompressionMethod, Devices, EvictionStrategy, Quantisation};
+pub use config::{CacheConfig, Compression, CompressionMethod, Devices, Quantisation};
 pub use element::Element;
 pub use error::{BuildError, ConfigError, Error, ErrorKind};
 pub use half;
-pub use kv_cache_actors::block::{ExtraIdentity, HashSecret};
+pub use kv_cache_actors::batch::Invalidate;
+pub use kv_cache_actors::block::{BlockKey, ExtraIdentity, HashSecret};
+pub use kv_cache_actors::events::{BlockEvent, BlockEvents, Missed};
+pub use kv_cache_actors::eviction::EvictionPolicy;
 pub use kv_cache_actors::format::Format;
 pub use kv_cache_actors::geometry::{
     BlockLayout, ElementType, Geometry, LayerGroup, Plane, Rope, RopeLayout,
 };
 pub use kv_cache_actors::pool::Tier;
-pub use kv_cache_actors::sequence::{OpenOptions, SequenceId, Tenant};
+pub use kv_cache_actors::sequence::{OpenOptions, Prompt, SequenceId, Tenant};
 pub use kv_cache_actors::stats::{BatchSizes, CoreCounters, Percentiles};
 pub use kv_cache_actors::supervisor::{ActorName, Exit};
 pub use sequence::{Sequence, SequenceInfo};

@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use kv_cache_actors::assembly::Assembler;
 use kv_cache_actors::batch::{BatchCacheOperations as Inner, Outcome as InnerOutcome};
-use kv_cache_actors::block::HashSecret;
+use kv_cache_actors::block::{HashSecret, KeyScheme};
 use kv_cache_actors::device::{CoreConfig, ShardView};
 use kv_cache_actors::directory::Directory;
+use kv_cache_actors::events::EventHub;
 use kv_cache_actors::permit::{Amount, Permits};
 use kv_cache_actors::pool::PoolLayout;
+use kv_cache_actors::prefix::Matcher;
 use kv_cache_actors::router::FaultInjector;
 use kv_cache_actors::submit::{Needs, Refusals, Submitter};
 use kv_cache_actors::supervisor::Supervisor;
@@ -34,6 +36,7 @@ pub(crate) struct Runtime {
     pub(crate) memories: Vec<Memory>,
     pub(crate) lender: Lender,
     pub(crate) tokens: TokenBudget,
+    pub(crate) events: EventHub,
     pub(crate) faults: FaultInjector,
 }
 
@@ -68,7 +71,10 @@ pub(crate) fn open(
     // Wraps: ids of two caches are alike only if 256 were opened between them.
     static CACHES: AtomicU8 = AtomicU8::new(0);
     let cache = CACHES.fetch_add(1, Ordering::Relaxed);
-    let mut assembler = Assembler::new(devices.len(), config.max_jobs_in_flight, config.max_sequences);
+    let keys = KeyScheme::new(secret, &config.geometry, config.keep_ratio());
+    let events = EventHub::new(config.event_capacity);
+    let mut assembler =
+        Assembler::new(devices.len(), config.max_jobs_in_flight, config.max_sequences, events.clone());
     for (shard, (device, memory)) in devices.iter().zip(&memories).enumerate() {
         let core = CoreConfig {
             cache,
@@ -83,14 +89,23 @@ pub(crate) fn open(
             seals_per_launch: memory.seals_per_launch(),
             deterministic: config.deterministic,
             keep_ratio: config.keep_ratio(),
-            secret,
+            keys: keys.clone(),
+            eviction: config.eviction,
+            index_hash_bits: 64,
         };
         backend::add_shard(&mut assembler, device, memory, core, &config)?;
     }
     let (assembly, router) = assembler.finish(config.deterministic);
     let jobs = Amount { jobs: config.max_jobs_in_flight as u64, bytes: config.max_bytes_in_flight };
     let sequences = Amount { jobs: config.max_sequences as u64, bytes: 0 };
+    let matcher = Matcher {
+        keys,
+        indices: assembly.views.iter().map(|view| view.index.clone()).collect(),
+        block_tokens: layout.block_tokens,
+        deterministic: config.deterministic,
+    };
     let submitter = Submitter {
+        matcher,
         layout,
         max_tokens: config.max_tokens,
         devices: memories.iter().map(Memory::device).collect(),
@@ -117,6 +132,7 @@ pub(crate) fn open(
         memories,
         lender,
         tokens,
+        events,
         faults: assembly.faults,
     };
     Ok((runtime, router))
@@ -151,7 +167,11 @@ impl Runtime {
         let total = self.tokens.used().saturating_add(u64::from(tokens));
         let blocks = self.layout.blocks_for(tokens as usize) as u64;
         let fits = |(shard, view): (usize, &ShardView)| {
-            self.supervisor.lost(shard as u16).is_none() && view.stats.lock().counters.blocks_free >= blocks
+            let counters = view.stats.lock().counters;
+            // Cached blocks make way; most of them are sealed.
+            let sealed_bytes = counters.blocks_cached * self.pool.sealed_slot_bytes as u64;
+            let room = counters.blocks_free + sealed_bytes / self.pool.raw_slot_bytes as u64;
+            self.supervisor.lost(shard as u16).is_none() && room >= blocks
         };
         total <= self.config.max_total_tokens && self.views.iter().enumerate().any(fits)
     }

@@ -1,9 +1,11 @@
 //! Puts a cache's actors together: mailboxes, threads, and what the handles need to reach them.
 
 use std::sync::{Arc, mpsc};
+use std::time::Instant;
 
 use crate::device::{self, CoreConfig, DeviceParts, ShardView};
 use crate::directory::Directory;
+use crate::events::EventHub;
 use crate::mailbox;
 use crate::memory::Backend;
 use crate::router::{self, FaultInjector, RouterActor, RouterHandle, RouterInbox, Shard};
@@ -22,6 +24,8 @@ pub struct Assembler {
     on_drop: CloseHook,
     shards: Vec<Shard>,
     lane_capacity: usize,
+    events: EventHub,
+    opened_at: Instant,
 }
 
 /// A cache whose shards are open. The router runs as soon as its task is spawned.
@@ -40,7 +44,7 @@ pub struct Assembly {
 
 impl Assembler {
     /// A cache of `shards` shards in which at most `in_flight_max` operations and `sequences_max` sequences can be.
-    pub fn new(shards: usize, in_flight_max: usize, sequences_max: usize) -> Self {
+    pub fn new(shards: usize, in_flight_max: usize, sequences_max: usize, events: EventHub) -> Self {
         let (router, usher, on_drop, inbox) = router::inbox();
         Assembler {
             supervisor: Supervisor::new(shards),
@@ -51,6 +55,8 @@ impl Assembler {
             on_drop,
             shards: Vec::new(),
             lane_capacity: in_flight_max + sequences_max,
+            events,
+            opened_at: Instant::now(),
         }
     }
 
@@ -63,7 +69,7 @@ impl Assembler {
         let (sender, device_mailbox, transfer, transfer_mailbox) = mailbox::shard(self.lane_capacity);
         let (supervisor, directory, on_drop) =
             (self.supervisor.clone(), self.directory.clone(), self.on_drop.clone());
-        let usher = self.usher.clone();
+        let (usher, events, opened_at) = (self.usher.clone(), self.events.clone(), self.opened_at);
         let (ready_tx, ready) = mpsc::channel::<Result<ShardView, String>>();
         let name = ActorName::Device(shard);
         self.supervisor.started(name);
@@ -91,6 +97,8 @@ impl Assembler {
                         supervisor,
                         on_drop,
                         usher,
+                        events,
+                        opened_at,
                     };
                     device::run(parts, |view| drop(ready_tx.send(Ok(view))));
                 }

@@ -18,6 +18,7 @@ use crate::memory::ReadBuffer;
 use crate::payload::{Payload, TensorSpans, TensorView};
 use crate::permit::{Amount, Permit};
 use crate::pool::Tier;
+use crate::prefix::{Matcher, Prefix};
 use crate::reach::{Arena, DeviceSource, LentMemory, Point};
 use crate::sequence::{OpenOptions, OpenSequence, SequenceId, Tenant};
 use crate::submission::Submission;
@@ -73,6 +74,8 @@ impl IdSpan {
 pub(crate) enum Operation {
     Open {
         options: Box<OpenOptions>,
+        /// What the door has found of the prompt, if there is one.
+        prefix: Option<Box<Prefix>>,
         permit: Option<Permit>,
     },
     Append {
@@ -118,6 +121,10 @@ pub(crate) enum Operation {
     },
     Close {
         sequence: SequenceId,
+    },
+    Invalidate {
+        shard: u16,
+        what: Box<Invalidate>,
     },
     /// A token each for some sequences.
     Each(Box<Each>),
@@ -243,7 +250,10 @@ impl Operation {
     /// The sequence it works on; none for opens, refusals, and where there are several.
     pub(crate) fn sequence(&self) -> Option<SequenceId> {
         match self {
-            Operation::Open { .. } | Operation::Refused { .. } | Operation::Each(_) => None,
+            Operation::Open { .. }
+            | Operation::Invalidate { .. }
+            | Operation::Refused { .. }
+            | Operation::Each(_) => None,
             Operation::Append { sequence, .. }
             | Operation::Stage { sequence, .. }
             | Operation::Commit { sequence, .. }
@@ -299,6 +309,25 @@ pub enum Outcome {
     },
     /// The sequence was closed.
     Closed,
+    /// So many blocks are not found by prompts any more.
+    Invalidated {
+        /// Blocks.
+        blocks: u32,
+    },
+}
+
+/// Cached blocks that prompts shall not find any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Invalidate {
+    /// All of them: the model has new weights, say.
+    All,
+    /// Those that this adapter computed.
+    Adapter(String),
+    /// Those of this tenant, in shared domains too if his sequences computed them.
+    Tenant(Tenant),
+    /// Those of this shared domain.
+    Domain(String),
 }
 
 /// One result per operation, in the batch's order.
@@ -410,7 +439,11 @@ impl BatchCacheOperations {
 
     /// Opens a sequence.
     pub fn open(&mut self, options: OpenOptions) {
-        self.submission.operations.push(Operation::Open { options: Box::new(options), permit: None });
+        self.submission.operations.push(Operation::Open {
+            options: Box::new(options),
+            prefix: None,
+            permit: None,
+        });
     }
 
     /// Appends tokens to all layers: `keys` is `[layers, tokens, kv_heads, key_dim]`, `values` likewise.
@@ -583,6 +616,11 @@ impl BatchCacheOperations {
         self.submission.operations.push(Operation::MoveTo { sequence, tier });
     }
 
+    /// Lets prompts find some blocks of a shard no more. Sequences that hold them keep them.
+    pub fn invalidate(&mut self, shard: u16, what: Invalidate) {
+        self.submission.operations.push(Operation::Invalidate { shard, what: Box::new(what) });
+    }
+
     /// Closes a sequence. Closing one that is closed already is answered with [`Error::ClosedSequence`].
     pub fn close(&mut self, sequence: SequenceId) {
         self.submission.operations.push(Operation::Close { sequence });
@@ -710,6 +748,15 @@ impl BatchCacheOperations {
         }
     }
 
+    /// Looks for the prompts of sequences to open: in the caller's task, after its permit, since what is found is pinned from then on.
+    pub(crate) fn match_prompts(&mut self, matcher: &Matcher) {
+        for operation in &mut self.submission.operations {
+            if let Operation::Open { options, prefix, .. } = operation {
+                *prefix = matcher.find(options);
+            }
+        }
+    }
+
     /// Allocates what the reads will fill: in the caller's task, after its permit.
     pub(crate) fn attach_read_buffers(&mut self, layout: &BlockLayout) {
         for operation in &mut self.submission.operations {
@@ -794,8 +841,14 @@ fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result
             Ok(())
         }
         Operation::Fork { count: 0, .. } => Err(Error::Empty),
-        Operation::Open { options, .. } if options.reserve_tokens > max_tokens => {
-            Err(Error::SequenceTooLong { tokens: u64::from(options.reserve_tokens), max_tokens })
+        Operation::Open { options, .. } => {
+            let prompt = options.prompt.as_ref().map_or(0, |prompt| prompt.token_ids.len() as u64);
+            match prompt.max(u64::from(options.reserve_tokens)) {
+                tokens if tokens > u64::from(max_tokens) => {
+                    Err(Error::SequenceTooLong { tokens, max_tokens })
+                }
+                _ => Ok(()),
+            }
         }
         _ => Ok(()),
     }

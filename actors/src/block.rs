@@ -6,7 +6,7 @@ use smallvec::SmallVec;
 use crate::format::Format;
 use crate::geometry::Geometry;
 use crate::pool::SizeClass;
-use crate::sequence::OpenOptions;
+use crate::sequence::{OpenOptions, Prompt};
 use crate::slot::{FilledSlot, Generation, SlotId};
 use crate::sync::{Arc, AtomicU64, Ordering};
 
@@ -67,9 +67,18 @@ impl Fields {
     }
 }
 
-impl BlockKey {
-    /// The parent key of a sequence's first block: all that its blocks have in common.
-    pub fn root(secret: &HashSecret, geometry: &Geometry, dropping: &str, options: &OpenOptions) -> BlockKey {
+/// What all block keys of a cache depend on, beside the sequence and its tokens.
+#[derive(Debug, Clone)]
+pub struct KeyScheme {
+    secret: HashSecret,
+    block_tokens: usize,
+    /// The fields that every root begins with.
+    common: std::sync::Arc<[u8]>,
+}
+
+impl KeyScheme {
+    /// The keys of a cache for `geometry` that drops tokens as `keep_ratio` says.
+    pub fn new(secret: HashSecret, geometry: &Geometry, keep_ratio: Option<f32>) -> Self {
         let mut fields = Fields::default();
         fields.field(&KEY_VERSION.to_le_bytes()).field(geometry.model.as_bytes());
         fields.field(&geometry.block_tokens.to_le_bytes());
@@ -88,18 +97,30 @@ impl BlockKey {
                 }
             };
         }
-        fields.field(dropping.as_bytes());
-        fields.field(options.tenant.name().as_bytes());
+        match keep_ratio {
+            None => fields.field(b"none"),
+            Some(ratio) => fields.field(format!("truncation:{ratio}").as_bytes()),
+        };
+        KeyScheme { secret, block_tokens: geometry.block_tokens as usize, common: fields.0.as_slice().into() }
+    }
+
+    /// The parent key of a sequence's first block: all that its blocks have in common.
+    pub fn root(&self, options: &OpenOptions) -> BlockKey {
+        let mut fields = Fields(SmallVec::from_slice(&self.common));
+        match &options.shared_domain {
+            None => fields.field(&[0]).field(options.tenant.name().as_bytes()),
+            Some(domain) => fields.field(&[1]).field(domain.as_bytes()),
+        };
         match &options.adapter {
             None => fields.field(&[0]),
             Some(adapter) => fields.field(&[1]).field(adapter.as_bytes()),
         };
-        fields.hash(secret)
+        fields.hash(&self.secret)
     }
 
     /// The key of the block after `parent` that holds `token_ids`, with the extra identity at positions in the block.
     pub fn child(
-        secret: &HashSecret,
+        &self,
         parent: BlockKey,
         token_ids: &[u32],
         extra: impl IntoIterator<Item = (u32, ExtraIdentity)>,
@@ -112,7 +133,25 @@ impl BlockKey {
         for (position, identity) in extra {
             fields.field(&position.to_le_bytes()).field(&identity.0);
         }
-        fields.hash(secret)
+        fields.hash(&self.secret)
+    }
+
+    /// The keys of all full blocks of a prompt.
+    pub fn prompt(&self, root: BlockKey, prompt: &Prompt) -> Vec<BlockKey> {
+        let mut parent = root;
+        let mut extra = prompt.extra.as_slice();
+        let blocks = prompt.token_ids.chunks_exact(self.block_tokens);
+        let ends = (1..).map(|block| block * self.block_tokens as u64);
+        let key = |(token_ids, end)| {
+            let inside = extra.iter().take_while(|(at, _)| u64::from(*at) < end).count();
+            let (here, rest) = extra.split_at(inside);
+            extra = rest;
+            let start = end - self.block_tokens as u64;
+            let here = here.iter().map(|&(at, identity)| ((u64::from(at) - start) as u32, identity));
+            parent = self.child(parent, token_ids, here);
+            parent
+        };
+        blocks.zip(ends).map(key).collect()
     }
 }
 
@@ -142,12 +181,14 @@ pub(crate) struct Block {
     pub(crate) tenant: u32,
     /// Holds decoded (lossy) tokens, or tokens computed after dropping: never published under a key.
     pub(crate) private: bool,
+    /// The prefix index knows it. Its content is final then: whoever wants to write copies it.
+    pub(crate) published: bool,
     /// Tokens were cut off it since it was written: a view may still show the bytes that the next write replaces.
     pub(crate) rewound: bool,
     /// A write to it is in flight: it must stay where it is.
     pub(crate) writing: bool,
-    /// It is being copied to another slot: whoever wants to write copies it himself.
-    pub(crate) moving: bool,
+    /// It is being copied to a slot of this class: whoever wants to write waits, or copies it himself.
+    pub(crate) moving_to: Option<SizeClass>,
 }
 
 impl Block {
@@ -223,7 +264,7 @@ mod tests {
         let secret = HashSecret([7; 32]);
         let geometry = Geometry::new(2, 2, 16, ElementType::F16).model("m");
         let options = OpenOptions::default().tenant("a");
-        let root = |g: &Geometry, o: &OpenOptions| BlockKey::root(&secret, g, "none", o);
+        let root = |g: &Geometry, o: &OpenOptions| KeyScheme::new(secret, g, None).root(o);
         let base = root(&geometry, &options);
         let others = [
             root(&geometry.clone().model("n"), &options),
@@ -232,19 +273,33 @@ mod tests {
             root(&Geometry::new(2, 2, 16, ElementType::Bf16).model("m"), &options),
             root(&geometry, &OpenOptions::default().tenant("b")),
             root(&geometry, &options.clone().adapter("a")),
-            BlockKey::root(&secret, &geometry, "truncation:0.5", &options),
-            BlockKey::root(&HashSecret([8; 32]), &geometry, "none", &options),
+            root(&geometry, &options.clone().shared_domain("a")),
+            KeyScheme::new(secret, &geometry, Some(0.5)).root(&options),
+            KeyScheme::new(HashSecret([8; 32]), &geometry, None).root(&options),
         ];
         assert!(others.iter().all(|key| *key != base));
 
-        let child = |ids: &[u32], extra: &[(u32, ExtraIdentity)]| {
-            BlockKey::child(&secret, base, ids, extra.iter().copied())
-        };
+        let scheme = KeyScheme::new(secret, &geometry, None);
+        let child =
+            |ids: &[u32], extra: &[(u32, ExtraIdentity)]| scheme.child(base, ids, extra.iter().copied());
         let image = ExtraIdentity([1; 32]);
         assert_eq!(child(&[1, 2], &[]), child(&[1, 2], &[]));
         assert_ne!(child(&[1, 2], &[]), child(&[2, 1], &[]));
         assert_ne!(child(&[1, 2], &[]), child(&[1, 2, 0], &[]));
         assert_ne!(child(&[1, 2], &[]), child(&[1, 2], &[(0, image)]));
         assert_ne!(child(&[1, 2], &[(1, image)]), child(&[1, 2], &[(0, image)]));
+    }
+
+    #[test]
+    fn a_prompt_has_the_keys_of_its_blocks() {
+        let geometry = Geometry::new(1, 1, 16, ElementType::F16).block_tokens(16);
+        let scheme = KeyScheme::new(HashSecret([7; 32]), &geometry, None);
+        let root = scheme.root(&OpenOptions::default());
+        let ids: Vec<u32> = (0..40).collect();
+        let image = ExtraIdentity([1; 32]);
+        let prompt = Prompt::new(&ids).extra_at(20..22, image);
+        let first = scheme.child(root, &ids[..16], []);
+        let second = scheme.child(first, &ids[16..32], [(4, image), (5, image)]);
+        assert_eq!(scheme.prompt(root, &prompt), [first, second], "the third block is not full");
     }
 }

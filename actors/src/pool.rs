@@ -211,7 +211,7 @@ struct Chunk {
     vacant: u64,
     /// Where this chunk stands in its class's list of chunks with vacancies.
     listed_at: Option<usize>,
-    /// Being emptied to serve sealed slots: none of its slots is given out, and none counts as vacant.
+    /// Being emptied to serve the other class: none of its slots is given out, and none counts as vacant.
     draining: bool,
 }
 
@@ -237,6 +237,7 @@ pub struct Pool {
     residue: Vec<Residue>,
     quarantine: VecDeque<(SizeClass, FilledSlot)>,
     vacant_raw: usize,
+    vacant_sealed: usize,
     used: [usize; 3],
     /// Which slots of the host tier are free, counted from its first.
     host: Runs,
@@ -259,6 +260,7 @@ impl Pool {
             residue: vec![Residue::Fresh; layout.slot_ids()],
             quarantine: VecDeque::new(),
             vacant_raw: 0,
+            vacant_sealed: 0,
             used: [0; 3],
             host: Runs::new(layout.host_slots),
             reserved_raw: 0,
@@ -413,9 +415,7 @@ impl Pool {
         };
         self.residue[id] = Residue::Tenant(tenant);
         self.used[class as usize] += 1;
-        if class == SizeClass::Raw {
-            self.vacant_raw -= 1;
-        }
+        *self.vacant_of(class) -= 1;
         Some(Allocated { slot, must_zero })
     }
 
@@ -445,53 +445,106 @@ impl Pool {
         let chunk = &mut self.chunks[index as usize];
         chunk.class = Some(class);
         chunk.vacant = if slots == 64 { u64::MAX } else { (1 << slots) - 1 };
-        if class == SizeClass::Raw {
-            self.vacant_raw += slots;
-        }
+        *self.vacant_of(class) += slots;
         self.list(index);
     }
 
-    /// Chooses the raw chunk with the fewest blocks to be emptied for sealed slots, if the other chunks have room for what
+    /// The count of vacant slots of a class, those of chunks that are being emptied left out.
+    fn vacant_of(&mut self, class: SizeClass) -> &mut usize {
+        if class == SizeClass::Raw { &mut self.vacant_raw } else { &mut self.vacant_sealed }
+    }
+
+    /// Chooses the chunk of `class` with the fewest blocks to be emptied for the other class, if the other chunks have room for what
     /// is in it. One at a time.
-    pub(crate) fn start_draining(&mut self) -> bool {
-        if self.draining.is_some() || !self.can_give_up_chunk() {
+    pub(crate) fn start_draining(&mut self, class: SizeClass) -> bool {
+        let slots = self.layout.slots_per_chunk(class);
+        let possible = match class {
+            SizeClass::Raw => self.can_give_up_chunk(),
+            _ => self.layout.has_sealed_class && self.vacant_sealed >= slots,
+        };
+        if self.draining.is_some() || !possible {
             return false;
         }
-        let slots = self.layout.slots_per_chunk(SizeClass::Raw);
+        // A slot that somebody looks at may stay for long.
+        let looked_at = |index: &u32| {
+            let ids = self.layout.slot_ids_per_chunk();
+            self.quarantine.iter().any(|(_, slot)| slot.id().0 as usize / ids == *index as usize)
+        };
         let vacancies = |index: u32| self.chunks[index as usize].vacant.count_ones() as usize;
-        let listed = self.with_vacancy[SizeClass::Raw as usize].iter().copied();
-        let Some(index) = listed.max_by_key(|&index| vacancies(index)) else { return false };
+        let listed = self.with_vacancy[class as usize].iter().copied();
+        let emptiest = match class {
+            SizeClass::Raw => listed.max_by_key(|&index| vacancies(index)),
+            _ => listed.filter(|index| !looked_at(index)).max_by_key(|&index| vacancies(index)),
+        };
+        let Some(index) = emptiest else { return false };
         let vacant = vacancies(index);
-        if self.raw_vacant() - vacant < slots - vacant {
+        let elsewhere = match class {
+            SizeClass::Raw => self.raw_vacant() - vacant,
+            _ => self.vacant_sealed - vacant,
+        };
+        if elsewhere < slots - vacant {
             return false;
         }
         self.unlist(index);
-        self.chunks[index as usize].draining = true;
-        self.draining = Some(index);
-        self.vacant_raw -= vacant;
+        *self.vacant_of(class) -= vacant;
+        if vacant == slots {
+            match class {
+                SizeClass::Raw => self.assign(index, SizeClass::Sealed),
+                _ => self.return_to_stock(index),
+            }
+        } else {
+            self.chunks[index as usize].draining = true;
+            self.draining = Some(index);
+        }
         true
     }
 
-    /// Leaves the chunk that is being emptied to raw slots.
-    fn stop_draining(&mut self) {
+    /// Leaves the chunk that is being emptied to its class.
+    pub(crate) fn stop_draining(&mut self) {
         let Some(index) = self.draining.take() else { return };
         let chunk = &mut self.chunks[index as usize];
         chunk.draining = false;
-        let vacant = chunk.vacant.count_ones() as usize;
-        self.vacant_raw += vacant;
+        let (class, vacant) = (chunk.class, chunk.vacant.count_ones() as usize);
+        if let Some(class) = class {
+            *self.vacant_of(class) += vacant;
+        }
         if vacant > 0 {
             self.list(index);
         }
     }
 
-    /// Whether a chunk is being emptied.
-    pub(crate) fn is_draining(&self) -> bool {
-        self.draining.is_some()
+    /// The class of the chunk that is being emptied.
+    pub(crate) fn draining_class(&self) -> Option<SizeClass> {
+        self.chunks[self.draining? as usize].class
+    }
+
+    /// Whether only readers keep the chunk that is being emptied from being empty.
+    pub(crate) fn draining_waits_for_readers(&self) -> bool {
+        self.draining().all(|slot| self.quarantine.iter().any(|(_, held)| held.id() == slot))
+    }
+
+    /// Whether a chunk serves neither class.
+    pub(crate) fn has_vacant_chunk(&self) -> bool {
+        !self.stock.is_empty()
+    }
+
+    /// Whether sealed slots are vacant without another chunk.
+    pub(crate) fn has_sealed_vacancy(&self) -> bool {
+        self.vacant_sealed > 0
+    }
+
+    /// A sealed slot out of a chunk that is not being emptied: for a block that moves out of the one that is.
+    pub(crate) fn take_sealed_vacancy(&mut self, tenant: u32) -> Option<FilledSlot> {
+        self.has_sealed_vacancy()
+            .then(|| self.take(SizeClass::Sealed, tenant))
+            .flatten()
+            .map(|taken| taken.slot)
     }
 
     /// The slots of the chunk that is being emptied that are not vacant.
     pub(crate) fn draining(&self) -> impl Iterator<Item = SlotId> + use<> {
-        let slots = self.layout.slots_per_chunk(SizeClass::Raw);
+        let class = self.draining_class().unwrap_or(SizeClass::Raw);
+        let slots = self.layout.slots_per_chunk(class);
         let (first, taken) = match self.draining {
             None => (0, 0),
             Some(index) => {
@@ -557,13 +610,14 @@ impl Pool {
             if all_vacant {
                 self.chunks[index as usize].draining = false;
                 self.draining = None;
-                self.assign(index, SizeClass::Sealed);
+                match class {
+                    SizeClass::Raw => self.assign(index, SizeClass::Sealed),
+                    _ => self.return_to_stock(index),
+                }
             }
             return;
         }
-        if class == SizeClass::Raw {
-            self.vacant_raw += 1;
-        }
+        *self.vacant_of(class) += 1;
         if self.chunks[index as usize].listed_at.is_none() {
             self.list(index);
         }
@@ -571,13 +625,16 @@ impl Pool {
         let keeps = class == SizeClass::Sealed && self.with_vacancy[class as usize].len() == 1;
         if all_vacant && !keeps {
             self.unlist(index);
-            self.chunks[index as usize].class = None;
-            self.chunks[index as usize].vacant = 0;
-            if class == SizeClass::Raw {
-                self.vacant_raw -= slots;
-            }
-            self.stock.push(index);
+            *self.vacant_of(class) -= slots;
+            self.return_to_stock(index);
         }
+    }
+
+    /// Makes a chunk with no block, that is in no list, serve neither class.
+    fn return_to_stock(&mut self, index: u32) {
+        self.chunks[index as usize].class = None;
+        self.chunks[index as usize].vacant = 0;
+        self.stock.push(index);
     }
 }
 
@@ -681,7 +738,7 @@ mod tests {
             pool.free(SizeClass::Raw, slot);
         }
         assert!(pool.take_sealed(0).is_none());
-        assert!(pool.start_draining());
+        assert!(pool.start_draining(SizeClass::Raw));
         for slot in pool.draining().collect::<Vec<_>>() {
             let to = pool.take_raw(0).expect("the others have room").slot;
             let at = raw.iter().position(|held| held.id() == slot).expect("nothing else is in the chunk");
@@ -689,7 +746,7 @@ mod tests {
             pool.free(SizeClass::Raw, from);
         }
         assert!(pool.take_sealed(0).is_some());
-        assert!(!pool.start_draining(), "what is reserved or in use is not given up");
+        assert!(!pool.start_draining(SizeClass::Raw), "what is reserved or in use is not given up");
     }
 
     #[test]

@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::mailbox::{Control, DeviceSender};
 use crate::memory::DeviceLost;
 use crate::permit::Permit;
+use crate::prefix::Prefix;
 use crate::reply::{Answer, Reply};
 use crate::sequence::{CloseHook, SequenceId};
 use crate::submission::{Submission, Submissions};
@@ -247,7 +248,8 @@ impl RouterActor {
         for (number, (shard, load)) in shards.iter().zip(&mut self.core.loads).enumerate() {
             load.lost = supervisor.lost(number as u16).is_some();
             if !self.core.deterministic && shards.len() > 1 {
-                load.blocks_used = shard.view.stats.lock().counters.blocks_used;
+                let counters = &shard.view.stats.lock().counters;
+                load.blocks_used = counters.blocks_used - counters.blocks_cached;
             }
         }
     }
@@ -302,21 +304,29 @@ impl RouterCore {
         }
     }
 
-    /// The shard for a new sequence: the least loaded that is not lost; shard 0 (which will refuse) if all are.
-    fn place(&mut self) -> usize {
+    /// The shard for a new sequence: that with most of its prompt, or the least loaded, that is not lost; shard 0 (which will refuse) if
+    /// all are.
+    fn place(&mut self, prefix: Option<&Prefix>) -> usize {
         // Sequences count as a block each, so that a burst of opens spreads before any of them shows in `blocks_used`.
         let load = |load: &Load| (load.lost, load.blocks_used + load.sequences);
-        let shard = (0..self.loads.len()).min_by_key(|&shard| load(&self.loads[shard])).unwrap_or(0);
+        let preferred = prefix
+            .and_then(|prefix| prefix.shard(self.loads.len()))
+            .filter(|&shard| self.loads.get(shard).is_some_and(|load| !load.lost));
+        let least = || (0..self.loads.len()).min_by_key(|&shard| load(&self.loads[shard]));
+        let shard = preferred.or_else(least).unwrap_or(0);
         self.loads[shard].sequences += 1;
         shard
     }
 
     /// The shard of each of an operation's results.
     fn targets(&mut self, operation: &Operation, targets: &mut SmallVec<[usize; 8]>) {
-        if let Operation::Open { .. } = operation {
-            return targets.push(self.place());
+        if let Operation::Open { prefix, .. } = operation {
+            return targets.push(self.place(prefix.as_deref()));
         }
         let shards = self.loads.len();
+        if let Operation::Invalidate { shard, .. } = operation {
+            return targets.push((*shard as usize).min(shards - 1));
+        }
         targets.extend(operation.sequences().map(|id| {
             let shard = id.map_or(0, |id| id.shard() as usize);
             // An id that no shard gave out is answered by any shard as unknown.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
-use crate::block::BlockId;
+use crate::block::{BlockId, ExtraIdentity};
 use crate::error::Error;
 use crate::geometry::BlockLayout;
 use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, lock};
@@ -106,8 +106,59 @@ pub struct OpenOptions {
     pub tenant: Tenant,
     /// Adapter (LoRA) that computes its keys and values: part of every block key.
     pub adapter: Option<String>,
-    /// Raw blocks for this many tokens are set aside, so that appending them cannot fail for lack of room.
+    /// Raw blocks for this many tokens are set aside, so that appending them cannot fail for lack of room. Those that are found cached
+    /// count among them.
     pub reserve_tokens: u32,
+    /// What the sequence will begin with, as far as it is known: the cached part of it is there from the start. With a prompt, be it an
+    /// empty one, a sequence also shares what it computes. None: it shares nothing, but with its forks.
+    pub prompt: Option<Prompt>,
+    /// Shares with every sequence of this domain, whatever its tenant, instead of those of its tenant.
+    pub shared_domain: Option<String>,
+}
+
+/// The token ids that a sequence will begin with.
+///
+/// Token ids are the identity of what is cached: whoever shares promises that the keys and values which he appends follow from them, from
+/// the model and the adapter, and from the extra identity where token ids do not tell.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Prompt {
+    pub(crate) token_ids: Vec<u32>,
+    /// By ascending position.
+    pub(crate) extra: Vec<(u32, ExtraIdentity)>,
+}
+
+impl Prompt {
+    /// A prompt of these tokens.
+    pub fn new(token_ids: &[u32]) -> Self {
+        Prompt { token_ids: token_ids.to_vec(), extra: Vec::new() }
+    }
+
+    /// Tokens at `positions` stand for more than their ids say: for the image of this hash, say. Has to be what the appends of these
+    /// tokens will name.
+    #[must_use]
+    pub fn extra_at(mut self, positions: Range<u32>, identity: ExtraIdentity) -> Self {
+        self.extra.extend(positions.map(|at| (at, identity)));
+        self.extra.sort_by_key(|(at, _)| *at);
+        self
+    }
+}
+
+impl From<&[u32]> for Prompt {
+    fn from(token_ids: &[u32]) -> Self {
+        Prompt::new(token_ids)
+    }
+}
+
+impl From<&Vec<u32>> for Prompt {
+    fn from(token_ids: &Vec<u32>) -> Self {
+        Prompt::new(token_ids)
+    }
+}
+
+impl<const N: usize> From<&[u32; N]> for Prompt {
+    fn from(token_ids: &[u32; N]) -> Self {
+        Prompt::new(token_ids)
+    }
 }
 
 impl OpenOptions {
@@ -129,6 +180,21 @@ impl OpenOptions {
     #[must_use]
     pub fn reserve_tokens(mut self, tokens: u32) -> Self {
         self.reserve_tokens = tokens;
+        self
+    }
+
+    /// Sets the prompt: the sequence begins with what of it is cached, and shares what it computes.
+    #[must_use]
+    pub fn prompt(mut self, prompt: impl Into<Prompt>) -> Self {
+        self.prompt = Some(prompt.into());
+        self
+    }
+
+    /// Sets the domain to share with, instead of the tenant's own sequences. All that is known of a domain is its name: give it only to
+    /// those who may see whether its prompts are cached.
+    #[must_use]
+    pub fn shared_domain(mut self, domain: impl Into<String>) -> Self {
+        self.shared_domain = Some(domain.into());
         self
     }
 }

@@ -41,6 +41,14 @@ pub struct CoreCounters {
     pub slots_zeroed: u64,
     /// Times that token dropping moved a window.
     pub window_moves: u64,
+    /// Full blocks of the prompts that sequences were opened with.
+    pub prefix_blocks_asked: u64,
+    /// Of those, blocks that were cached.
+    pub prefix_blocks_hit: u64,
+    /// Blocks that a sequence computed and another had cached before: one copy was kept.
+    pub blocks_deduplicated: u64,
+    /// Cached blocks that made way.
+    pub evictions: u64,
     /// Failed operations by [`ErrorKind`].
     pub errors: [u64; ErrorKind::ALL.len()],
     /// Gauge: open sequences.
@@ -51,6 +59,8 @@ pub struct CoreCounters {
     pub blocks_free: u64,
     /// Gauge: blocks that exist.
     pub blocks_used: u64,
+    /// Gauge: of those, blocks that no sequence holds: they are kept for a prompt to find, and make way for others.
+    pub blocks_cached: u64,
     /// Gauge: blocks in the sealed format.
     pub blocks_sealed: u64,
     /// Gauge: full blocks that wait to be sealed.
@@ -71,6 +81,7 @@ impl CoreCounters {
             blocks_total: 0,
             blocks_free: 0,
             blocks_used: 0,
+            blocks_cached: 0,
             blocks_sealed: 0,
             blocks_waiting_to_seal: 0,
             slots_quarantined: 0,
@@ -99,11 +110,16 @@ impl CoreCounters {
             copies_on_write,
             slots_zeroed,
             window_moves,
+            prefix_blocks_asked,
+            prefix_blocks_hit,
+            blocks_deduplicated,
+            evictions,
             errors,
             sequences,
             blocks_total,
             blocks_free,
             blocks_used,
+            blocks_cached,
             blocks_sealed,
             blocks_waiting_to_seal,
             slots_quarantined,
@@ -126,11 +142,16 @@ impl CoreCounters {
         self.copies_on_write += copies_on_write;
         self.slots_zeroed += slots_zeroed;
         self.window_moves += window_moves;
+        self.prefix_blocks_asked += prefix_blocks_asked;
+        self.prefix_blocks_hit += prefix_blocks_hit;
+        self.blocks_deduplicated += blocks_deduplicated;
+        self.evictions += evictions;
         self.errors.iter_mut().zip(errors).for_each(|(mine, theirs)| *mine += theirs);
         self.sequences += sequences;
         self.blocks_total += blocks_total;
         self.blocks_free += blocks_free;
         self.blocks_used += blocks_used;
+        self.blocks_cached += blocks_cached;
         self.blocks_sealed += blocks_sealed;
         self.blocks_waiting_to_seal += blocks_waiting_to_seal;
         self.slots_quarantined += slots_quarantined;

@@ -46,7 +46,7 @@ pub(crate) enum Brief {
     Closed,
     Read(Box<ReadBuffer>),
     ReadDevice(u32),
-    Opened(Box<Outcome>),
+    Other(Box<Outcome>),
     Failed(Box<Error>),
 }
 
@@ -61,7 +61,9 @@ impl From<Result<Outcome, Error>> for Brief {
             Ok(Outcome::Closed) => Brief::Closed,
             Ok(Outcome::Read(buffer)) => Brief::Read(buffer),
             Ok(Outcome::ReadDevice { tokens }) => Brief::ReadDevice(tokens),
-            Ok(opened @ (Outcome::Opened(_) | Outcome::Forked(_))) => Brief::Opened(Box::new(opened)),
+            Ok(other @ (Outcome::Opened(_) | Outcome::Forked(_) | Outcome::Invalidated { .. })) => {
+                Brief::Other(Box::new(other))
+            }
             Err(error) => Brief::Failed(Box::new(error)),
         }
     }
@@ -79,7 +81,7 @@ impl Brief {
             Brief::Closed => Outcome::Closed,
             Brief::Read(buffer) => Outcome::Read(buffer),
             Brief::ReadDevice(tokens) => Outcome::ReadDevice { tokens },
-            Brief::Opened(opened) => *opened,
+            Brief::Other(other) => *other,
             Brief::Failed(error) => return Some(Err(*error)),
         }))
     }

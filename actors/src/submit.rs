@@ -10,6 +10,7 @@ use crate::batch::{BatchCacheOperations, Outcome};
 use crate::error::{Error, ErrorKind};
 use crate::geometry::BlockLayout;
 use crate::permit::{Amount, Permit, Permits};
+use crate::prefix::Matcher;
 use crate::reply::Answer;
 use crate::router::RouterHandle;
 use crate::submission::Answered;
@@ -34,6 +35,8 @@ pub struct Submitter {
     pub supervisor: Arc<Supervisor>,
     /// What never came as far as a shard.
     pub refusals: Refusals,
+    /// Finds prompts.
+    pub matcher: Matcher,
 }
 
 /// Counts submissions that were refused as a whole, by kind of error.
@@ -179,6 +182,7 @@ impl Submitter {
             batch.attach_sequence_permits(sequences);
         }
         batch.check(&self.layout, self.max_tokens, &self.devices);
+        batch.match_prompts(&self.matcher);
         batch.attach_read_buffers(&self.layout);
         let shard = batch.first_shard();
         let answer = self.router.submit(batch, permit);

@@ -10,10 +10,12 @@ use kv_cache_actors::assembly::{Assembler, Assembly};
 use kv_cache_actors::batch::{BatchCacheOperations, HostTensor, Outcome};
 use kv_cache_actors::device::CoreConfig;
 use kv_cache_actors::error::Error;
+use kv_cache_actors::events::EventHub;
 use kv_cache_actors::format::Format;
 use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
 use kv_cache_actors::memory::Elements;
 use kv_cache_actors::permit::{Amount, Permits};
+use kv_cache_actors::prefix::Matcher;
 use kv_cache_actors::sequence::{OpenOptions, OpenSequence, SequenceId};
 use kv_cache_actors::submit::{Refusals, Submitter};
 use kv_cache_actors::supervisor::{ActorName, Exit};
@@ -40,7 +42,7 @@ impl Simulated {
         // Half of the appends and reads go over the copy lanes.
         let setup = Setup { copy_lane_min_bytes: 2 * 8 * 4, ..Setup::small(format) };
         let tokens = TokenBudget::new(u64::MAX);
-        let mut assembler = Assembler::new(shards as usize, 64, 64);
+        let mut assembler = Assembler::new(shards as usize, 64, 64, EventHub::new(16));
         let mut devices = Vec::new();
         let mut layout = None;
         for shard in 0..shards {
@@ -52,7 +54,14 @@ impl Simulated {
         }
         let (assembly, router) = assembler.finish(false);
         tokio::spawn(router);
+        let matcher = Matcher {
+            keys: setup.config().keys,
+            indices: assembly.views.iter().map(|view| view.index.clone()).collect(),
+            block_tokens: setup.config().layout.block_tokens,
+            deterministic: false,
+        };
         let submitter = Submitter {
+            matcher,
             refusals: Refusals::default(),
             layout: layout.expect("a shard"),
             devices: Vec::new(),

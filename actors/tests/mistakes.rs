@@ -441,7 +441,7 @@ fn cancelled_requests_leak_nothing() {
 fn blocks_with_nan_never_get_a_key() {
     for format in [Format::Raw, Format::Int8] {
         let mut rig = Rig::new(&small(format));
-        let handle = rig.open(0);
+        let handle = rig.open_prompt(0, 0..0);
         let mut batch = BatchCacheOperations::new();
         rig.append(&mut batch, handle.id(), None, 0, 1, BLOCK, None, Some(f32::NAN));
         assert_eq!(rig.run(batch).remove(0).unwrap_err(), Error::NotFinite);
@@ -457,7 +457,7 @@ fn blocks_with_nan_never_get_a_key() {
 #[test]
 fn a_block_that_turns_out_not_finite_when_sealed_loses_its_key() {
     let mut rig = Rig::new(&small(Format::Int8));
-    let handle = rig.open(0);
+    let handle = rig.open_prompt(0, 0..0);
     let batch = append(&mut rig, handle.id(), 0, 1, BLOCK);
     let ticket = rig.submit(batch);
     rig.flush();

@@ -6,14 +6,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use kv_cache::HashSecret;
-use kv_cache_actors::block::BlockKey;
+use kv_cache::{BlockKey, ElementType, Geometry, HashSecret, OpenOptions};
+use kv_cache_actors::block::KeyScheme;
 
 use crate::trace::{self, HASH_TOKENS, Request, token_id};
-
-/// All requests have one tenant, model and adapter; what a root key is made of does not matter here.
-const ROOT: BlockKey = BlockKey([0; 32]);
-const SECRET: HashSecret = HashSecret([0; 32]);
 
 /// Which part of a trace runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,10 +86,13 @@ fn plan(request: &Request, hashing: &mut Duration) -> Planned {
         .map(|id| (0..HASH_TOKENS).map(|offset| token_id(*id, offset)).collect())
         .collect();
     let mut keys = Vec::with_capacity(tokens.len());
+    // All requests have one tenant, model and adapter; what the keys begin with does not matter here.
+    let geometry = Geometry::new(1, 1, 1, ElementType::F16).block_tokens(HASH_TOKENS);
+    let scheme = KeyScheme::new(HashSecret([0; 32]), &geometry, None);
     let begun = Instant::now();
-    let mut parent = ROOT;
+    let mut parent = scheme.root(&OpenOptions::default());
     for block in &tokens {
-        parent = BlockKey::child(&SECRET, parent, block, []);
+        parent = scheme.child(parent, block, []);
         keys.push(parent);
     }
     *hashing += begun.elapsed();

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use super::core::DeviceCore;
-use crate::block::{BlockId, BlockState};
+use crate::block::{Block, BlockId, BlockState};
 use crate::pool::SizeClass;
 
 /// What a core holds. All zeros once everything is closed and nothing is in flight.
@@ -95,20 +95,14 @@ impl DeviceCore {
         }
         let mut slots = HashSet::new();
         let mut held_by_blocks = [0; 3];
-        let device_class = if self.config.pool.has_sealed_class { SizeClass::Sealed } else { SizeClass::Raw };
         for (id, block) in self.blocks.iter() {
             let seals = u32::from(block.state == BlockState::Sealing);
             // The target slots of seals and moves in flight are owned by their flights.
-            match (block.state, block.moving) {
-                (BlockState::Sealing, _) => held_by_blocks[SizeClass::Sealed as usize] += 1,
-                (BlockState::Sealed, true) if block.class == SizeClass::Host => {
-                    held_by_blocks[device_class as usize] += 1
-                }
-                (BlockState::Sealed, true) => held_by_blocks[SizeClass::Host as usize] += 1,
-                (_, true) => held_by_blocks[SizeClass::Raw as usize] += 1,
-                (_, false) => {}
+            if let Some(class) = block.moving_to {
+                held_by_blocks[class as usize] += 1;
             }
-            let held = holders.get(&id).copied().unwrap_or(0) + seals + u32::from(block.moving);
+            held_by_blocks[SizeClass::Sealed as usize] += seals as usize;
+            let held = holders.get(&id).copied().unwrap_or(0) + seals + u32::from(block.moving_to.is_some());
             if block.refs != held {
                 return Err(format!("{id:?}: {} references, {held} holders", block.refs));
             }
@@ -120,6 +114,7 @@ impl DeviceCore {
                 return Err(format!("{id:?}: published at {place:?}, is in {:?}", block.slot));
             }
             held_by_blocks[block.class as usize] += 1;
+            self.audit_published(id, block)?;
             if block.private && self.blocks.key(id).is_some() {
                 return Err(format!("{id:?} is private and has a key"));
             }
@@ -130,6 +125,8 @@ impl DeviceCore {
                 "slots held, by class: {held:?}; blocks and flights hold {held_by_blocks:?}"
             ));
         }
+        // Those without a sequence to be parked on.
+        waiting += self.waiting_for_moves.iter().filter(|op| self.pending.sequence(**op).is_none()).count();
         let unanswered: usize = self.pending.iter().map(|pending| pending.unanswered()).sum();
         for (what, counted, kept) in [
             ("reserved slots", reserved, self.blocks.pool().reserved_raw()),
@@ -138,6 +135,29 @@ impl DeviceCore {
             if counted != kept {
                 return Err(format!("{what}: {counted} counted, {kept} kept"));
             }
+        }
+        Ok(())
+    }
+
+    /// What must hold of a block that prompts find, or do not.
+    fn audit_published(&self, id: BlockId, block: &Block) -> Result<(), String> {
+        let (key, found) = (self.blocks.key(id), |key| self.blocks.find_key(&key));
+        if block.published != (key.and_then(found) == Some(id)) {
+            return Err(format!("{id:?}: published is {}, and the index disagrees", block.published));
+        }
+        if !block.published {
+            let in_limbo = self.blocks.limbo.contains(&id);
+            return if (block.refs == 0) == in_limbo {
+                Ok(())
+            } else {
+                Err(format!("{id:?}: {} references, in limbo is {in_limbo}", block.refs))
+            };
+        }
+        let parent = self.blocks.parents[id.0 as usize];
+        let orphan = parent != BlockId::DROPPED && !self.blocks.is_published(parent);
+        let is_full = matches!(block.state, BlockState::Full | BlockState::Sealing | BlockState::Sealed);
+        if orphan || !is_full {
+            return Err(format!("{id:?}: published as {:?} behind {parent:?}", block.state));
         }
         Ok(())
     }

@@ -1,12 +1,16 @@
-//! The blocks of a shard: reference counts, places, token ids, and the queue of blocks to seal.
+//! The blocks of a shard: reference counts, places, token ids, and the queue of blocks to seal. What is shared by prefix and kept when
+//! nobody holds it is in [`super::cached`].
 
 use std::collections::VecDeque;
 
 use slab::Slab;
 
+use super::core::CoreConfig;
 use crate::block::{Block, BlockId, BlockKey, BlockState, Place, Places};
+use crate::events::BlockEvent;
+use crate::eviction::Evictor;
 use crate::format::Format;
-use crate::geometry::BlockLayout;
+use crate::index::IndexWriter;
 use crate::memory::{Purpose, Step};
 use crate::pool::{Pool, SizeClass};
 use crate::slot::{FilledSlot, SlotId, SlotPin};
@@ -24,15 +28,30 @@ pub struct BlockStore {
     token_ids: Vec<u32>,
     block_tokens: usize,
     sealed_format: Format,
+    sealed_bytes: usize,
     /// Full blocks with the epoch of their number: a number that was given to another block since is skipped.
     to_seal: VecDeque<(BlockId, u32)>,
     epochs: Vec<u32>,
     /// No sealed slot could be had; nothing changes until a slot is freed.
-    seal_stalled: bool,
+    pub(super) seal_stalled: bool,
     /// The block in each slot.
     owners: Vec<BlockId>,
     /// Blocks per state that the statistics tell apart.
     sealed_blocks: u64,
+    pub(super) index: IndexWriter,
+    pub(super) evictor: Evictor,
+    /// The published block before each published block.
+    pub(super) parents: Vec<BlockId>,
+    /// The number of each published block's root.
+    pub(super) roots: Vec<u32>,
+    /// Blocks that nobody holds and that the index has forgotten while somebody had them pinned.
+    pub(super) limbo: Vec<BlockId>,
+    /// What has become of published blocks, if anybody wants to know.
+    pub(super) events: Vec<BlockEvent>,
+    pub(super) is_heard: bool,
+    pub(super) shard: u16,
+    /// What time it is, for those who rank blocks by age.
+    pub(super) now_ms: u64,
 }
 
 /// A seal that has its slot.
@@ -63,11 +82,17 @@ pub(crate) struct MovePlan {
     slot: FilledSlot,
     from_offset: usize,
     to_offset: usize,
+    /// Of a sealed block; a raw one is copied as such.
+    sealed_bytes: Option<usize>,
 }
 
 impl MovePlan {
     pub(super) fn step(&self) -> Step {
-        Step::Copy { from_offset: self.from_offset, to_offset: self.to_offset }
+        let MovePlan { from_offset, to_offset, sealed_bytes, .. } = *self;
+        match sealed_bytes {
+            None => Step::Copy { from_offset, to_offset },
+            Some(bytes) => Step::Transfer { from_offset, to_offset, bytes },
+        }
     }
 
     pub(super) fn into_purpose(self) -> Purpose {
@@ -84,7 +109,8 @@ pub(super) struct NewBlock {
 }
 
 impl BlockStore {
-    pub(super) fn new(pool: Pool, layout: BlockLayout, sealed_format: Format) -> Self {
+    pub(super) fn new(pool: Pool, config: &CoreConfig) -> Self {
+        let CoreConfig { layout, sealed_format, .. } = *config;
         let blocks = pool.layout().slot_ids_all_tiers();
         BlockStore {
             blocks: Slab::with_capacity(blocks),
@@ -98,6 +124,16 @@ impl BlockStore {
             seal_stalled: false,
             owners: vec![BlockId::DROPPED; blocks],
             sealed_blocks: 0,
+            index: IndexWriter::new(config.shard, blocks, config.index_hash_bits),
+            evictor: Evictor::new(config.eviction, blocks),
+            parents: vec![BlockId::DROPPED; blocks],
+            roots: vec![0; blocks],
+            events: Vec::new(),
+            is_heard: false,
+            shard: config.shard,
+            limbo: Vec::new(),
+            now_ms: 0,
+            sealed_bytes: sealed_format.block_bytes(&layout),
             pool,
         }
     }
@@ -178,7 +214,7 @@ impl BlockStore {
     /// Whether a write may go straight into the block.
     pub(super) fn is_writable(&mut self, id: BlockId) -> bool {
         let block = self.get(id);
-        if block.refs > 1 || block.moving || block.state != BlockState::Open {
+        if block.refs > 1 || block.moving_to.is_some() || block.state != BlockState::Open || block.published {
             return false;
         }
         // A view taken before tokens were cut off still shows them, and the write would change them under its eyes.
@@ -218,9 +254,10 @@ impl BlockStore {
             refs: 1,
             tenant,
             private,
+            published: false,
             rewound: false,
             writing: false,
-            moving: false,
+            moving_to: None,
         }) as u32);
         self.keys[id.0 as usize] = None;
         self.publish(id);
@@ -235,10 +272,14 @@ impl BlockStore {
     }
 
     pub(super) fn retain(&mut self, id: BlockId) {
-        self.get_mut(id).refs += 1;
+        let block = self.get_mut(id);
+        block.refs += 1;
+        if block.refs == 1 {
+            self.evictor.hold(id);
+        }
     }
 
-    /// Lets go of a block; the last holder frees its slot.
+    /// Lets go of a block. The last holder frees its slot, unless a prompt may find it: then it stays until its slot is needed.
     pub(super) fn release(&mut self, id: BlockId) {
         if id == BlockId::DROPPED {
             return;
@@ -248,6 +289,19 @@ impl BlockStore {
         if block.refs > 0 {
             return;
         }
+        let published = block.published;
+        match published {
+            true => {
+                self.evictor.release(id, self.now_ms);
+                self.seal_stalled = false;
+            }
+            false if self.index.is_pinned(id) => self.limbo.push(id),
+            false => self.free(id),
+        }
+    }
+
+    /// Frees a block that nobody holds, and that is in no index.
+    pub(super) fn free(&mut self, id: BlockId) {
         let block = self.blocks.remove(id.0 as usize);
         self.epochs[id.0 as usize] = self.epochs[id.0 as usize].wrapping_add(1);
         if block.state == BlockState::Sealed {
@@ -269,6 +323,12 @@ impl BlockStore {
 
     /// Frees slots that were freed under a reader's eyes and that nobody looks at any more.
     pub(super) fn reclaim(&mut self) {
+        for id in std::mem::take(&mut self.limbo) {
+            match self.index.is_pinned(id) {
+                true => self.limbo.push(id),
+                false => self.free(id),
+            }
+        }
         let before = self.pool.quarantined();
         if before > 0 {
             self.pool.reclaim();
@@ -277,9 +337,14 @@ impl BlockStore {
         }
     }
 
+    /// Blocks that were pinned are so no more: sealing may find one to evict.
+    pub(super) fn pins_dropped(&mut self) {
+        self.seal_stalled = false;
+    }
+
     /// Writes have landed: blocks that had to stay where they were may be moved now.
     pub(super) fn resume_draining(&mut self) {
-        if self.pool.is_draining() {
+        if self.pool.draining_class() == Some(SizeClass::Raw) {
             self.seal_stalled = false;
         }
     }
@@ -298,10 +363,10 @@ impl BlockStore {
         self.token_ids.copy_within(from..from + self.block_tokens, to.0 as usize * self.block_tokens);
     }
 
-    /// Every token of the block is committed.
+    /// Every token of the block is committed. A block without a key is shared by forks only.
     pub(super) fn complete(&mut self, id: BlockId, key: Option<BlockKey>, counters: &mut CoreCounters) {
         let raw_is_sealed = self.sealed_format == Format::Raw;
-        self.keys[id.0 as usize] = if self.get(id).private { None } else { key };
+        self.keys[id.0 as usize] = key;
         let block = self.get_mut(id);
         if raw_is_sealed {
             block.state = BlockState::Sealed;
@@ -318,7 +383,7 @@ impl BlockStore {
     pub(super) fn reopen_raw(&mut self, id: BlockId) {
         let block = self.get_mut(id);
         block.rewound = true;
-        if block.state == BlockState::Full {
+        if block.state == BlockState::Full && !block.published {
             block.state = BlockState::Open;
             self.keys[id.0 as usize] = None;
         }
@@ -337,13 +402,16 @@ impl BlockStore {
                 self.to_seal.pop_front();
                 continue;
             }
-            if block.is_some_and(|block| block.moving) {
+            if block.is_some_and(|block| block.moving_to.is_some()) {
                 // It comes first again once it has landed.
                 self.seal_stalled = true;
                 return None;
             }
             let tenant = self.get(id).tenant;
-            let Some(slot) = self.pool.take_sealed(tenant) else {
+            // The flight holds the block: closing its sequences must not free the slot that is being read.
+            self.retain(id);
+            let Some(slot) = self.sealed_slot(tenant, counters) else {
+                self.release(id);
                 self.seal_stalled = true;
                 counters.seal_stalls += 1;
                 return None;
@@ -351,50 +419,58 @@ impl BlockStore {
             self.to_seal.pop_front();
             let from_offset = self.offset(id);
             let to_offset = self.pool.layout().offset_bytes(SizeClass::Sealed, slot.id());
-            let block = self.get_mut(id);
-            block.state = BlockState::Sealing;
-            // The flight holds the block: closing its sequences must not free the slot that is being read.
-            block.refs += 1;
+            self.get_mut(id).state = BlockState::Sealing;
             return Some(SealPlan { block: id, slot, format: self.sealed_format, from_offset, to_offset });
         }
         None
     }
 
-    /// When sealing has stalled: the next block to move out of a raw chunk that is to serve sealed slots, and where to.
+    /// The next block to move out of the chunk that is being emptied, and where to. When sealing has stalled, a raw chunk is emptied for
+    /// sealed slots.
     pub(super) fn next_move(&mut self, counters: &mut CoreCounters) -> Option<MovePlan> {
-        if self.to_seal.is_empty() || !self.seal_stalled {
-            return None;
+        if self.pool.draining_class() != Some(SizeClass::Sealed) {
+            if self.to_seal.is_empty() || !self.seal_stalled {
+                return None;
+            }
+            self.pool.start_draining(SizeClass::Raw);
         }
-        self.pool.start_draining();
+        let class = self.pool.draining_class()?;
         let movable = |&slot: &SlotId| {
             let owner = self.blocks.get(self.owners[slot.0 as usize].0 as usize);
-            let block = owner.filter(|block| block.slot.id() == slot && block.class == SizeClass::Raw);
-            block.is_some_and(|block| !block.writing && !block.moving && block.state != BlockState::Sealing)
+            let block = owner.filter(|block| block.slot.id() == slot && block.class == class);
+            block.is_some_and(|block| {
+                !block.writing && block.moving_to.is_none() && block.state != BlockState::Sealing
+            })
         };
         let from = self.pool.draining().find(movable)?;
         let id = self.owners[from.0 as usize];
         let tenant = self.get(id).tenant;
-        let slot = self.pool.take_raw(tenant)?.slot;
+        let slot = match class {
+            SizeClass::Raw => self.pool.take_raw(tenant)?.slot,
+            _ => self.pool.take_sealed_vacancy(tenant)?,
+        };
         counters.blocks_moved += 1;
         let from_offset = self.offset(id);
-        let to_offset = self.pool.layout().offset_bytes(SizeClass::Raw, slot.id());
-        let block = self.get_mut(id);
-        block.moving = true;
+        let to_offset = self.pool.layout().offset_bytes(class, slot.id());
+        self.get_mut(id).moving_to = Some(class);
         // The flight holds it, as a seal does.
-        block.refs += 1;
-        Some(MovePlan { block: id, slot, from_offset, to_offset })
+        self.retain(id);
+        let sealed_bytes = (class != SizeClass::Raw).then_some(self.sealed_bytes);
+        Some(MovePlan { block: id, slot, from_offset, to_offset, sealed_bytes })
     }
 
     /// Takes back a move, and says whether the device carried it out.
     pub(super) fn land_move(&mut self, id: BlockId, slot: FilledSlot, moved: bool) {
-        self.get_mut(id).moving = false;
+        let block = self.get_mut(id);
+        block.moving_to = None;
+        let class = block.class;
         if moved {
-            let old = std::mem::replace(&mut self.get_mut(id).slot, slot);
+            let old = std::mem::replace(&mut block.slot, slot);
             self.publish(id);
-            self.free_slot(SizeClass::Raw, old);
+            self.free_slot(class, old);
         } else {
             self.pool.spoil(slot.id());
-            self.free_slot(SizeClass::Raw, slot);
+            self.free_slot(class, slot);
         }
         self.release(id);
     }
@@ -422,6 +498,7 @@ impl BlockStore {
                 // Appending checks every element, so this is memory that changed under us: keep the raw bytes.
                 counters.seal_failures += 1;
                 self.get_mut(id).state = BlockState::Unsealable;
+                self.withdraw(id);
                 self.keys[id.0 as usize] = None;
                 self.free_slot(SizeClass::Sealed, slot);
             }
@@ -445,6 +522,7 @@ impl BlockStore {
         counters.blocks_total = self.pool.layout().raw_slots() as u64;
         counters.blocks_free = self.pool.raw_available() as u64;
         counters.blocks_used = self.blocks.len() as u64;
+        counters.blocks_cached = self.evictor.unheld() as u64;
         counters.blocks_sealed = self.sealed_blocks;
         counters.blocks_waiting_to_seal = self.to_seal.len() as u64;
         counters.slots_quarantined = self.pool.quarantined() as u64;

@@ -11,16 +11,20 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
+use indexmap::IndexSet;
 use slab::Slab;
 use smallvec::SmallVec;
 
 use super::blocks::BlockStore;
+use super::cached::Room;
 use super::entry::SequenceEntry;
 use super::plan::{ReadOutput, WriteTarget};
 use super::tier::TierMoves;
-use crate::batch::{Each, EachWrite, Operation, Outcome, ReadTarget, Row, out_of_reach};
-use crate::block::{BlockId, BlockKey, HashSecret};
+use crate::batch::{Each, EachWrite, Invalidate, Operation, Outcome, ReadTarget, Row, out_of_reach};
+use crate::block::{BlockId, BlockKey, KeyScheme};
 use crate::error::Error;
+use crate::events::BlockEvent;
+use crate::eviction::EvictionPolicy;
 use crate::format::Format;
 use crate::geometry::{BlockLayout, Geometry};
 use crate::memory::{AppendRow, AppendRows, Flight, LaneKind, Launch, OpRef, Purpose, ReadBuffer, Step};
@@ -58,8 +62,12 @@ pub struct CoreConfig {
     pub deterministic: bool,
     /// Share of a sequence's tokens that is kept, if token dropping is on.
     pub keep_ratio: Option<f32>,
-    /// Secret of the block keys.
-    pub secret: HashSecret,
+    /// How block keys are made.
+    pub keys: KeyScheme,
+    /// Which cached block goes first.
+    pub eviction: EvictionPolicy,
+    /// Bits of a block key that place it in the prefix index: 64, but for tests.
+    pub index_hash_bits: u32,
 }
 
 impl CoreConfig {
@@ -91,6 +99,8 @@ pub struct Effects {
     pub opened: Vec<Arc<SequenceShared>>,
     /// Sequences that have closed.
     pub closed: Vec<SequenceId>,
+    /// What has become of blocks that prompts find, if somebody wants to know ([`DeviceCore::observe`]).
+    pub events: Vec<BlockEvent>,
 }
 
 /// Submissions that are not answered yet.
@@ -137,7 +147,7 @@ impl Pending {
         Some((each, each.row_at(op.result)?))
     }
 
-    fn sequence(&self, op: OpRef) -> Option<SequenceId> {
+    pub(super) fn sequence(&self, op: OpRef) -> Option<SequenceId> {
         self.row(op).map_or_else(|| self.operation(op).sequence(), |(_, row)| Some(row.sequence))
     }
 
@@ -225,11 +235,13 @@ pub struct DeviceCore {
     pub(super) sequences: Slab<SequenceEntry>,
     /// Generation of the next sequence at each table entry.
     generations: Vec<u32>,
-    tenants: HashMap<Tenant, u32>,
+    owners: HashMap<Owner, u32>,
+    roots: IndexSet<Root>,
     pub(super) pending: Pending,
     /// The first operation not looked at yet of each submission that has some, in submission order.
     ready: VecDeque<OpRef>,
-    /// Writes to blocks that are on their way to other slots, in no order: their sequences are busy with them.
+    /// What waits for blocks to have moved, in order: writes to blocks that are on their way to other slots, and whatever needs raw slots
+    /// that moves will make. The sequences are busy with it.
     pub(super) waiting_for_moves: Vec<OpRef>,
     /// Memory of [`DeviceCore::land_rows`].
     resumed: Vec<u32>,
@@ -256,6 +268,23 @@ impl Drop for DeviceCore {
     }
 }
 
+/// Whose blocks are: no one else sees their bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Owner {
+    /// A tenant's own.
+    Tenant(Tenant),
+    /// A shared domain's.
+    Domain(String),
+}
+
+/// What a sequence's blocks have in common, beside the model: their keys begin with it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Root {
+    pub(super) owner: Owner,
+    pub(super) tenant: Tenant,
+    pub(super) adapter: Option<String>,
+}
+
 /// What became of an operation that was looked at.
 pub(super) enum Progress {
     /// It is answered.
@@ -269,10 +298,11 @@ impl DeviceCore {
     pub fn new(config: CoreConfig, on_drop: CloseHook) -> Self {
         let pool = Pool::new(config.pool);
         DeviceCore {
-            blocks: BlockStore::new(pool, config.layout, config.sealed_format),
+            blocks: BlockStore::new(pool, &config),
             sequences: Slab::new(),
             generations: Vec::new(),
-            tenants: HashMap::new(),
+            owners: HashMap::new(),
+            roots: IndexSet::new(),
             pending: Pending::default(),
             ready: VecDeque::new(),
             waiting_for_moves: Vec::new(),
@@ -318,6 +348,14 @@ impl DeviceCore {
         self.in_flight
     }
 
+    /// What time it is, in milliseconds since the cache was opened, and whether anybody wants to hear of blocks.
+    ///
+    /// In deterministic mode time is counted in operations instead: what is evicted must not depend on a clock.
+    pub fn observe(&mut self, now_ms: u64, is_heard: bool) {
+        self.blocks.now_ms = if self.config.deterministic { self.counters.operations } else { now_ms };
+        self.blocks.is_heard = is_heard;
+    }
+
     /// Takes one event. Call [`DeviceCore::flush`] after a run of them: operations that come together share launches.
     pub fn apply(&mut self, event: Event, effects: &mut Effects) {
         match event {
@@ -327,6 +365,7 @@ impl DeviceCore {
             Event::Seal => {}
         }
         self.pump(effects);
+        effects.events.append(&mut self.blocks.events);
     }
 
     /// Hands the launches built so far over to the effects.
@@ -450,9 +489,10 @@ impl DeviceCore {
                 }
                 return;
             }
-            (Operation::Open { options, permit }, _) => {
-                let (options, permit) = (std::mem::take(&mut **options), permit.take());
-                Progress::Done(self.open(options, permit, effects))
+            (Operation::Open { .. }, _) => self.open(op, effects),
+            (Operation::Invalidate { what, .. }, _) => {
+                let what = (**what).clone();
+                Progress::Done(Ok(Outcome::Invalidated { blocks: self.invalidate(&what) }))
             }
             // What flies stays in its place: landing needs it again.
             (Operation::Append { at, ids, tensors, .. }, Some(index)) => {
@@ -583,12 +623,16 @@ impl DeviceCore {
                 }
                 Purpose::Move { block, slot } => {
                     self.blocks.land_move(block, slot, error.is_none());
-                    for op in std::mem::take(&mut self.waiting_for_moves) {
-                        let Some(id) = self.pending.sequence(op) else { continue };
-                        self.sequences[id.index()].park_first(op);
-                        self.resume(id.index(), effects);
-                    }
                 }
+            }
+        }
+        for op in std::mem::take(&mut self.waiting_for_moves) {
+            match self.pending.sequence(op) {
+                Some(id) => {
+                    self.sequences[id.index()].park_first(op);
+                    self.resume(id.index(), effects);
+                }
+                None => self.start(op, None, effects),
             }
         }
         for step in &mut launch.steps {
@@ -762,6 +806,11 @@ impl DeviceCore {
             launch.add(seal.into_purpose(), None, None);
         }
         // Sealing has stalled for want of a vacant chunk: empty one. It goes on when the moves have landed.
+        self.move_some();
+    }
+
+    /// Plans the moves out of the chunk that is being emptied.
+    fn move_some(&mut self) {
         while let Some(plan) = self.blocks.next_move(&mut self.counters) {
             let launch = self.building.launch(LaneKind::Compute);
             launch.steps.push(plan.step());
@@ -769,15 +818,40 @@ impl DeviceCore {
         }
     }
 
-    pub(super) fn tenant_number(&mut self, tenant: &Tenant) -> u32 {
-        match self.tenants.get(tenant) {
-            Some(&number) => number,
-            None => {
-                let number = self.tenants.len() as u32;
-                self.tenants.insert(tenant.clone(), number);
-                number
-            }
+    /// Sees to it that `wanted` raw slots can be had. With [`Room::Soon`], `op` is looked at again when something has landed.
+    pub(super) fn make_room(&mut self, op: OpRef, wanted: usize) -> Room {
+        let room = self.blocks.make_room(wanted, &mut self.counters);
+        if room == Room::Soon {
+            self.move_some();
+            self.waiting_for_moves.push(op);
         }
+        room
+    }
+
+    /// Lets prompts find some blocks no more, and returns how many. Sequences that hold them keep them.
+    pub fn invalidate(&mut self, what: &Invalidate) -> u32 {
+        let roots = &self.roots;
+        let is_meant = |root: u32| {
+            let Some(Root { owner, tenant, adapter }) = roots.get_index(root as usize) else { return false };
+            match what {
+                Invalidate::All => true,
+                Invalidate::Adapter(name) => adapter.as_ref() == Some(name),
+                Invalidate::Tenant(of) => tenant == of,
+                Invalidate::Domain(of) => matches!(owner, Owner::Domain(name) if name == of),
+            }
+        };
+        self.blocks.withdraw_all(|blocks, block| is_meant(blocks.root(block))) as u32
+    }
+
+    /// The number of whoever blocks belong to.
+    pub(super) fn owner_number(&mut self, owner: &Owner) -> u32 {
+        let next = self.owners.len() as u32;
+        *self.owners.entry(owner.clone()).or_insert(next)
+    }
+
+    /// The number of what some sequences' blocks have in common.
+    pub(super) fn root_number(&mut self, root: Root) -> u32 {
+        self.roots.insert_full(root).0 as u32
     }
 
     /// Gives a new sequence its place in the table.

@@ -46,6 +46,10 @@ pub(super) struct Rest {
     /// Copies that the write in flight makes, by the place of the block that they will replace. Until the write has landed
     /// the sequence keeps what it had: readers see it, a failed write falls back to it, and no other writer gets at it.
     pub(super) replacing: SmallVec<[(usize, BlockId); 1]>,
+    /// Number of the root.
+    pub(super) root_number: u32,
+    /// Blocks of the prompt, if the sequence shares what it computes.
+    pub(super) prompt_blocks: Option<u32>,
     /// Positions that carry more identity than their token id.
     pub(super) extra: Vec<(u32, ExtraIdentity)>,
     /// The right to be open, given back when the entry goes.
@@ -68,6 +72,8 @@ impl Rest {
             reserved,
             reserved_in_flight: 0,
             replacing: SmallVec::new(),
+            root_number: 0,
+            prompt_blocks: None,
             extra,
             _permit: permit,
         }

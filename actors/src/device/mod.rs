@@ -6,6 +6,7 @@
 #[cfg(any(test, feature = "testing"))]
 mod audit;
 mod blocks;
+mod cached;
 mod core;
 mod entry;
 mod in_place;
@@ -23,6 +24,8 @@ pub use self::blocks::BlockStore;
 pub use self::core::{CoreConfig, DeviceCore, Effects, Event};
 use crate::block::Places;
 use crate::directory::Directory;
+use crate::events::EventHub;
+use crate::index::PrefixIndex;
 use crate::mailbox::{Control, DeviceMailbox, TRANSFERS_MAX, TransferSender, Wake};
 use crate::memory::{DeviceLost, Doorbell, Lane, LaneKind, Launch};
 use crate::sequence::CloseHook;
@@ -44,6 +47,8 @@ pub struct ShardView {
     pub slots: SlotTable,
     /// Statistics.
     pub stats: Arc<SharedStats>,
+    /// Finds prompts.
+    pub index: PrefixIndex,
     bell: Bell,
 }
 
@@ -84,6 +89,8 @@ pub(crate) struct DeviceActor<L> {
     stats: Arc<SharedStats>,
     directory: Arc<Directory>,
     usher: UsherHandle,
+    events: EventHub,
+    opened_at: Instant,
     effects: Effects,
     done: Vec<Launch>,
     patience: Duration,
@@ -102,11 +109,25 @@ pub(crate) struct DeviceParts<L> {
     pub(crate) supervisor: Arc<Supervisor>,
     pub(crate) on_drop: CloseHook,
     pub(crate) usher: UsherHandle,
+    pub(crate) events: EventHub,
+    /// The same for all shards of a cache.
+    pub(crate) opened_at: Instant,
 }
 
 /// Turns the calling thread into a device actor until it ends. `ready` is called with its view before the first message.
 pub(crate) fn run<L: Lane>(parts: DeviceParts<L>, ready: impl FnOnce(ShardView)) {
-    let DeviceParts { config, compute, mailbox, transfer, directory, supervisor, on_drop, usher } = parts;
+    let DeviceParts {
+        config,
+        compute,
+        mailbox,
+        transfer,
+        directory,
+        supervisor,
+        on_drop,
+        usher,
+        events,
+        opened_at,
+    } = parts;
     let shard = config.shard;
     let core = DeviceCore::new(config, on_drop);
     let stats = Arc::new(SharedStats::default());
@@ -114,6 +135,7 @@ pub(crate) fn run<L: Lane>(parts: DeviceParts<L>, ready: impl FnOnce(ShardView))
         places: core.blocks().places().clone(),
         slots: core.blocks().pool().table().clone(),
         stats: stats.clone(),
+        index: core.blocks().index().clone(),
         bell: Bell(mailbox.doorbell()),
     };
     let mut actor = DeviceActor {
@@ -126,6 +148,8 @@ pub(crate) fn run<L: Lane>(parts: DeviceParts<L>, ready: impl FnOnce(ShardView))
         stats,
         directory: directory.clone(),
         usher,
+        events,
+        opened_at,
         effects: Effects::default(),
         done: Vec::new(),
         patience: Duration::ZERO,
@@ -180,6 +204,7 @@ impl<L: Lane> DeviceActor<L> {
                     self.wait()?
                 }
             };
+            self.core.observe(self.opened_at.elapsed().as_millis() as u64, self.events.is_heard());
             match wake {
                 Wake::Control(Control::Lost(lost)) => return Err(lost),
                 #[cfg(any(test, feature = "testing"))]
@@ -296,6 +321,7 @@ impl<L: Lane> DeviceActor<L> {
             for id in self.effects.closed.drain(..) {
                 self.directory.remove(id);
             }
+            self.events.tell(self.effects.events.drain(..));
             if !self.effects.answers.is_empty() {
                 // Whoever has an answer finds its effect in the statistics, and in what admission looks at.
                 self.stats.lock().counters = *self.core.counters();

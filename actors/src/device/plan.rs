@@ -5,41 +5,110 @@ use std::ops::Range;
 use smallvec::SmallVec;
 
 use super::blocks::BlockStore;
-use super::core::{CoreConfig, DeviceCore, Effects, Progress};
+use super::cached::{Origin, Published, Room};
+use super::core::{CoreConfig, DeviceCore, Effects, Owner, Progress, Root};
 use super::entry::{Rest, SequenceEntry};
-use crate::batch::Outcome;
+use crate::batch::{Operation, Outcome};
 use crate::block::{BlockId, BlockKey, BlockState, ExtraIdentity};
 use crate::error::Error;
 use crate::format::Format;
 use crate::geometry::Plane;
+use crate::index::Lease;
 use crate::memory::{AppendStep, LaneKind, OpRef, ReadBuffer, ReadStep, Step};
 use crate::payload::TensorView;
 use crate::permit::Permit;
+use crate::prefix::{Prefix, blocks_to_match};
 use crate::sequence::{OpenOptions, SINK_TOKENS, SequenceShared, SequenceState, pieces};
 use crate::stats::CoreCounters;
 
 impl DeviceCore {
-    pub(super) fn open(
-        &mut self,
-        options: OpenOptions,
-        permit: Option<Permit>,
-        effects: &mut Effects,
-    ) -> Result<Outcome, Error> {
-        let layout = self.config.layout;
-        let reserved = layout.blocks_for(options.reserve_tokens as usize);
-        let free = self.blocks.raw_available(reserved);
-        if !self.blocks.pool_mut().reserve_raw(reserved) {
-            return Err(Error::Capacity { needed: reserved as u32, free: free as u32, evictable: 0 });
-        }
-        let dropping =
-            self.config.keep_ratio.map_or_else(|| "none".into(), |ratio| format!("truncation:{ratio}"));
-        let root = BlockKey::root(&self.config.secret, &self.config.geometry, &dropping, &options);
-        let tenant = self.tenant_number(&options.tenant);
-        let make = |id| {
-            let shared = SequenceShared::new(id, options.tenant, SequenceState::default());
-            SequenceEntry::new(shared, Rest::new(tenant, root, reserved, Vec::new(), permit), &layout)
+    /// Opens a sequence with what of its prompt is cached.
+    pub(super) fn open(&mut self, op: OpRef, effects: &mut Effects) -> Progress {
+        let Operation::Open { options, prefix, permit } =
+            &mut self.pending.submission_mut(op).operations[op.index as usize]
+        else {
+            return Progress::Flying;
         };
-        Ok(Outcome::Opened(self.register(make, effects)))
+        let (options, prefix, permit) = (std::mem::take(&mut **options), prefix.take(), permit.take());
+        let layout = self.config.layout;
+        let found = self.find_prefix(&options, prefix.as_deref());
+        let tokens = (found.len() * layout.block_tokens) as u32;
+        let reserved = layout.blocks_for(options.reserve_tokens as usize).saturating_sub(found.len());
+        let refused = match self.make_room(op, reserved) {
+            Room::Now => self.config.token_budget.take(u64::from(tokens)).err(),
+            Room::Soon => {
+                // It starts anew when there is room: what it has found stays pinned, or is found again.
+                found.iter().for_each(|&block| self.blocks.release(block));
+                if let Operation::Open { options: place, prefix: found, permit: right } =
+                    &mut self.pending.submission_mut(op).operations[op.index as usize]
+                {
+                    (**place, *found, *right) = (options, prefix, permit);
+                }
+                return Progress::Flying;
+            }
+            Room::Never => Some(self.capacity_error(reserved, 0)),
+        };
+        // What it has pinned and does not hold may go from now on.
+        self.blocks.pins_dropped();
+        if let Some(error) = refused {
+            found.iter().for_each(|&block| self.blocks.release(block));
+            return Progress::Done(Err(error));
+        }
+        let has_room = self.blocks.pool_mut().reserve_raw(reserved);
+        debug_assert!(has_room, "there was room a moment ago");
+        let root = self.config.keys.root(&options);
+        let owner = match options.shared_domain {
+            None => Owner::Tenant(options.tenant.clone()),
+            Some(domain) => Owner::Domain(domain),
+        };
+        let tenant = self.owner_number(&owner);
+        let (adapter, of) = (options.adapter.clone(), options.tenant.clone());
+        let root_number = self.root_number(Root { owner, tenant: of, adapter });
+        // Tokens computed after dropping depend on more than their ids.
+        let prompt = options.prompt.filter(|_| self.config.keep_ratio.is_none());
+        let prompt_blocks = prompt.as_ref().map(|prompt| layout.blocks_for(prompt.token_ids.len()) as u32);
+        if let Some(prefix) = prefix {
+            self.counters.prefix_blocks_asked += prefix.keys.len() as u64;
+            self.counters.prefix_blocks_hit += found.len() as u64;
+        }
+        let extra = prompt.map_or_else(Vec::new, |prompt| prompt.extra);
+        let extra = extra.into_iter().filter(|(at, _)| *at < tokens).collect();
+        let state = SequenceState { committed: tokens, blocks: found, ..SequenceState::default() };
+        let make = |id| {
+            let shared = SequenceShared::new(id, options.tenant, state);
+            let mut rest = Rest::new(tenant, root, reserved, extra, permit);
+            (rest.prompt_blocks, rest.root_number) = (prompt_blocks, root_number);
+            SequenceEntry::new(shared, rest, &layout)
+        };
+        Progress::Done(Ok(Outcome::Opened(self.register(make, effects))))
+    }
+
+    /// Holds the cached blocks that a prompt begins with.
+    fn find_prefix(&mut self, options: &OpenOptions, prefix: Option<&Prefix>) -> SmallVec<[BlockId; 6]> {
+        let mut found = SmallVec::new();
+        let (Some(prompt), Some(prefix), None) = (&options.prompt, prefix, self.config.keep_ratio) else {
+            return found;
+        };
+        let block_tokens = self.config.layout.block_tokens;
+        let wanted = blocks_to_match(prompt.token_ids.len(), block_tokens);
+        let prompt_blocks = self.config.layout.blocks_for(prompt.token_ids.len()) as u32;
+        let leased = prefix.lease.as_ref().filter(|lease| lease.shard() == self.config.shard);
+        let leased = leased.map_or(&[][..], Lease::blocks);
+        for (at, key) in prefix.keys[..wanted].iter().enumerate() {
+            // Pinned, so it is what it was; but it may have been withdrawn since. What was published since is found here.
+            let block = leased.get(at).copied().filter(|&block| self.blocks.is_published(block));
+            let Some(block) = block.or_else(|| self.blocks.find_key(key)) else { break };
+            self.blocks.hold_found(block, (at as u32, prompt_blocks));
+            found.push(block);
+        }
+        found
+    }
+
+    /// `needed` raw blocks are not to be had, beside `had` that were set aside for the purpose.
+    fn capacity_error(&mut self, needed: usize, had: usize) -> Error {
+        let free = self.blocks.raw_available(needed) + had;
+        let evictable = self.blocks.evictor.unheld() as u32;
+        Error::Capacity { needed: (needed + had) as u32, free: free as u32, evictable }
     }
 
     pub(super) fn fork(
@@ -61,6 +130,7 @@ impl DeviceCore {
             (shows_staged, SequenceState { committed, staged: Vec::new(), blocks, window_start })
         };
         let (tenant, root, name) = (parent.rest.tenant, parent.rest.root, parent.shared.tenant().clone());
+        let (prompt_blocks, root_number) = (parent.rest.prompt_blocks, parent.rest.root_number);
         let extra: Vec<_> =
             parent.rest.extra.iter().copied().filter(|&(at, _)| at < state.committed).collect();
         self.config.token_budget.take(u64::from(state.committed) * u64::from(count))?;
@@ -70,7 +140,8 @@ impl DeviceCore {
                 self.blocks.retain(block);
             }
             let permit = permit.as_mut().and_then(|all| all.split(1));
-            let rest = Rest::new(tenant, root, 0, extra.clone(), permit);
+            let mut rest = Rest::new(tenant, root, 0, extra.clone(), permit);
+            (rest.prompt_blocks, rest.root_number) = (prompt_blocks, root_number);
             let layout = self.config.layout;
             let make =
                 |id| SequenceEntry::new(SequenceShared::new(id, name.clone(), state.clone()), rest, &layout);
@@ -92,7 +163,8 @@ impl DeviceCore {
             entry.shared.publish_committed(0);
             std::mem::take(&mut *shown)
         };
-        for block in state.blocks {
+        // From its end: what comes last is worth least to others.
+        for &block in state.blocks.iter().rev() {
             self.blocks.release(block);
         }
         self.blocks.unreserve(entry.rest.reserved);
@@ -139,20 +211,24 @@ impl DeviceCore {
         let DeviceCore { sequences, blocks, config, counters, .. } = self;
         let SequenceEntry { shared, rest, took_blocks, .. } = &mut sequences[index];
         let mut state = shared.state();
-        let planned = check_write(config, &state, &target, tokens).and_then(|range| {
-            if is_moving(blocks, &state, config.layout.block_tokens, range.clone()) {
-                return Ok(None);
-            }
-            let prepared = prepare_blocks(rest, blocks, config, counters, &mut state, range.clone())?;
-            Ok(Some((range, prepared)))
-        });
-        let (range, prepared) = match planned {
-            Ok(Some(planned)) => planned,
-            Ok(None) => {
-                self.waiting_for_moves.push(op);
-                return Progress::Flying;
-            }
+        let range = match check_write(config, &state, &target, tokens) {
+            Ok(range) => range,
             Err(error) => return Progress::Done(Err(error)),
+        };
+        if is_moving(blocks, &state, config.layout.block_tokens, range.clone()) {
+            self.waiting_for_moves.push(op);
+            return Progress::Flying;
+        }
+        let prepared = match prepare_blocks(rest, blocks, config, counters, &mut state, range.clone()) {
+            Ok(prepared) => prepared,
+            Err(Shortage { needed, reserved }) => {
+                drop(state);
+                return match self.make_room(op, needed) {
+                    Room::Now => self.plan_write(op, index, target, tokens, view),
+                    Room::Soon => Progress::Flying,
+                    Room::Never => Progress::Done(Err(self.capacity_error(needed, reserved))),
+                };
+            }
         };
         *took_blocks = prepared.took_blocks;
         // Pinned: sealing may move a block that a copy reads.
@@ -402,7 +478,7 @@ fn check_write(
 fn is_moving(blocks: &BlockStore, state: &SequenceState, block_tokens: usize, range: Range<u32>) -> bool {
     pieces(block_tokens, range).filter_map(|(at, _)| state.blocks.get(at)).any(|&id| {
         let block = blocks.get(id);
-        block.moving && block.state == BlockState::Open
+        block.moving_to.is_some() && block.state == BlockState::Open
     })
 }
 
@@ -414,6 +490,12 @@ struct Prepared {
     took_blocks: bool,
 }
 
+/// So many raw slots are needed and not vacant, beside those that were reserved.
+struct Shortage {
+    needed: usize,
+    reserved: usize,
+}
+
 /// Makes every block under `range` exist and be this sequence's to write, or changes nothing.
 fn prepare_blocks(
     rest: &mut Rest,
@@ -422,7 +504,7 @@ fn prepare_blocks(
     counters: &mut CoreCounters,
     state: &mut SequenceState,
     range: Range<u32>,
-) -> Result<Prepared, Error> {
+) -> Result<Prepared, Shortage> {
     let layout = config.layout;
     let existing = state.blocks.len();
     let touched = range.start as usize / layout.block_tokens..layout.blocks_for(range.end as usize);
@@ -438,10 +520,8 @@ fn prepare_blocks(
         return Ok(Prepared::default());
     }
     let reserved = rest.reserved.min(needed);
-    let free = blocks.raw_available(needed - reserved);
-    if needed - reserved > free {
-        let (needed, free) = (needed as u32, (free + reserved) as u32);
-        return Err(Error::Capacity { needed, free, evictable: 0 });
+    if needed - reserved > blocks.raw_available(needed - reserved) {
+        return Err(Shortage { needed: needed - reserved, reserved });
     }
     rest.reserved -= reserved;
     rest.reserved_in_flight = reserved;
@@ -521,6 +601,18 @@ pub(super) fn commit(
         done += inside.len();
         if inside.end == block_tokens {
             let key = next_key(rest, blocks, config, state, at);
+            if let Some(key) = &key
+                && let Some(prompt_blocks) = rest.prompt_blocks
+            {
+                let parent = at.checked_sub(1).map(|before| state.blocks[before]);
+                let origin = Origin { parent, root: rest.root_number };
+                let published = blocks.publish_key(id, key, origin, (at as u32, prompt_blocks), counters);
+                if let Published::Twin(twin) = published {
+                    blocks.release(id);
+                    state.blocks[at] = twin;
+                    continue;
+                }
+            }
             blocks.complete(id, key, counters);
         }
     }
@@ -531,7 +623,7 @@ pub(super) fn commit(
     }
 }
 
-/// The key of a block that has just become full; none behind a private block.
+/// The key of a block that has just become full; none if it is private or behind a private one, or if its sequence does not share.
 fn next_key(
     rest: &Rest,
     blocks: &BlockStore,
@@ -539,6 +631,9 @@ fn next_key(
     state: &SequenceState,
     at: usize,
 ) -> Option<BlockKey> {
+    if rest.prompt_blocks.is_none() || blocks.is_private(state.blocks[at]) {
+        return None;
+    }
     let parent = match at.checked_sub(1) {
         None => rest.root,
         Some(before) if state.blocks[before] == BlockId::DROPPED => return None,
@@ -548,7 +643,7 @@ fn next_key(
     let inside = at as u32 * block_tokens..(at as u32 + 1) * block_tokens;
     let extra = rest.extra.iter().copied().filter(|(position, _)| inside.contains(position));
     let extra = extra.map(|(position, identity)| (position - inside.start, identity));
-    Some(BlockKey::child(&config.secret, parent, blocks.token_ids(state.blocks[at]), extra))
+    Some(config.keys.child(parent, blocks.token_ids(state.blocks[at]), extra))
 }
 
 /// Token dropping by truncation: keeps the first tokens and the most recent ones, `ratio` of all together.

@@ -81,7 +81,7 @@ impl BlockStore {
             return false;
         }
         let block = self.get(id);
-        block.state == BlockState::Sealed && !block.moving && block.class.tier() != tier
+        block.state == BlockState::Sealed && block.moving_to.is_none() && block.class.tier() != tier
     }
 
     /// Takes a slot of the tier for each block, or changes nothing.
@@ -96,10 +96,9 @@ impl BlockStore {
             SizeClass::Raw | SizeClass::Sealed => self.take_device(blocks, class)?,
         };
         let begin = |(&block, slot)| {
-            let moved = self.get_mut(block);
-            moved.moving = true;
+            self.get_mut(block).moving_to = Some(class);
             // The flight holds it: closing its sequences must not free the slot that is being read.
-            moved.refs += 1;
+            self.retain(block);
             TierMove { block, slot, class }
         };
         Ok(blocks.iter().zip(slots).map(begin).collect())
@@ -147,13 +146,14 @@ impl BlockStore {
     fn end_move(&mut self, moved: TierMove, carried_out: bool) {
         let TierMove { block: id, slot, class } = moved;
         let block = self.get_mut(id);
-        block.moving = false;
+        block.moving_to = None;
         let (class, slot) = match carried_out {
             true => (std::mem::replace(&mut block.class, class), std::mem::replace(&mut block.slot, slot)),
             false => (class, slot),
         };
         if carried_out {
             self.publish(id);
+            self.tell_moved(id);
         } else {
             // Nobody knows how far it came.
             self.pool.spoil(slot.id());

@@ -31,7 +31,7 @@ impl Pool {
     /// What does not add up.
     pub fn audit(&self) -> Result<(), String> {
         let per_chunk = self.layout.slot_ids_per_chunk();
-        let (mut vacant_raw, mut taken) = (0, 0);
+        let (mut vacant_raw, mut vacant_sealed, mut taken) = (0, 0, 0);
         for (index, chunk) in self.chunks.iter().enumerate() {
             let slots = chunk.class.map_or(0, |class| self.layout.slots_per_chunk(class));
             for bit in 0..per_chunk {
@@ -45,8 +45,11 @@ impl Pool {
                 }
                 taken += usize::from(!vacant);
             }
-            if chunk.class == Some(SizeClass::Raw) && !chunk.draining {
-                vacant_raw += chunk.vacant.count_ones() as usize;
+            match chunk.class {
+                _ if chunk.draining => {}
+                Some(SizeClass::Raw) => vacant_raw += chunk.vacant.count_ones() as usize,
+                Some(_) => vacant_sealed += chunk.vacant.count_ones() as usize,
+                None => {}
             }
             let at_its_place = match (chunk.class, chunk.listed_at) {
                 (Some(class), Some(at)) => {
@@ -65,6 +68,7 @@ impl Pool {
         let with_vacancy = self.chunks.iter().filter(|chunk| chunk.vacant != 0 && !chunk.draining).count();
         for (what, counted, kept) in [
             ("vacant raw slots", vacant_raw, self.vacant_raw),
+            ("vacant sealed slots", vacant_sealed, self.vacant_sealed),
             ("chunks in stock", in_stock, self.stock.len()),
             ("chunks with vacancies", with_vacancy, listed),
             ("slots taken", taken, self.used[0] + self.used[1]),

@@ -9,7 +9,7 @@ use std::ops::Range;
 use super::rig::token_id;
 use super::values::first_difference;
 use crate::batch::Outcome;
-use crate::block::{BlockKey, ExtraIdentity, HashSecret};
+use crate::block::{BlockKey, ExtraIdentity, KeyScheme};
 use crate::error::Error;
 use crate::format::Format;
 use crate::geometry::{BlockLayout, Plane};
@@ -34,8 +34,8 @@ pub struct Rules {
     pub keep_ratio: Option<f32>,
     /// Whether launches may fail.
     pub faults: bool,
-    /// Secret of the block keys.
-    pub secret: HashSecret,
+    /// How block keys are made.
+    pub keys: KeyScheme,
 }
 
 /// An operation on one sequence.
@@ -139,6 +139,14 @@ impl ModelSequence {
             promised_tokens: reserved_tokens,
             closed: false,
         }
+    }
+
+    /// It has found a prefix of tokens with these stamps in the cache.
+    pub fn found(&mut self, rules: &Rules, stamps: &[u64]) {
+        self.layers.iter_mut().for_each(|layer| layer.extend_from_slice(stamps));
+        self.ids.extend(stamps.iter().map(|stamp| (token_id(*stamp), None)));
+        self.committed = stamps.len() as u32;
+        self.blocks.resize(rules.layout.blocks_for(stamps.len()), Identity::Public);
     }
 
     /// A fork of it.
@@ -246,13 +254,13 @@ impl ModelSequence {
     fn may_be_refused(&self, rules: &Rules, op: &Op, error: &Error) -> bool {
         let writes = matches!(op, Op::Append { .. } | Op::Stage { .. });
         match error {
-            Error::Capacity { needed, free, evictable } => {
+            Error::Capacity { needed, free, .. } => {
                 let end = match op {
                     Op::Append { tokens, .. } => self.committed + tokens,
                     Op::Stage { layer, tokens, .. } => self.visible(*layer as usize) + tokens,
                     _ => 0,
                 };
-                writes && needed > free && *evictable == 0 && end > self.promised_tokens
+                writes && needed > free && end > self.promised_tokens
             }
             Error::TooManyTokens { tokens, max_total_tokens } => {
                 let counts = writes || matches!(op, Op::Commit { .. } | Op::Fork { .. });
@@ -405,7 +413,7 @@ impl ModelSequence {
     pub fn check_key(
         &self,
         rules: &Rules,
-        root: BlockKey,
+        root: Option<BlockKey>,
         at: usize,
         found: Option<BlockKey>,
     ) -> Result<(), String> {
@@ -419,6 +427,12 @@ impl ModelSequence {
             _ => Identity::Public,
         };
         let identity = self.blocks[..=at].iter().fold(Identity::Public, worst);
+        let Some(mut key) = root else {
+            return match found {
+                None => Ok(()),
+                Some(_) => Err(format!("{}: it shares nothing, and block {at} has a key", self.id)),
+            };
+        };
         let Some(found) = found else {
             let may_miss = gone || identity != Identity::Public;
             return if may_miss { Ok(()) } else { Err(format!("{}: block {at} lost its key", self.id)) };
@@ -426,11 +440,10 @@ impl ModelSequence {
         if gone || identity == Identity::Private {
             return Err(format!("{}: block {at} must not have a key", self.id));
         }
-        let mut key = root;
         for tokens in self.ids.chunks_exact(block_tokens).take(at + 1) {
             let ids: Vec<u32> = tokens.iter().map(|(id, _)| *id).collect();
             let extra = tokens.iter().zip(0..).filter_map(|((_, extra), at)| Some((at, (*extra)?)));
-            key = BlockKey::child(&rules.secret, key, &ids, extra);
+            key = rules.keys.child(key, &ids, extra);
         }
         if key == found {
             Ok(())

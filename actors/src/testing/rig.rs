@@ -10,12 +10,13 @@ use slab::Slab;
 use super::scenario::Setup;
 use super::sim::{LANES, SimDevice};
 use super::values::push_tensor;
-use crate::batch::{BatchCacheOperations, EachTensors, HostTensor, Outcome, Results};
+use crate::batch::{BatchCacheOperations, EachTensors, HostTensor, Invalidate, Outcome, Results};
 use crate::block::ExtraIdentity;
 use crate::device::{CoreConfig, DeviceCore, Effects, Event};
 use crate::geometry::{ElementType, Plane};
 use crate::memory::LaneKind;
 use crate::permit::{Amount, Permits};
+use crate::prefix::Matcher;
 use crate::reply::{Answer, Reply, Unanswered};
 use crate::sequence::{CloseHook, OpenOptions, OpenSequence, SequenceId};
 use crate::submission::Submission;
@@ -126,6 +127,10 @@ impl Rig {
         let opens = self.sequences.try_acquire(opens).expect("permits are plenty");
         batch.attach_sequence_permits(opens);
         batch.check(&layout, self.config.max_tokens, &[]);
+        let index = self.core().blocks().index().clone();
+        let (keys, block_tokens) = (self.config.keys.clone(), layout.block_tokens);
+        let deterministic = self.config.deterministic;
+        batch.match_prompts(&Matcher { keys, indices: vec![index], block_tokens, deterministic });
         batch.attach_read_buffers(&layout);
         let submission = Submission::new(batch, Some(permit), reply, None);
         self.apply(Event::Submission(submission));
@@ -241,8 +246,25 @@ impl Rig {
     /// # Panics
     /// If that fails.
     pub fn open(&mut self, tenant: u32) -> OpenSequence {
+        self.open_with(tenant, OpenOptions::default())
+    }
+
+    /// Opens a sequence that shares, of a prompt of tokens with these stamps.
+    ///
+    /// # Panics
+    /// If that fails.
+    pub fn open_prompt(&mut self, tenant: u32, stamps: std::ops::Range<u64>) -> OpenSequence {
+        let ids: Vec<u32> = stamps.map(token_id).collect();
+        self.open_with(tenant, OpenOptions::default().prompt(&ids))
+    }
+
+    /// [`Rig::open`] with more options.
+    ///
+    /// # Panics
+    /// If that fails.
+    pub fn open_with(&mut self, tenant: u32, options: OpenOptions) -> OpenSequence {
         let mut batch = BatchCacheOperations::new();
-        batch.open(OpenOptions::default().tenant(tenant_name(tenant).as_str()));
+        batch.open(options.tenant(tenant_name(tenant).as_str()));
         match self.run(batch).remove(0) {
             Ok(Outcome::Opened(sequence)) => sequence,
             other => panic!("a sequence was opened, but: {other:?}"),
@@ -362,6 +384,7 @@ impl Rig {
         assert_eq!(self.config.token_budget.used(), 0, "tokens are still counted");
         assert_eq!(self.open_sequences(), 0, "sequences were opened and not closed");
         let Some(core) = &mut self.core else { return };
+        core.invalidate(&Invalidate::All);
         core.reclaim();
         core.audit().expect("consistent");
         assert_eq!(core.holdings(), Default::default(), "something is left");
@@ -379,9 +402,9 @@ pub fn token_ids(stamp: u64, tokens: u32) -> Vec<u32> {
     (0..tokens).map(|i| token_id(stamp + u64::from(i))).collect()
 }
 
-/// The id of the token with this stamp.
+/// The id of the token with this stamp; different ones for stamps below 2^32: whoever shares tokens promises that ids tell them apart.
 pub fn token_id(stamp: u64) -> u32 {
-    (stamp ^ stamp >> 9) as u32 & 0xFFFF
+    (stamp ^ stamp >> 9) as u32
 }
 
 fn host(elements: &[f32]) -> HostTensor<'_> {

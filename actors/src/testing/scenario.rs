@@ -1,8 +1,9 @@
 //! Settings of a simulated cache: small ones to write a test with, and random ones.
 
 use super::Rng;
-use crate::block::HashSecret;
+use crate::block::{HashSecret, KeyScheme};
 use crate::device::CoreConfig;
+use crate::eviction::EvictionPolicy;
 use crate::format::Format;
 use crate::geometry::{ElementType, Geometry};
 use crate::pool::PoolLayout;
@@ -35,6 +36,10 @@ pub struct Setup {
     pub host_blocks: u64,
     /// Sequences that a run keeps open.
     pub sequences: usize,
+    /// Which cached block goes first.
+    pub eviction: EvictionPolicy,
+    /// Bits of a block key that place it in the prefix index.
+    pub index_hash_bits: u32,
 }
 
 impl Setup {
@@ -53,6 +58,8 @@ impl Setup {
             chunk_slots: None,
             host_blocks: 16,
             sequences: 8,
+            eviction: EvictionPolicy::Lru,
+            index_hash_bits: 64,
         }
     }
 
@@ -80,6 +87,8 @@ impl Setup {
             chunk_slots: None,
             host_blocks: rng.pick(&[0, 6, 60]),
             sequences: rng.pick(&[2, 6, 12, 24]),
+            eviction: random_policy(rng),
+            index_hash_bits: rng.pick(&[64, 8, 1]),
             geometry,
         }
     }
@@ -101,6 +110,8 @@ impl Setup {
             chunk_slots: Some(rng.between(2, 12) as usize),
             host_blocks: rng.pick(&[0, 10, 200]),
             sequences: 40,
+            eviction: random_policy(rng),
+            index_hash_bits: rng.pick(&[64, 8, 1]),
             geometry,
         }
     }
@@ -132,9 +143,21 @@ impl Setup {
             seals_per_launch: self.seals_per_launch,
             deterministic: self.deterministic,
             keep_ratio: self.keep_ratio,
-            secret: HashSecret([7; 32]),
+            keys: KeyScheme::new(HashSecret([7; 32]), &self.geometry, self.keep_ratio),
+            eviction: self.eviction,
+            index_hash_bits: self.index_hash_bits,
         }
     }
+}
+
+fn random_policy(rng: &mut Rng) -> EvictionPolicy {
+    rng.pick(&[
+        EvictionPolicy::Auto,
+        EvictionPolicy::Auto,
+        EvictionPolicy::Lru,
+        EvictionPolicy::Lfu,
+        EvictionPolicy::Slru,
+    ])
 }
 
 fn random_geometry(rng: &mut Rng, block_tokens: u32) -> Geometry {

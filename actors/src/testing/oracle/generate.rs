@@ -1,14 +1,14 @@
 //! What the oracle asks for: mostly sensible operations, some wrong in every way that there is.
 
-use super::{Asked, Oracle, Queued, Submitted};
+use super::{Asked, Document, Oracle, Queued, Submitted};
 use crate::batch::{BatchCacheOperations, HostTensor};
-use crate::block::{BlockKey, ExtraIdentity};
+use crate::block::ExtraIdentity;
 use crate::error::Error;
 use crate::geometry::{ElementType, Plane};
 use crate::pool::Tier;
 use crate::sequence::{OpenOptions, SINK_TOKENS, SequenceId, Tenant};
 use crate::testing::model::Op;
-use crate::testing::rig::{EachRow, Ticket, tenant_name, token_ids};
+use crate::testing::rig::{EachRow, Ticket, tenant_name, token_id, token_ids};
 use crate::testing::values::not_finite;
 
 /// Tenants of a run.
@@ -143,12 +143,17 @@ impl Oracle {
             }
             let chosen = self.rng.below(self.alive.len());
             let at = self.alive[chosen];
-            let Some((sequence, tenant)) =
-                self.tracked[at].as_ref().filter(|t| !t.doomed && !t.closing).map(|t| (t.id, t.tenant))
+            let Some((sequence, tenant, document)) = self.tracked[at]
+                .as_ref()
+                .filter(|t| !t.doomed && !t.closing)
+                .map(|t| (t.id, t.tenant, t.document.map(|document| document.stamp(t.guess.committed))))
             else {
                 continue;
             };
-            let (stamp, finite) = (self.next_stamp, !self.rng.one_in(16));
+            if document.is_some() && layer.is_some() {
+                continue;
+            }
+            let (stamp, finite) = (document.unwrap_or(self.next_stamp), !self.rng.one_in(16));
             self.next_stamp += 1;
             let op = match layer {
                 Some(layer) => Op::Stage { layer, stamp, tokens: 1, finite },
@@ -180,15 +185,26 @@ impl Oracle {
         if self.rng.one_in(4) {
             options = options.adapter("adapter");
         }
-        let config = self.rig.config();
-        let dropping = config.keep_ratio.map_or("none".into(), |ratio| format!("truncation:{ratio}"));
-        let root = BlockKey::root(&config.secret, &config.geometry, &dropping, &options);
-        batch.open(options);
         let max_tokens = self.rules.max_tokens;
+        let block_tokens = self.rules.layout.block_tokens as u32;
+        let document = self.rng.one_in(2).then(|| {
+            let number = self.rng.below(4) as u32;
+            // Where a document's own tokens begin is its own.
+            Document { number, own_from: number * (block_tokens + 1) }
+        });
+        let mut prompt_tokens = 0;
+        if let Some(document) = document {
+            prompt_tokens = self.rng.between(0, max_tokens);
+            let ids: Vec<u32> = (0..prompt_tokens).map(|at| token_id(document.stamp(at))).collect();
+            options = options.prompt(&ids);
+        }
+        let config = self.rig.config();
+        let root = (document.is_some() && config.keep_ratio.is_none()).then(|| config.keys.root(&options));
+        batch.open(options);
         if reserved_tokens > max_tokens {
             return Asked::Refused(Error::SequenceTooLong { tokens: reserved_tokens.into(), max_tokens });
         }
-        Asked::Open { tenant, reserved_tokens, root }
+        Asked::Open { tenant, reserved_tokens, root, document, prompt_tokens }
     }
 
     /// What is refused at the door, or for want of a sequence.
@@ -248,7 +264,7 @@ impl Oracle {
 
     /// An operation that would make sense where the sequence is thought to be, or nearly so.
     fn choose(&mut self, at: usize) -> Op {
-        let guess = self.tracked(at).guess.clone();
+        let (guess, document) = (self.tracked(at).guess.clone(), self.tracked(at).document);
         let layers = guess.layers.len();
         let staged = guess.layers.iter().any(|layer| *layer > guess.committed);
         let common = guess.layers.iter().copied().min().unwrap_or(0).saturating_sub(guess.committed);
@@ -261,8 +277,15 @@ impl Oracle {
             _ => rng.between(1, 3),
         };
         let finite = !rng.one_in(32);
-        let stamp = self.next_stamp;
+        let (tokens, stamp) = match document {
+            Some(document) => (document.in_a_row(guess.committed, tokens), document.stamp(guess.committed)),
+            None => (tokens, self.next_stamp),
+        };
         let op = match rng.below(100) {
+            // Token ids tell what is in a document: what is staged is named only when it is committed.
+            0..3 | 38..48 if document.is_some() => {
+                Op::Append { at: None, stamp, tokens, finite, extra: None }
+            }
             // Staging goes on layer by layer until all have as much.
             0..60 if staged && common == 0 && !rng.one_in(8) => {
                 let most = guess.layers.iter().copied().max().unwrap_or(0);

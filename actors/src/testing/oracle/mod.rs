@@ -82,8 +82,10 @@ struct Tracked {
     id: SequenceId,
     handle: Option<OpenSequence>,
     tenant: u32,
-    /// Parent key of its first block.
-    root: BlockKey,
+    /// Parent key of its first block, if it shares.
+    root: Option<BlockKey>,
+    /// What it and others are made of, if it shares.
+    document: Option<Document>,
     /// None while a fork before it in its parent's queue is not looked at yet.
     model: Option<ModelSequence>,
     queue: VecDeque<Queued>,
@@ -99,6 +101,31 @@ struct Tracked {
 struct Guess {
     committed: u32,
     layers: Vec<u32>,
+}
+
+/// Tokens that several sequences are made of. Documents begin alike and go apart somewhere.
+#[derive(Debug, Clone, Copy)]
+struct Document {
+    number: u32,
+    /// The first token that is its own.
+    own_from: u32,
+}
+
+impl Document {
+    /// Stamps of all documents; those of other tokens come after.
+    const STAMPS: u64 = 1 << 24;
+    const TOKENS: u32 = 1 << 16;
+
+    /// The stamp of its token `at`. They follow each other, but where its own begin.
+    fn stamp(self, at: u32) -> u64 {
+        let number = if at < self.own_from { 0 } else { self.number };
+        u64::from(number * Self::TOKENS + at)
+    }
+
+    /// How many of `tokens` tokens from `at` on have stamps that follow each other.
+    fn in_a_row(self, at: u32, tokens: u32) -> u32 {
+        if at < self.own_from { tokens.min(self.own_from - at) } else { tokens }
+    }
 }
 
 /// An operation whose answer was not looked at yet.
@@ -128,7 +155,9 @@ enum Asked {
     Open {
         tenant: u32,
         reserved_tokens: u32,
-        root: BlockKey,
+        root: Option<BlockKey>,
+        document: Option<Document>,
+        prompt_tokens: u32,
     },
     On(usize, SequenceId),
     /// Its answer does not depend on any sequence.
@@ -172,7 +201,7 @@ impl Oracle {
             max_total_tokens: setup.max_total_tokens,
             keep_ratio: config.keep_ratio,
             faults: faults != Faults::None,
-            secret: config.secret,
+            keys: config.keys.clone(),
         };
         let outstanding_max = rng.pick(&[1, 4, 8, 16]);
         let sequences_max = setup.sequences;
@@ -187,7 +216,7 @@ impl Oracle {
             closed_ids: Vec::new(),
             submitted: Vec::new(),
             views: Vec::new(),
-            next_stamp: 1,
+            next_stamp: Document::STAMPS,
             outstanding_max,
             sequences_max,
             trace: std::env::var_os("KV_TRACE").is_some(),
@@ -256,11 +285,24 @@ impl Oracle {
                     Err(error) if error == expected => self.report.refused += 1,
                     other => panic!("{expected:?} expected, not {other:?}"),
                 },
-                Asked::Open { tenant, reserved_tokens, root } => match answer {
+                Asked::Open { tenant, reserved_tokens, root, document, prompt_tokens } => match answer {
                     Ok(Outcome::Opened(handle)) => {
-                        let model = ModelSequence::new(&self.rules, handle.id(), tenant, reserved_tokens);
-                        self.track(handle, tenant, root, Some(model));
+                        let mut model = ModelSequence::new(&self.rules, handle.id(), tenant, reserved_tokens);
+                        let found = handle.shared().committed();
+                        let block_tokens = self.rules.layout.block_tokens as u32;
+                        assert!(found == 0 || found < prompt_tokens && found.is_multiple_of(block_tokens));
+                        if let Some(document) = document {
+                            model.found(
+                                &self.rules,
+                                &(0..found).map(|at| document.stamp(at)).collect::<Vec<_>>(),
+                            );
+                        }
+                        self.track(handle, tenant, root, document, Some(model));
+                        self.report.prefix_tokens += u64::from(found);
                         self.report.checked += 1;
+                    }
+                    Err(Error::TooManyTokens { .. }) if self.rules.max_total_tokens < u64::MAX => {
+                        self.report.refused += 1;
                     }
                     Err(Error::Capacity { needed, free, .. }) if needed > free => self.report.refused += 1,
                     other => panic!("a wrong answer to an open: {other:?}"),
@@ -274,19 +316,22 @@ impl Oracle {
         &mut self,
         handle: OpenSequence,
         tenant: u32,
-        root: BlockKey,
+        root: Option<BlockKey>,
+        document: Option<Document>,
         model: Option<ModelSequence>,
     ) -> usize {
+        let committed = model.as_ref().map_or(0, ModelSequence::committed);
         let tracked = Tracked {
             id: handle.id(),
             handle: Some(handle),
             tenant,
             root,
+            document,
             model,
             queue: VecDeque::new(),
             doomed: false,
             closing: false,
-            guess: Guess { committed: 0, layers: vec![0; self.rules.layout.layers] },
+            guess: Guess { committed, layers: vec![committed; self.rules.layout.layers] },
         };
         let at = self.vacant.pop().unwrap_or_else(|| {
             self.tracked.push(None);
@@ -312,7 +357,7 @@ impl Oracle {
     ) {
         // It may have been given up, and its entry be another's by now.
         let Some(tracked) = self.tracked[at].as_mut().filter(|tracked| tracked.id == id) else { return };
-        let (tenant, root) = (tracked.tenant, tracked.root);
+        let (tenant, root, document) = (tracked.tenant, tracked.root, tracked.document);
         // Tickets are used again, but only once they were answered.
         let is_it = |q: &Queued| (q.ticket, q.index) == (ticket, index) && q.answer.is_none();
         let Some(place) = tracked.queue.iter().position(is_it) else {
@@ -331,7 +376,7 @@ impl Oracle {
         }
         queued.answer = Some(answer);
         for handle in handles {
-            let child = (handle.id(), self.track(handle, tenant, root, None));
+            let child = (handle.id(), self.track(handle, tenant, root, document, None));
             self.tracked(at).queue[place].children.push((child.1, child.0));
         }
         self.advance(at);

@@ -31,6 +31,12 @@ pub struct Report {
     pub seal_stalls: u64,
     /// Slots zeroed between tenants.
     pub slots_zeroed: u64,
+    /// Tokens that prompts have found.
+    pub prefix_tokens: u64,
+    /// Blocks of which one copy was kept.
+    pub deduplicated: u64,
+    /// Cached blocks that made way.
+    pub evictions: u64,
     /// Views whose bytes were found unchanged.
     pub views: u64,
     /// Launches per lane.
@@ -53,6 +59,9 @@ impl Report {
         self.tier_moves += other.tier_moves;
         self.seal_stalls += other.seal_stalls;
         self.slots_zeroed += other.slots_zeroed;
+        self.prefix_tokens += other.prefix_tokens;
+        self.deduplicated += other.deduplicated;
+        self.evictions += other.evictions;
         self.views += other.views;
         self.launches.iter_mut().zip(other.launches).for_each(|(mine, more)| *mine += more);
     }
@@ -64,6 +73,7 @@ impl Report {
             seals, copies_on_write, blocks_moved, seal_stalls, slots_zeroed, tier_moves, ..
         } = *counters;
         self.tier_moves = tier_moves;
+        (self.deduplicated, self.evictions) = (counters.blocks_deduplicated, counters.evictions);
         (self.seals, self.copies_on_write, self.slots_zeroed) = (seals, copies_on_write, slots_zeroed);
         (self.blocks_moved, self.seal_stalls) = (blocks_moved, seal_stalls);
     }

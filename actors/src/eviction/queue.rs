@@ -1,0 +1,164 @@
+//! Orders of blocks, linked through their nodes: a list, a heap, and the two together.
+
+use super::{NONE, Node};
+
+/// A doubly linked list.
+#[derive(Debug)]
+pub(super) struct List {
+    front: u32,
+    back: u32,
+}
+
+impl Default for List {
+    fn default() -> Self {
+        List { front: NONE, back: NONE }
+    }
+}
+
+impl List {
+    pub(super) fn front(&self) -> Option<u32> {
+        (self.front != NONE).then_some(self.front)
+    }
+
+    pub(super) fn push_back(&mut self, nodes: &mut [Node], block: u32) {
+        nodes[block as usize].prev = self.back;
+        nodes[block as usize].next = NONE;
+        match self.back {
+            NONE => self.front = block,
+            back => nodes[back as usize].next = block,
+        }
+        self.back = block;
+    }
+
+    pub(super) fn push_front(&mut self, nodes: &mut [Node], block: u32) {
+        nodes[block as usize].prev = NONE;
+        nodes[block as usize].next = self.front;
+        match self.front {
+            NONE => self.back = block,
+            front => nodes[front as usize].prev = block,
+        }
+        self.front = block;
+    }
+
+    pub(super) fn remove(&mut self, nodes: &mut [Node], block: u32) {
+        let (prev, next) = (nodes[block as usize].prev, nodes[block as usize].next);
+        match prev {
+            NONE => self.front = next,
+            prev => nodes[prev as usize].next = next,
+        }
+        match next {
+            NONE => self.back = prev,
+            next => nodes[next as usize].prev = prev,
+        }
+    }
+
+    pub(super) fn pop_front(&mut self, nodes: &mut [Node]) -> Option<u32> {
+        let block = self.front()?;
+        self.remove(nodes, block);
+        Some(block)
+    }
+}
+
+/// A binary heap, least key first. Every block in it knows its place, so that it can leave from anywhere.
+#[derive(Debug, Default)]
+pub(super) struct Heap {
+    order: Vec<(u64, u32)>,
+}
+
+impl Heap {
+    pub(super) fn first(&self) -> Option<(u64, u32)> {
+        self.order.first().copied()
+    }
+
+    pub(super) fn push(&mut self, nodes: &mut [Node], key: u64, block: u32) {
+        self.order.push((key, block));
+        self.up(nodes, self.order.len() - 1);
+    }
+
+    pub(super) fn remove(&mut self, nodes: &mut [Node], block: u32) {
+        let place = nodes[block as usize].prev as usize;
+        self.order.swap_remove(place);
+        if place < self.order.len() {
+            // What has come from the end may belong above or below.
+            self.up(nodes, place);
+            let moved = self.order[place].1;
+            self.down(nodes, nodes[moved as usize].prev as usize);
+        }
+    }
+
+    fn up(&mut self, nodes: &mut [Node], mut place: usize) {
+        let moved = self.order[place];
+        while place > 0 && self.order[(place - 1) / 2] > moved {
+            self.put(nodes, place, self.order[(place - 1) / 2]);
+            place = (place - 1) / 2;
+        }
+        self.put(nodes, place, moved);
+    }
+
+    fn down(&mut self, nodes: &mut [Node], mut place: usize) {
+        let moved = self.order[place];
+        loop {
+            let (left, right) = (2 * place + 1, 2 * place + 2);
+            let Some(&first) = self.order.get(left) else { break };
+            let (child, least) = match self.order.get(right) {
+                Some(&second) if second < first => (right, second),
+                _ => (left, first),
+            };
+            if least >= moved {
+                break;
+            }
+            self.put(nodes, place, least);
+            place = child;
+        }
+        self.put(nodes, place, moved);
+    }
+
+    fn put(&mut self, nodes: &mut [Node], place: usize, entry: (u64, u32)) {
+        self.order[place] = entry;
+        nodes[entry.1 as usize].prev = place as u32;
+    }
+}
+
+const IN_LIST: u8 = 0;
+const IN_HEAP: u8 = 1;
+
+/// Blocks by last use, the oldest first.
+///
+/// Blocks that have just been let go of go to the end of a list, which is thereby in order. A block that becomes a candidate
+/// later, because the last of its children has gone, is most often older than all of the list; if it is not, a heap holds it.
+#[derive(Debug, Default)]
+pub(super) struct Queue {
+    list: List,
+    late: Heap,
+}
+
+impl Queue {
+    pub(super) fn push(&mut self, nodes: &mut [Node], block: u32) {
+        let used = nodes[block as usize].used;
+        nodes[block as usize].list = IN_LIST;
+        if self.list.front().is_none_or(|front| used < nodes[front as usize].used) {
+            self.list.push_front(nodes, block);
+        } else if used > nodes[self.list.back as usize].used {
+            self.list.push_back(nodes, block);
+        } else {
+            nodes[block as usize].list = IN_HEAP;
+            self.late.push(nodes, used, block);
+        }
+    }
+
+    pub(super) fn remove(&mut self, nodes: &mut [Node], block: u32) {
+        match nodes[block as usize].list {
+            IN_LIST => self.list.remove(nodes, block),
+            _ => self.late.remove(nodes, block),
+        }
+    }
+
+    pub(super) fn first(&self, nodes: &[Node]) -> Option<u32> {
+        match (self.list.front(), self.late.first()) {
+            (Some(front), Some((used, late))) => {
+                Some(if used < nodes[front as usize].used { late } else { front })
+            }
+            (front, late) => front.or(late.map(|(_, block)| block)),
+        }
+    }
+}

@@ -1,0 +1,398 @@
+//! The prefix index of a shard: which block holds the content that a key names.
+//!
+//! Anybody looks up inline, without a lock and without a message; the shard's device thread alone changes it. What a look-up
+//! finds is **pinned before it is compared**: a pinned block keeps its key, so a block that has changed hands in between shows another
+//! key and is let go again. Whoever holds the pins holds a [`Lease`]; a block is evicted only at zero pins.
+//!
+//! The table is an array of buckets, one cache line each, with a count of the entries that found their bucket full and
+//! went on to the next (as in Facebook's F14): entries never move, so a look-up beside a change sees each of them or not.
+
+use smallvec::SmallVec;
+
+use crate::block::{BlockId, BlockKey};
+use crate::sync::lock_free::{Arc, AtomicU64, Ordering};
+
+/// Entries of a bucket. With the count they fill a cache line.
+const BUCKET_ENTRIES: usize = 7;
+
+/// Set in a block's word while the block can be found; below it are its pins.
+const PUBLISHED: u64 = 1 << 32;
+const PINS: u64 = PUBLISHED - 1;
+
+/// `fingerprint << 32 | block + 1`; 0 is vacant.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Bucket {
+    entries: [AtomicU64; BUCKET_ENTRIES],
+    /// Entries that belong here, or in a bucket before, and lie further on.
+    passed_on: AtomicU64,
+}
+
+/// A key, in words that can be read while they are written: whoever reads them has pinned the block, and then they are not.
+type KeyWords = [AtomicU64; 4];
+
+#[derive(Debug)]
+struct Table {
+    /// By block number: [`PUBLISHED`] and pins.
+    states: Box<[AtomicU64]>,
+    keys: Box<[KeyWords]>,
+    buckets: Box<[Bucket]>,
+    /// Bits of a key that place it. Fewer in tests, where everything shall collide.
+    hash_mask: u64,
+}
+
+fn words(key: &BlockKey) -> [u64; 4] {
+    bytemuck::pod_read_unaligned(&key.0)
+}
+
+fn zeroed<T>(count: usize, zero: impl Fn() -> T) -> Box<[T]> {
+    (0..count).map(|_| zero()).collect()
+}
+
+impl Table {
+    fn new(blocks: usize, hash_bits: u32) -> Self {
+        let zero = || AtomicU64::new(0);
+        // Filled to two sevenths and up to four: most look-ups end in their first bucket.
+        let buckets = (blocks / 4).next_power_of_two();
+        Table {
+            states: zeroed(blocks, zero),
+            keys: zeroed(blocks, || std::array::from_fn(|_| zero())),
+            buckets: zeroed(buckets, || Bucket {
+                entries: std::array::from_fn(|_| zero()),
+                passed_on: zero(),
+            }),
+            hash_mask: u64::MAX >> (64 - hash_bits.clamp(1, 64)),
+        }
+    }
+
+    /// The bucket where a key's look-up begins, and its fingerprint in place. The key is a keyed hash already.
+    fn place(&self, words: &[u64; 4]) -> (usize, u64) {
+        let bucket = (words[0] & self.hash_mask) as usize & (self.buckets.len() - 1);
+        (bucket, (words[1] & self.hash_mask) << 32)
+    }
+
+    fn after(&self, bucket: usize) -> usize {
+        (bucket + 1) & (self.buckets.len() - 1)
+    }
+
+    /// The entries that may be of a key: blocks to look at more closely, in order, until `found` says so.
+    fn search<T>(&self, key: &[u64; 4], mut found: impl FnMut(BlockId) -> Option<T>) -> Option<T> {
+        let (mut bucket, fingerprint) = self.place(key);
+        for _ in 0..self.buckets.len() {
+            let Bucket { entries, passed_on } = &self.buckets[bucket];
+            for entry in entries {
+                let entry = entry.load(Ordering::Relaxed);
+                if entry != 0
+                    && entry & !PINS == fingerprint
+                    && let Some(answer) = found(BlockId(entry as u32 - 1))
+                {
+                    return Some(answer);
+                }
+            }
+            if passed_on.load(Ordering::Relaxed) == 0 {
+                break;
+            }
+            bucket = self.after(bucket);
+        }
+        None
+    }
+
+    fn has_key(&self, block: BlockId, key: &[u64; 4]) -> bool {
+        self.keys[block.0 as usize].iter().zip(key).all(|(word, key)| word.load(Ordering::Relaxed) == *key)
+    }
+
+    fn try_pin(&self, block: BlockId) -> bool {
+        let state = &self.states[block.0 as usize];
+        let mut seen = state.load(Ordering::Relaxed);
+        loop {
+            // A full counter refuses rather than spilling over.
+            if seen & PUBLISHED == 0 || seen & PINS == PINS {
+                return false;
+            }
+            // Acquire: the key was there before the block was published.
+            match state.compare_exchange_weak(seen, seen + 1, Ordering::Acquire, Ordering::Relaxed) {
+                Ok(_) => return true,
+                Err(now) => seen = now,
+            }
+        }
+    }
+
+    fn unpin(&self, block: BlockId) {
+        let before = self.states[block.0 as usize].fetch_sub(1, Ordering::Release);
+        assert!(before & PINS != 0, "a block was unpinned more often than pinned");
+    }
+
+    fn pin(&self, key: &BlockKey) -> Option<BlockId> {
+        let key = words(key);
+        self.search(&key, |block| {
+            if !self.try_pin(block) {
+                return None;
+            }
+            if self.has_key(block, &key) {
+                return Some(block);
+            }
+            self.unpin(block);
+            None
+        })
+    }
+}
+
+/// Looks keys up. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct PrefixIndex {
+    shard: u16,
+    table: Arc<Table>,
+}
+
+impl PrefixIndex {
+    /// Finds the longest run of `keys` from the first on that is cached, and pins its blocks.
+    pub fn lease<'a>(&self, keys: impl IntoIterator<Item = &'a BlockKey>) -> Lease {
+        let mut lease = Lease { index: self.clone(), blocks: SmallVec::new() };
+        lease.blocks.extend(keys.into_iter().map_while(|key| self.table.pin(key)));
+        lease
+    }
+}
+
+/// The blocks of a cached prefix, pinned: they stay what they are until it is dropped, which never waits.
+#[derive(Debug)]
+#[must_use]
+pub struct Lease {
+    index: PrefixIndex,
+    blocks: SmallVec<[BlockId; 8]>,
+}
+
+impl Lease {
+    /// The shard that the blocks are on.
+    pub fn shard(&self) -> u16 {
+        self.index.shard
+    }
+
+    /// The blocks, in order.
+    pub fn blocks(&self) -> &[BlockId] {
+        &self.blocks
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.blocks.iter().for_each(|block| self.index.table.unpin(*block));
+    }
+}
+
+/// Changes the index. The device thread has the only one.
+#[derive(Debug)]
+pub struct IndexWriter(PrefixIndex);
+
+impl Drop for IndexWriter {
+    /// Nothing is found on a shard that is gone.
+    fn drop(&mut self) {
+        for state in &self.0.table.states {
+            state.fetch_and(!PUBLISHED, Ordering::AcqRel);
+        }
+    }
+}
+
+impl IndexWriter {
+    /// An empty index for blocks numbered below `blocks`. Keys are placed by `hash_bits` of their bits: 64, but for tests.
+    pub fn new(shard: u16, blocks: usize, hash_bits: u32) -> Self {
+        IndexWriter(PrefixIndex { shard, table: Arc::new(Table::new(blocks, hash_bits)) })
+    }
+
+    /// For those who look up.
+    pub fn reader(&self) -> &PrefixIndex {
+        &self.0
+    }
+
+    /// The block with this key, not pinned: it stays until this thread removes it.
+    pub fn find(&self, key: &BlockKey) -> Option<BlockId> {
+        let (table, key) = (&*self.0.table, words(key));
+        table.search(&key, |block| table.has_key(block, &key).then_some(block))
+    }
+
+    /// From now on `key` finds `block`. The block is in no index, and nobody has it pinned.
+    pub fn insert(&mut self, block: BlockId, key: &BlockKey) {
+        let (table, key) = (&*self.0.table, words(key));
+        for (word, key) in table.keys[block.0 as usize].iter().zip(key) {
+            word.store(key, Ordering::Relaxed);
+        }
+        let before = table.states[block.0 as usize].swap(PUBLISHED, Ordering::Release);
+        debug_assert_eq!(before, 0, "a block is published while it is pinned or in the index");
+        let (mut bucket, fingerprint) = table.place(&key);
+        // Twice as many places as blocks, so one is vacant.
+        loop {
+            let Bucket { entries, passed_on } = &table.buckets[bucket];
+            if let Some(entry) = entries.iter().find(|entry| entry.load(Ordering::Relaxed) == 0) {
+                return entry.store(fingerprint | u64::from(block.0 + 1), Ordering::Release);
+            }
+            passed_on.fetch_add(1, Ordering::Relaxed);
+            bucket = table.after(bucket);
+        }
+    }
+
+    /// Whether somebody holds a lease on the block.
+    pub fn is_pinned(&self, block: BlockId) -> bool {
+        self.0.table.states[block.0 as usize].load(Ordering::Acquire) & PINS != 0
+    }
+
+    /// Removes a block that nobody has pinned. False, with nothing changed, if somebody has.
+    pub fn try_remove(&mut self, block: BlockId) -> bool {
+        let state = &self.0.table.states[block.0 as usize];
+        // Acquire pairs with the Release in `unpin`.
+        let free = state.compare_exchange(PUBLISHED, 0, Ordering::Acquire, Ordering::Relaxed).is_ok();
+        if free {
+            self.remove_entry(block);
+        }
+        free
+    }
+
+    /// Removes a block whoever has it pinned: nobody finds it any more. Its number stays taken until [`IndexWriter::is_pinned`] says no.
+    pub fn hide(&mut self, block: BlockId) {
+        self.0.table.states[block.0 as usize].fetch_and(!PUBLISHED, Ordering::AcqRel);
+        self.remove_entry(block);
+    }
+
+    fn remove_entry(&mut self, block: BlockId) {
+        let table = &*self.0.table;
+        let key = std::array::from_fn(|at| table.keys[block.0 as usize][at].load(Ordering::Relaxed));
+        let (first, fingerprint) = table.place(&key);
+        let entry_of = fingerprint | u64::from(block.0 + 1);
+        let mut bucket = first;
+        loop {
+            let entries = &table.buckets[bucket].entries;
+            if let Some(entry) = entries.iter().find(|entry| entry.load(Ordering::Relaxed) == entry_of) {
+                entry.store(0, Ordering::Relaxed);
+                break;
+            }
+            bucket = table.after(bucket);
+            assert!(bucket != first, "a published block is in the table");
+        }
+        // After the entry: whoever still needs the way finds it.
+        let mut before = first;
+        while before != bucket {
+            table.buckets[before].passed_on.fetch_sub(1, Ordering::Relaxed);
+            before = table.after(before);
+        }
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::testing::Rng;
+
+    fn key(number: u64) -> BlockKey {
+        BlockKey(*blake3::hash(&number.to_le_bytes()).as_bytes())
+    }
+
+    /// Random changes against a map; with few bits of hash everything collides, and nothing wrong is found.
+    #[test]
+    fn the_index_is_a_map_however_keys_collide() {
+        for hash_bits in [64, 8, 1] {
+            let mut rng = Rng::new(u64::from(hash_bits));
+            let blocks = 300;
+            let mut index = IndexWriter::new(0, blocks, hash_bits);
+            let mut model: HashMap<u64, BlockId> = HashMap::new();
+            let mut free: Vec<u32> = (0..blocks as u32).collect();
+            for _ in 0..20_000 {
+                let number = rng.below(600) as u64;
+                match model.get(&number).copied() {
+                    Some(block) => {
+                        assert_eq!(index.find(&key(number)), Some(block));
+                        let lease = index.reader().lease([&key(number), &key(number ^ 1)]);
+                        assert_eq!(lease.blocks().first(), Some(&block));
+                        assert_eq!(lease.blocks().get(1), model.get(&(number ^ 1)));
+                        assert!(!index.try_remove(block), "it is pinned");
+                        drop(lease);
+                        assert!(index.try_remove(block));
+                        model.remove(&number);
+                        free.push(block.0);
+                    }
+                    None => {
+                        assert_eq!(index.find(&key(number)), None);
+                        assert!(index.reader().lease([&key(number)]).blocks().is_empty());
+                        if let Some(block) = free.pop() {
+                            index.insert(BlockId(block), &key(number));
+                            model.insert(number, BlockId(block));
+                        }
+                    }
+                }
+            }
+            for (number, block) in model {
+                assert_eq!(index.find(&key(number)), Some(block));
+                index.hide(block);
+                assert_eq!(index.find(&key(number)), None);
+            }
+            let ways = index.0.table.buckets.iter().map(|bucket| bucket.passed_on.load(Ordering::Relaxed));
+            assert_eq!(ways.sum::<u64>(), 0, "an empty table has no ways left in it");
+        }
+    }
+
+    #[test]
+    fn a_hidden_block_is_not_found_and_stays_pinned() {
+        let mut index = IndexWriter::new(3, 8, 64);
+        index.insert(BlockId(5), &key(1));
+        let lease = index.reader().lease([&key(1)]);
+        assert_eq!((lease.shard(), lease.blocks()), (3, [BlockId(5)].as_slice()));
+        index.hide(BlockId(5));
+        assert!(index.is_pinned(BlockId(5)));
+        assert!(index.reader().lease([&key(1)]).blocks().is_empty());
+        drop(lease);
+        assert!(!index.is_pinned(BlockId(5)));
+        index.insert(BlockId(5), &key(2));
+        assert_eq!(index.find(&key(2)), Some(BlockId(5)));
+    }
+
+    /// Readers beside a writer that keeps changing what is where: whatever they find has the key that they asked for.
+    #[test]
+    fn what_is_pinned_has_the_key() {
+        let (blocks, keys) = (16u32, 64u64);
+        let mut index = IndexWriter::new(0, blocks as usize, 2);
+        let reader = index.reader().clone();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let readers: Vec<_> = (0..2)
+                .map(|seed| {
+                    let (reader, stop) = (reader.clone(), &stop);
+                    scope.spawn(move || {
+                        let (mut rng, mut hits) = (Rng::new(seed), 0u64);
+                        while !stop.load(Ordering::Relaxed) {
+                            let asked = key(rng.below(keys as usize) as u64);
+                            let lease = reader.lease([&asked]);
+                            if let Some(block) = lease.blocks().first() {
+                                for _ in 0..8 {
+                                    assert!(reader.table.has_key(*block, &words(&asked)));
+                                }
+                                hits += 1;
+                            }
+                        }
+                        hits
+                    })
+                })
+                .collect();
+            let mut rng = Rng::new(9);
+            let mut held: Vec<Option<u64>> = vec![None; blocks as usize];
+            for _ in 0..200_000 {
+                let block = rng.below(blocks as usize);
+                match held[block] {
+                    Some(_) => {
+                        if index.try_remove(BlockId(block as u32)) {
+                            held[block] = None;
+                        }
+                    }
+                    None => {
+                        let number = rng.below(keys as usize) as u64;
+                        if !held.contains(&Some(number)) {
+                            index.insert(BlockId(block as u32), &key(number));
+                            held[block] = Some(number);
+                        }
+                    }
+                }
+            }
+            stop.store(true, Ordering::Relaxed);
+            let hits: u64 = readers.into_iter().map(|reader| reader.join().expect("no reader panics")).sum();
+            assert!(hits > 0);
+        });
+    }
+}
