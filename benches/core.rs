@@ -74,6 +74,7 @@ fn step(name: &str, count: usize, copied: bool, each: bool) {
         keys,
         eviction: EvictionPolicy::Auto,
         index_hash_bits: 64,
+        tenants: Arc::default(),
     };
     let on_drop: CloseHook = Arc::new(|_| {});
     let mut core = DeviceCore::new(config, on_drop);

@@ -7,10 +7,10 @@ use std::time::Duration;
 use pollster::block_on;
 
 use crate::batch::{BatchCacheOperations, Outcome};
-use crate::cache::{Cache, ShutdownReport};
+use crate::cache::{Cache, PinnedPrefix, ShutdownReport};
 use crate::element::Element;
 use crate::error::BuildError;
-use crate::{Error, OpenOptions, Sequence, Tenant};
+use crate::{Error, Invalidate, OpenOptions, Sequence, Tenant};
 
 /// A [`Cache`] for threads.
 ///
@@ -43,6 +43,22 @@ impl BlockingCache {
     /// As there.
     pub fn open(&self, tenant: impl Into<Tenant>, options: OpenOptions) -> Result<BlockingSequence, Error> {
         block_on(self.cache.open(tenant, options)).map(|sequence| BlockingSequence { sequence })
+    }
+
+    /// See [`Cache::pin`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn pin(&self, tenant: impl Into<Tenant>, options: OpenOptions) -> Result<PinnedPrefix, Error> {
+        block_on(self.cache.pin(tenant, options))
+    }
+
+    /// See [`Cache::invalidate`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn invalidate(&self, what: Invalidate) -> Result<u64, Error> {
+        block_on(self.cache.invalidate(what))
     }
 
     /// See [`Cache::submit`].

@@ -1,9 +1,10 @@
 //! The front door: building a cache, opening sequences, submitting batches, looking at it, shutting it down.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use kv_cache_actors::batch::Outcome as InnerOutcome;
+use kv_cache_actors::events::EventHub;
 use kv_cache_actors::router::FaultInjector;
 use kv_cache_actors::submission::Answered;
 use kv_cache_actors::submit::Submitter;
@@ -127,6 +128,18 @@ impl CacheBuilder {
     }
 }
 
+/// A cached prefix that stays: see [`Cache::pin`]. Dropping it lets go of it, without waiting.
+#[derive(Debug)]
+#[must_use = "dropping it unpins the prefix"]
+pub struct PinnedPrefix(Sequence);
+
+impl PinnedPrefix {
+    /// Tokens of the prompt that were cached, and are pinned.
+    pub fn tokens(&self) -> u32 {
+        self.0.len()
+    }
+}
+
 /// How a shutdown went.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -160,7 +173,8 @@ impl Cache {
     /// Opens a sequence, on the shard that holds most of its prompt, or else on that with the least load.
     ///
     /// With a prompt ([`OpenOptions::prompt`]) it begins with what of that is cached: [`Sequence::len`] says how many tokens need not be
-    /// computed. Whole blocks are found, and never the prompt's last token, since a model has to be run on it in any case.
+    /// computed. Whole blocks are found (in a cache whose sealed blocks are `raw`, also the beginning of one), and never the prompt's last
+    /// token, since a model has to be run on it in any case.
     ///
     /// # Errors
     /// [`Error::TooManySequences`]; [`Error::Capacity`] if what it reserves is not free; [`Error::ShardLost`] if no shard is
@@ -259,6 +273,20 @@ impl Cache {
         BlockTable::new(&self.runtime, &ids, layer)
     }
 
+    /// Keeps what is cached of a prompt, whatever eviction would say, until the result is dropped. It holds whole blocks, that of the
+    /// prompt's end included, and counts as an open sequence.
+    ///
+    /// # Errors
+    /// As [`Cache::open`]; [`Error::Empty`] without a prompt. Nothing of it being cached is none: see [`PinnedPrefix::tokens`].
+    pub async fn pin(&self, tenant: impl Into<Tenant>, options: OpenOptions) -> Result<PinnedPrefix, Error> {
+        if options.prompt.is_none() {
+            return Err(Error::Empty);
+        }
+        let mut options = options;
+        (options.whole_prompt, options.reserve_tokens) = (true, 0);
+        Ok(PinnedPrefix(self.open(tenant, options).await?))
+    }
+
     /// Lets prompts find some cached blocks no more, on every shard: after new weights for the model, or an adapter. Sequences that hold
     /// such blocks keep them. Returns how many blocks they were.
     ///
@@ -286,7 +314,9 @@ impl Cache {
     /// Hears of every block that prompts find from now on, or find no more: for a router that sends requests to where their prefix is.
     /// What came before is not told. [`CacheConfig::event_capacity`] bounds how far a listener may fall behind.
     pub fn events(&self) -> BlockEvents {
-        self.runtime.events.subscribe()
+        let hub = self.runtime.events.lock().unwrap_or_else(PoisonError::into_inner);
+        // After the end: a stream that has ended, too.
+        hub.as_ref().map_or_else(|| EventHub::new(1).subscribe(), EventHub::subscribe)
     }
 
     /// Counters, gauges and percentiles. Inline: no message.

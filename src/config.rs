@@ -1,5 +1,6 @@
 //! Every setting of a cache, as one serde struct.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use kv_cache_actors::block::HashSecret;
@@ -7,6 +8,7 @@ use kv_cache_actors::error::ConfigError;
 use kv_cache_actors::eviction::EvictionPolicy;
 use kv_cache_actors::format::Format;
 use kv_cache_actors::geometry::{BlockLayout, Geometry, Plane};
+use kv_cache_actors::limits::TenantLimits;
 use kv_cache_actors::permit::Amount;
 use kv_cache_actors::pool::PoolLayout;
 use kv_cache_actors::sequence::SINK_TOKENS;
@@ -173,6 +175,9 @@ pub struct CacheConfig {
     /// ([`OpenOptions::prompt`](crate::OpenOptions::prompt)) are kept until then; all others are freed with their last sequence.
     #[serde(default)]
     pub eviction: EvictionPolicy,
+    /// What tenants may use of each device, and what is kept for them, by name. Tenants that are not named have no limits.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tenants: BTreeMap<String, TenantLimits>,
     /// Block events that are kept for listeners that are slow ([`Cache::events`](crate::Cache::events)).
     #[serde(default = "defaults::event_capacity")]
     pub event_capacity: usize,
@@ -250,6 +255,7 @@ impl CacheConfig {
             non_blocking: true,
             copy_lane_min_bytes: defaults::copy_lane_min_bytes(),
             eviction: EvictionPolicy::Auto,
+            tenants: BTreeMap::new(),
             event_capacity: defaults::event_capacity(),
             deterministic: false,
             auto_tune: true,
@@ -354,6 +360,7 @@ impl CacheConfig {
         }
         self.check_built()?;
         let pool = PoolLayout::plan(&layout, self.sealed_format(), self.memory_bytes_per_device)?;
+        self.check_tenants(&pool)?;
         let with_tier = pool.with_host_bytes(self.host_tier_bytes_per_device);
         if with_tier.host_slots == 0 && self.host_tier_bytes_per_device > 0 {
             let fix = format!("use 0 for none, or at least the {} bytes of a block", pool.sealed_slot_bytes);
@@ -364,6 +371,35 @@ impl CacheConfig {
             ));
         }
         Ok((layout, with_tier))
+    }
+
+    fn check_tenants(&self, pool: &PoolLayout) -> Result<(), ConfigError> {
+        let invalid = |name: &str, field, value, fix| {
+            Err(ConfigError::invalid("tenants", format!("{name}: {field} = {value}"), fix))
+        };
+        let block = pool.raw_slot_bytes as u64;
+        for (name, &TenantLimits { quota_bytes, reserve_bytes }) in &self.tenants {
+            match quota_bytes {
+                Some(quota) if quota < block => {
+                    let fix = format!("use at least the {block} bytes of a raw block, or leave it out");
+                    return invalid(name, "quota_bytes", quota, fix);
+                }
+                Some(quota) if quota < reserve_bytes => {
+                    let fix = format!("use at most the quota, {quota}");
+                    return invalid(name, "reserve_bytes", reserve_bytes, fix);
+                }
+                _ => {}
+            }
+        }
+        let reserves = self.tenants.values().map(|limits| limits.reserve_bytes);
+        let sum = reserves.fold(0u64, u64::saturating_add);
+        // The moving room is nobody's.
+        let most = (pool.slab_bytes() - pool.moving_room() * pool.raw_slot_bytes) as u64;
+        if sum > most {
+            let fix = format!("reserve at most {most} bytes in all, which is what a device has for blocks");
+            return invalid("all", "reserve_bytes", sum, fix);
+        }
+        Ok(())
     }
 
     fn check_built(&self) -> Result<(), ConfigError> {

@@ -57,7 +57,7 @@ pub mod cuda {
 
 pub use batch::{BatchCacheOperations, KeysValues, Outcome, Region};
 pub use blocking::{BlockingCache, BlockingSequence};
-pub use cache::{Cache, CacheBuilder, ShutdownReport};
+pub use cache::{Cache, CacheBuilder, PinnedPrefix, ShutdownReport};
 pub use config::{CacheConfig, Compression, CompressionMethod, Devices, Quantisation};
 pub use element::Element;
 pub use error::{BuildError, ConfigError, Error, ErrorKind};
@@ -70,8 +70,9 @@ pub use kv_cache_actors::format::Format;
 pub use kv_cache_actors::geometry::{
     BlockLayout, ElementType, Geometry, LayerGroup, Plane, Rope, RopeLayout,
 };
+pub use kv_cache_actors::limits::TenantLimits;
 pub use kv_cache_actors::pool::Tier;
-pub use kv_cache_actors::sequence::{OpenOptions, Prompt, SequenceId, Tenant};
+pub use kv_cache_actors::sequence::{OpenOptions, Prompt, RetentionHint, SequenceId, Tenant};
 pub use kv_cache_actors::stats::{BatchSizes, CoreCounters, Percentiles};
 pub use kv_cache_actors::supervisor::{ActorName, Exit};
 pub use sequence::{Sequence, SequenceInfo};

@@ -1,7 +1,8 @@
 //! The composition root: opens devices, starts and wires the actors, and ends them.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use kv_cache_actors::assembly::Assembler;
@@ -36,7 +37,8 @@ pub(crate) struct Runtime {
     pub(crate) memories: Vec<Memory>,
     pub(crate) lender: Lender,
     pub(crate) tokens: TokenBudget,
-    pub(crate) events: EventHub,
+    /// None once the cache has shut down: listeners hear of the end when nobody can tell them anything any more.
+    pub(crate) events: Mutex<Option<EventHub>>,
     pub(crate) faults: FaultInjector,
 }
 
@@ -71,6 +73,7 @@ pub(crate) fn open(
     // Wraps: ids of two caches are alike only if 256 were opened between them.
     static CACHES: AtomicU8 = AtomicU8::new(0);
     let cache = CACHES.fetch_add(1, Ordering::Relaxed);
+    let tenants: Arc<HashMap<_, _>> = Arc::new(config.tenants.clone().into_iter().collect());
     let keys = KeyScheme::new(secret, &config.geometry, config.keep_ratio());
     let events = EventHub::new(config.event_capacity);
     let mut assembler =
@@ -91,6 +94,7 @@ pub(crate) fn open(
             keep_ratio: config.keep_ratio(),
             keys: keys.clone(),
             eviction: config.eviction,
+            tenants: tenants.clone(),
             index_hash_bits: 64,
         };
         backend::add_shard(&mut assembler, device, memory, core, &config)?;
@@ -132,7 +136,7 @@ pub(crate) fn open(
         memories,
         lender,
         tokens,
-        events,
+        events: Mutex::new(Some(events)),
         faults: assembly.faults,
     };
     Ok((runtime, router))
@@ -187,6 +191,7 @@ impl Runtime {
         };
         let drained = tokio::time::timeout(deadline, end).await.is_ok();
         let abandoned_operations = self.submitter.permits.used().jobs;
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).take();
         // Also after the deadline: whatever can still end shall.
         self.submitter.router.stop();
         let (running, exits) = (self.supervisor.running(), self.supervisor.exits());

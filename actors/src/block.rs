@@ -181,6 +181,10 @@ pub(crate) struct Block {
     pub(crate) tenant: u32,
     /// Holds decoded (lossy) tokens, or tokens computed after dropping: never published under a key.
     pub(crate) private: bool,
+    /// It is full, and the index's table has its key.
+    pub(crate) has_key: bool,
+    /// Some of its tokens have more identity than their ids.
+    pub(crate) has_extra: bool,
     /// The prefix index knows it. Its content is final then: whoever wants to write copies it.
     pub(crate) published: bool,
     /// Tokens were cut off it since it was written: a view may still show the bytes that the next write replaces.

@@ -23,6 +23,18 @@ pub enum Error {
         /// Blocks that eviction could free.
         evictable: u32,
     },
+    /// The tenant's blocks would take more than he may use, with nothing of his left to evict.
+    #[error(
+        "the tenant may use {quota_bytes} bytes of each device, uses {used_bytes} and needs {needed_bytes} more; close or truncate sequences of his, or raise his quota"
+    )]
+    TenantQuota {
+        /// Bytes that the operation needs.
+        needed_bytes: u64,
+        /// Bytes that the tenant's blocks and reservations take on the shard.
+        used_bytes: u64,
+        /// What he may use of it.
+        quota_bytes: u64,
+    },
     /// Too few vacant slots in a tier to move blocks there. Nothing was moved.
     #[error(
         "{needed} blocks to move to the {tier:?} tier, {free} slots are free; move or close other sequences, then retry"
@@ -212,6 +224,7 @@ impl Error {
         matches!(
             self,
             Error::Capacity { .. }
+                | Error::TenantQuota { .. }
                 | Error::TierFull { .. }
                 | Error::Overloaded { .. }
                 | Error::TooManyTokens { .. }
@@ -223,6 +236,7 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Error::Capacity { .. }
+            | Error::TenantQuota { .. }
             | Error::TierFull { .. }
             | Error::TooManyTokens { .. }
             | Error::TooManySequences { .. } => ErrorKind::Capacity,

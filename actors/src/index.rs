@@ -7,8 +7,6 @@
 //! The table is an array of buckets, one cache line each, with a count of the entries that found their bucket full and
 //! went on to the next (as in Facebook's F14): entries never move, so a look-up beside a change sees each of them or not.
 
-use smallvec::SmallVec;
-
 use crate::block::{BlockId, BlockKey};
 use crate::sync::lock_free::{Arc, AtomicU64, Ordering};
 
@@ -101,6 +99,11 @@ impl Table {
         self.keys[block.0 as usize].iter().zip(key).all(|(word, key)| word.load(Ordering::Relaxed) == *key)
     }
 
+    /// A block with this key, as things are.
+    fn find(&self, key: &[u64; 4]) -> Option<BlockId> {
+        self.search(key, |block| self.has_key(block, key).then_some(block))
+    }
+
     fn try_pin(&self, block: BlockId) -> bool {
         let state = &self.states[block.0 as usize];
         let mut seen = state.load(Ordering::Relaxed);
@@ -145,20 +148,31 @@ pub struct PrefixIndex {
 }
 
 impl PrefixIndex {
-    /// Finds the longest run of `keys` from the first on that is cached, and pins its blocks.
-    pub fn lease<'a>(&self, keys: impl IntoIterator<Item = &'a BlockKey>) -> Lease {
-        let mut lease = Lease { index: self.clone(), blocks: SmallVec::new() };
-        lease.blocks.extend(keys.into_iter().map_while(|key| self.table.pin(key)));
-        lease
+    /// Finds the longest run of `keys` from the first on that is cached, and pins it.
+    ///
+    /// A block stays for as long as one that continues it. So where one is found all before it are, which lets the end of the run be searched
+    /// for in steps that halve; and its last block alone is pinned, so that those who want the same blocks do not meet at every one of them.
+    pub fn lease(&self, keys: &[BlockKey]) -> Lease {
+        let mut run = keys.partition_point(|key| self.table.find(&words(key)).is_some());
+        // What was found a moment ago may have gone.
+        while run > 0 {
+            if let Some(last) = self.table.pin(&keys[run - 1]) {
+                return Lease { index: self.clone(), last: Some(last), blocks: run };
+            }
+            run -= 1;
+        }
+        Lease { index: self.clone(), last: None, blocks: 0 }
     }
 }
 
-/// The blocks of a cached prefix, pinned: they stay what they are until it is dropped, which never waits.
+/// A cached prefix, pinned: its blocks stay what they are until it is dropped, which never waits.
 #[derive(Debug)]
 #[must_use]
 pub struct Lease {
     index: PrefixIndex,
-    blocks: SmallVec<[BlockId; 8]>,
+    /// Its last block. Those before it cannot go before it.
+    last: Option<BlockId>,
+    blocks: usize,
 }
 
 impl Lease {
@@ -167,15 +181,22 @@ impl Lease {
         self.index.shard
     }
 
-    /// The blocks, in order.
-    pub fn blocks(&self) -> &[BlockId] {
-        &self.blocks
+    /// How many blocks they are.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    /// The last of them.
+    pub fn last(&self) -> Option<BlockId> {
+        self.last
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.blocks.iter().for_each(|block| self.index.table.unpin(*block));
+        if let Some(last) = self.last {
+            self.index.table.unpin(last);
+        }
     }
 }
 
@@ -205,16 +226,31 @@ impl IndexWriter {
 
     /// The block with this key, not pinned: it stays until this thread removes it.
     pub fn find(&self, key: &BlockKey) -> Option<BlockId> {
-        let (table, key) = (&*self.0.table, words(key));
-        table.search(&key, |block| table.has_key(block, &key).then_some(block))
+        self.0.table.find(&words(key))
     }
 
-    /// From now on `key` finds `block`. The block is in no index, and nobody has it pinned.
-    pub fn insert(&mut self, block: BlockId, key: &BlockKey) {
-        let (table, key) = (&*self.0.table, words(key));
-        for (word, key) in table.keys[block.0 as usize].iter().zip(key) {
+    /// Gives a block its key. The block is not found, and nobody has it pinned.
+    pub fn set_key(&mut self, block: BlockId, key: &BlockKey) {
+        debug_assert_eq!(self.0.table.states[block.0 as usize].load(Ordering::Relaxed), 0);
+        for (word, key) in self.0.table.keys[block.0 as usize].iter().zip(words(key)) {
             word.store(key, Ordering::Relaxed);
         }
+    }
+
+    /// The key that a block was given last.
+    pub fn key(&self, block: BlockId) -> BlockKey {
+        BlockKey(bytemuck::cast(self.key_words(block)))
+    }
+
+    fn key_words(&self, block: BlockId) -> [u64; 4] {
+        let words = &self.0.table.keys[block.0 as usize];
+        std::array::from_fn(|at| words[at].load(Ordering::Relaxed))
+    }
+
+    /// From now on its key finds `block`.
+    pub fn insert(&mut self, block: BlockId) {
+        let key = self.key_words(block);
+        let table = &*self.0.table;
         let before = table.states[block.0 as usize].swap(PUBLISHED, Ordering::Release);
         debug_assert_eq!(before, 0, "a block is published while it is pinned or in the index");
         let (mut bucket, fingerprint) = table.place(&key);
@@ -252,8 +288,8 @@ impl IndexWriter {
     }
 
     fn remove_entry(&mut self, block: BlockId) {
+        let key = self.key_words(block);
         let table = &*self.0.table;
-        let key = std::array::from_fn(|at| table.keys[block.0 as usize][at].load(Ordering::Relaxed));
         let (first, fingerprint) = table.place(&key);
         let entry_of = fingerprint | u64::from(block.0 + 1);
         let mut bucket = first;
@@ -300,9 +336,14 @@ mod tests {
                 match model.get(&number).copied() {
                     Some(block) => {
                         assert_eq!(index.find(&key(number)), Some(block));
-                        let lease = index.reader().lease([&key(number), &key(number ^ 1)]);
-                        assert_eq!(lease.blocks().first(), Some(&block));
-                        assert_eq!(lease.blocks().get(1), model.get(&(number ^ 1)));
+                        let lease = index.reader().lease(&[key(number), key(number ^ 1)]);
+                        // Nothing here continues anything: only the last of a run counts.
+                        match model.get(&(number ^ 1)) {
+                            Some(other) => assert_eq!((lease.blocks(), lease.last()), (2, Some(*other))),
+                            None => assert_eq!((lease.blocks(), lease.last()), (1, Some(block))),
+                        }
+                        drop(lease);
+                        let lease = index.reader().lease(&[key(number)]);
                         assert!(!index.try_remove(block), "it is pinned");
                         drop(lease);
                         assert!(index.try_remove(block));
@@ -311,9 +352,10 @@ mod tests {
                     }
                     None => {
                         assert_eq!(index.find(&key(number)), None);
-                        assert!(index.reader().lease([&key(number)]).blocks().is_empty());
+                        assert_eq!(index.reader().lease(&[key(number)]).blocks(), 0);
                         if let Some(block) = free.pop() {
-                            index.insert(BlockId(block), &key(number));
+                            index.set_key(BlockId(block), &key(number));
+                            index.insert(BlockId(block));
                             model.insert(number, BlockId(block));
                         }
                     }
@@ -332,15 +374,17 @@ mod tests {
     #[test]
     fn a_hidden_block_is_not_found_and_stays_pinned() {
         let mut index = IndexWriter::new(3, 8, 64);
-        index.insert(BlockId(5), &key(1));
-        let lease = index.reader().lease([&key(1)]);
-        assert_eq!((lease.shard(), lease.blocks()), (3, [BlockId(5)].as_slice()));
+        index.set_key(BlockId(5), &key(1));
+        index.insert(BlockId(5));
+        let lease = index.reader().lease(&[key(1)]);
+        assert_eq!((lease.shard(), lease.blocks(), lease.last()), (3, 1, Some(BlockId(5))));
         index.hide(BlockId(5));
         assert!(index.is_pinned(BlockId(5)));
-        assert!(index.reader().lease([&key(1)]).blocks().is_empty());
+        assert_eq!(index.reader().lease(&[key(1)]).blocks(), 0);
         drop(lease);
         assert!(!index.is_pinned(BlockId(5)));
-        index.insert(BlockId(5), &key(2));
+        index.set_key(BlockId(5), &key(2));
+        index.insert(BlockId(5));
         assert_eq!(index.find(&key(2)), Some(BlockId(5)));
     }
 
@@ -359,10 +403,10 @@ mod tests {
                         let (mut rng, mut hits) = (Rng::new(seed), 0u64);
                         while !stop.load(Ordering::Relaxed) {
                             let asked = key(rng.below(keys as usize) as u64);
-                            let lease = reader.lease([&asked]);
-                            if let Some(block) = lease.blocks().first() {
+                            let lease = reader.lease(&[asked]);
+                            if let Some(block) = lease.last() {
                                 for _ in 0..8 {
-                                    assert!(reader.table.has_key(*block, &words(&asked)));
+                                    assert!(reader.table.has_key(block, &words(&asked)));
                                 }
                                 hits += 1;
                             }
@@ -384,7 +428,8 @@ mod tests {
                     None => {
                         let number = rng.below(keys as usize) as u64;
                         if !held.contains(&Some(number)) {
-                            index.insert(BlockId(block as u32), &key(number));
+                            index.set_key(BlockId(block as u32), &key(number));
+                            index.insert(BlockId(block as u32));
                             held[block] = Some(number);
                         }
                     }
@@ -393,6 +438,43 @@ mod tests {
             stop.store(true, Ordering::Relaxed);
             let hits: u64 = readers.into_iter().map(|reader| reader.join().expect("no reader panics")).sum();
             assert!(hits > 0);
+        });
+    }
+}
+
+#[cfg(all(test, loom))]
+mod loom_tests {
+    use super::*;
+    use loom::thread;
+
+    /// A reader looks for a key while the writer gives the block another: whatever it has pinned has the key that it asked for, and no pin is
+    /// lost.
+    ///
+    /// `RUSTFLAGS="--cfg loom" cargo test -p kv-cache-actors --lib --release loom`
+    #[test]
+    fn what_is_pinned_keeps_its_key() {
+        loom::model(|| {
+            let (first, second) = (BlockKey([1; 32]), BlockKey([3; 32]));
+            let block = BlockId(0);
+            // No bits of hash: both keys are looked for in the same place.
+            let mut index = IndexWriter::new(0, 1, 1);
+            index.set_key(block, &first);
+            index.insert(block);
+            let reader = index.reader().clone();
+            let looking = thread::spawn(move || {
+                let lease = reader.lease(&[first]);
+                if let Some(block) = lease.last() {
+                    assert!(reader.table.has_key(block, &words(&first)));
+                }
+            });
+            if index.try_remove(block) {
+                index.set_key(block, &second);
+                index.insert(block);
+                assert_eq!(index.find(&second), Some(block));
+            }
+            looking.join().unwrap();
+            assert!(!index.is_pinned(block));
+            assert!(index.try_remove(block));
         });
     }
 }

@@ -18,6 +18,7 @@ pub mod eviction;
 pub mod format;
 pub mod geometry;
 pub mod index;
+pub mod limits;
 mod mailbox;
 pub mod memory;
 mod payload;

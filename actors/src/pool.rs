@@ -299,6 +299,19 @@ impl Pool {
         self.raw_vacant().saturating_sub(self.reserved_raw + self.layout.moving_room())
     }
 
+    /// No fewer than could be taken if blocks that take `bytes` bytes of slots were gone, and chunks made raw of them.
+    pub(crate) fn raw_available_without(&self, bytes: u64) -> usize {
+        let sealed = bytes.div_ceil(self.layout.sealed_slot_bytes as u64) as usize + self.vacant_sealed;
+        let (raw_slots, sealed_slots) = match self.layout.has_sealed_class {
+            true => {
+                (self.layout.slots_per_chunk(SizeClass::Raw), self.layout.slots_per_chunk(SizeClass::Sealed))
+            }
+            false => (1, 1),
+        };
+        // And a chunk that is being emptied, which counts for neither class.
+        self.raw_available() + (sealed * raw_slots).div_ceil(sealed_slots) + raw_slots
+    }
+
     /// Whether a chunk's worth of raw slots can be given up to sealed ones without breaking a reservation.
     fn can_give_up_chunk(&self) -> bool {
         self.raw_vacant() >= self.reserved_raw + self.layout.slots_per_chunk(SizeClass::Raw)
@@ -520,7 +533,12 @@ impl Pool {
 
     /// Whether only readers keep the chunk that is being emptied from being empty.
     pub(crate) fn draining_waits_for_readers(&self) -> bool {
-        self.draining().all(|slot| self.quarantine.iter().any(|(_, held)| held.id() == slot))
+        self.draining().all(|slot| self.is_quarantined(slot))
+    }
+
+    /// Whether a slot was freed while somebody looked at it.
+    pub(crate) fn is_quarantined(&self, slot: SlotId) -> bool {
+        self.quarantine.iter().any(|(_, held)| held.id() == slot)
     }
 
     /// Whether a chunk serves neither class.

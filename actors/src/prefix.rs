@@ -4,7 +4,7 @@
 
 use crate::block::{BlockKey, KeyScheme};
 use crate::index::{Lease, PrefixIndex};
-use crate::sequence::OpenOptions;
+use crate::sequence::{OpenOptions, Prompt};
 
 /// What the door finds out about a prompt.
 #[derive(Debug)]
@@ -20,16 +20,17 @@ impl Prefix {
     /// The shard to be on, if one is better than others.
     pub(crate) fn shard(&self, shards: usize) -> Option<usize> {
         match &self.lease {
-            Some(lease) => (!lease.blocks().is_empty()).then_some(lease.shard() as usize),
+            Some(lease) => (lease.blocks() > 0).then_some(lease.shard() as usize),
             // Prompts that begin alike come together.
             None => self.keys.first().map(|key| usize::from(key.0[0]) % shards),
         }
     }
 }
 
-/// Blocks that a prompt of so many tokens may find: its last token is left out, since a model has to be run on it in any case.
-pub(crate) fn blocks_to_match(prompt_tokens: usize, block_tokens: usize) -> usize {
-    prompt_tokens.saturating_sub(1) / block_tokens
+/// Blocks that a prompt may find: its last token is left out, since a model has to be run on it, unless none is.
+pub(crate) fn blocks_to_match(options: &OpenOptions, prompt: &Prompt, block_tokens: usize) -> usize {
+    let last = usize::from(!options.whole_prompt);
+    prompt.token_ids.len().saturating_sub(last) / block_tokens
 }
 
 /// Matches prompts. Shared by every handle of a cache.
@@ -50,7 +51,7 @@ impl Matcher {
     pub(crate) fn find(&self, options: &OpenOptions) -> Option<Box<Prefix>> {
         let prompt = options.prompt.as_ref()?;
         let keys = self.keys.prompt(self.keys.root(options), prompt);
-        let wanted = &keys[..blocks_to_match(prompt.token_ids.len(), self.block_tokens)];
+        let wanted = &keys[..blocks_to_match(options, prompt, self.block_tokens)];
         let lease = (!self.deterministic).then(|| self.longest(wanted)).flatten();
         Some(Box::new(Prefix { keys, lease }))
     }
@@ -58,6 +59,6 @@ impl Matcher {
     fn longest(&self, keys: &[BlockKey]) -> Option<Lease> {
         let leases = self.indices.iter().map(|index| index.lease(keys));
         // The first of the longest: equal ones are rare, and all begin with few.
-        leases.reduce(|best, lease| if lease.blocks().len() > best.blocks().len() { lease } else { best })
+        leases.reduce(|best, lease| if lease.blocks() > best.blocks() { lease } else { best })
     }
 }

@@ -249,7 +249,8 @@ impl RouterActor {
             load.lost = supervisor.lost(number as u16).is_some();
             if !self.core.deterministic && shards.len() > 1 {
                 let counters = &shard.view.stats.lock().counters;
-                load.blocks_used = counters.blocks_used - counters.blocks_cached;
+                load.blocks_held = counters.blocks_used - counters.blocks_cached;
+                load.blocks_let_go = counters.blocks_cached + counters.evictions;
             }
         }
     }
@@ -281,8 +282,10 @@ impl Drop for EndReport {
 #[derive(Debug, Clone, Copy, Default)]
 struct Load {
     lost: bool,
-    /// As the shard last published it.
-    blocks_used: u64,
+    /// Blocks that sequences hold, as the shard last published it.
+    blocks_held: u64,
+    /// Cached blocks that nobody holds, and those that have made way already.
+    blocks_let_go: u64,
     /// Sequences placed there and not closed yet.
     sequences: u64,
 }
@@ -307,8 +310,10 @@ impl RouterCore {
     /// The shard for a new sequence: that with most of its prompt, or the least loaded, that is not lost; shard 0 (which will refuse) if
     /// all are.
     fn place(&mut self, prefix: Option<&Prefix>) -> usize {
-        // Sequences count as a block each, so that a burst of opens spreads before any of them shows in `blocks_used`.
-        let load = |load: &Load| (load.lost, load.blocks_used + load.sequences);
+        // Sequences count as a block each, so that a burst of opens spreads before any of them shows in `blocks_held`. Of shards with
+        // the same load that comes first to which least has come so far: so sequences that come one by one fill them all, and what is
+        // cached on them is replaced at the same pace.
+        let load = |load: &Load| (load.lost, load.blocks_held + load.sequences, load.blocks_let_go);
         let preferred = prefix
             .and_then(|prefix| prefix.shard(self.loads.len()))
             .filter(|&shard| self.loads.get(shard).is_some_and(|load| !load.lost));

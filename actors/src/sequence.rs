@@ -112,8 +112,45 @@ pub struct OpenOptions {
     /// What the sequence will begin with, as far as it is known: the cached part of it is there from the start. With a prompt, be it an
     /// empty one, a sequence also shares what it computes. None: it shares nothing, but with its forks.
     pub prompt: Option<Prompt>,
+    /// How long blocks are kept when no sequence holds them, by the positions of their first tokens. The first hint that covers a
+    /// position counts; where there is none, the eviction policy decides alone.
+    pub retention: Vec<(Range<u32>, RetentionHint)>,
+    /// Also the block of the prompt's last token is found: for whoever keeps a prompt cached, or knows already what comes after it. A model
+    /// that has to go on from the prompt would have no token to run on.
+    pub whole_prompt: bool,
     /// Shares with every sequence of this domain, whatever its tenant, instead of those of its tenant.
     pub shared_domain: Option<String>,
+}
+
+/// How much blocks are worth keeping, as their sequence's owner knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RetentionHint {
+    /// 0 to 100. Blocks below 50 make way before all ordinary ones, those above 50 after them, by priority.
+    pub priority: u8,
+    /// Milliseconds for which it holds, counted anew whenever the block is used. None: until the block is evicted.
+    pub ttl_ms: Option<u64>,
+    /// The priority moves towards 50 step by step over that time, instead of at its end.
+    pub decay: bool,
+}
+
+impl RetentionHint {
+    /// A hint that holds until the block is evicted. Priorities above 100 count as 100.
+    pub fn priority(priority: u8) -> Self {
+        RetentionHint { priority: priority.min(100), ttl_ms: None, decay: false }
+    }
+
+    /// Holds for so long after each use.
+    #[must_use]
+    pub fn for_ms(self, ttl_ms: u64) -> Self {
+        RetentionHint { ttl_ms: Some(ttl_ms), ..self }
+    }
+
+    /// Fades over its time instead of ending with it.
+    #[must_use]
+    pub fn decaying(self) -> Self {
+        RetentionHint { decay: true, ..self }
+    }
 }
 
 /// The token ids that a sequence will begin with.
@@ -134,10 +171,11 @@ impl Prompt {
     }
 
     /// Tokens at `positions` stand for more than their ids say: for the image of this hash, say. Has to be what the appends of these
-    /// tokens will name.
+    /// tokens will name. Positions behind its end say nothing.
     #[must_use]
     pub fn extra_at(mut self, positions: Range<u32>, identity: ExtraIdentity) -> Self {
-        self.extra.extend(positions.map(|at| (at, identity)));
+        let end = positions.end.min(self.token_ids.len() as u32);
+        self.extra.extend((positions.start..end).map(|at| (at, identity)));
         self.extra.sort_by_key(|(at, _)| *at);
         self
     }
@@ -187,6 +225,13 @@ impl OpenOptions {
     #[must_use]
     pub fn prompt(mut self, prompt: impl Into<Prompt>) -> Self {
         self.prompt = Some(prompt.into());
+        self
+    }
+
+    /// Adds a hint for blocks that begin at `positions`; `0..u32::MAX` covers what will be generated, too.
+    #[must_use]
+    pub fn retain(mut self, positions: Range<u32>, hint: RetentionHint) -> Self {
+        self.retention.push((positions, hint));
         self
     }
 

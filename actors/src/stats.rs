@@ -45,6 +45,8 @@ pub struct CoreCounters {
     pub prefix_blocks_asked: u64,
     /// Of those, blocks that were cached.
     pub prefix_blocks_hit: u64,
+    /// Tokens that prompts have found, those of blocks that match in part included.
+    pub prefix_tokens_hit: u64,
     /// Blocks that a sequence computed and another had cached before: one copy was kept.
     pub blocks_deduplicated: u64,
     /// Cached blocks that made way.
@@ -112,6 +114,7 @@ impl CoreCounters {
             window_moves,
             prefix_blocks_asked,
             prefix_blocks_hit,
+            prefix_tokens_hit,
             blocks_deduplicated,
             evictions,
             errors,
@@ -144,6 +147,7 @@ impl CoreCounters {
         self.window_moves += window_moves;
         self.prefix_blocks_asked += prefix_blocks_asked;
         self.prefix_blocks_hit += prefix_blocks_hit;
+        self.prefix_tokens_hit += prefix_tokens_hit;
         self.blocks_deduplicated += blocks_deduplicated;
         self.evictions += evictions;
         self.errors.iter_mut().zip(errors).for_each(|(mine, theirs)| *mine += theirs);

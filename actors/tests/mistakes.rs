@@ -3,7 +3,7 @@
 //! The oracle meets most of these situations sooner or later. Here each is set up on purpose, so that its name says what
 //! broke. Items that need what is not built yet (tiers, remote stores) have no test yet; 7 and 8 are in `block.rs`.
 
-use kv_cache_actors::batch::{BatchCacheOperations, Outcome};
+use kv_cache_actors::batch::{BatchCacheOperations, Invalidate, Outcome};
 use kv_cache_actors::device::Event;
 use kv_cache_actors::error::Error;
 use kv_cache_actors::format::Format;
@@ -11,7 +11,7 @@ use kv_cache_actors::geometry::Plane;
 use kv_cache_actors::memory::{Elements, LaneKind};
 use kv_cache_actors::sequence::{OpenOptions, OpenSequence, SequenceId};
 use kv_cache_actors::slot::SlotPin;
-use kv_cache_actors::testing::rig::{Rig, Ticket};
+use kv_cache_actors::testing::rig::{Rig, Ticket, tenant_name, token_id};
 use kv_cache_actors::testing::scenario::Setup;
 use kv_cache_actors::testing::values::{first_difference, tenant_of};
 
@@ -490,4 +490,31 @@ fn a_lost_device_answers_everybody_and_keeps_nothing() {
     rig.lose();
     assert!(matches!(rig.take(waiting), Some(Err(_))));
     rig.assert_empty();
+}
+
+/// 8. In a shared domain a chain of blocks is made by several tenants. What one of them computed goes with all that comes behind it, and
+/// nothing that was there stands in the way of what takes its place.
+#[test]
+fn what_is_behind_an_invalidated_block_goes_with_it() {
+    for format in [Format::Raw, Format::Int8] {
+        let mut rig = Rig::new(&small(format));
+        let ids: Vec<u32> = (1..100).map(token_id).collect();
+        let prompt = || OpenOptions::default().prompt(&ids).shared_domain("domain");
+        let first = rig.open_with(0, prompt());
+        must_append(&mut rig, first.id(), 0, 1, BLOCK);
+        let second = rig.open_with(1, prompt());
+        assert_eq!(second.shared().committed(), BLOCK);
+        must_append(&mut rig, second.id(), 0, 1 + u64::from(BLOCK), 2 * BLOCK);
+        drop((first, second));
+        rig.settle();
+        let mut batch = BatchCacheOperations::new();
+        batch.invalidate(0, Invalidate::Tenant(tenant_name(0).as_str().into()));
+        let invalidated = rig.run(batch).remove(0);
+        assert!(matches!(invalidated, Ok(Outcome::Invalidated { blocks: 3 })), "{invalidated:?}");
+        rig.core().audit().expect("consistent");
+        let again = rig.open_with(1, prompt());
+        assert_eq!(again.shared().committed(), 0);
+        must_append(&mut rig, again.id(), 0, 1, 3 * BLOCK);
+        finish(rig, [again]);
+    }
 }

@@ -93,6 +93,30 @@ impl DeviceCore {
                 }
             }
         }
+        let mut charged: HashMap<u32, u64> = HashMap::new();
+        let mut charge = |owner: u32, class: SizeClass, slots: usize| {
+            let slot_bytes = if class == SizeClass::Host { 0 } else { self.config.pool.slot_bytes(class) };
+            *charged.entry(owner).or_default() += (slots * slot_bytes) as u64;
+        };
+        self.sequences
+            .iter()
+            .for_each(|(_, entry)| charge(entry.rest.tenant, SizeClass::Raw, entry.rest.reserved));
+        self.blocks.iter().for_each(|(_, block)| charge(block.tenant, block.class, 1));
+        let in_device = |block: &&Block| block.class != SizeClass::Host && block.published && block.refs == 0;
+        let unheld = self.blocks.iter().map(|(_, block)| block).filter(in_device);
+        let unheld: usize = unheld.map(|block| self.config.pool.slot_bytes(block.class)).sum();
+        if unheld as u64 != self.blocks.ledger.cached_bytes() {
+            return Err(format!(
+                "{unheld} bytes held by nobody, {} in the ledger",
+                self.blocks.ledger.cached_bytes()
+            ));
+        }
+        for (owner, bytes) in charged {
+            let kept = self.blocks.ledger.used_bytes(owner);
+            if bytes != kept {
+                return Err(format!("owner {owner}: {bytes} bytes counted, {kept} in the ledger"));
+            }
+        }
         let mut slots = HashSet::new();
         let mut held_by_blocks = [0; 3];
         for (id, block) in self.blocks.iter() {
@@ -153,8 +177,11 @@ impl DeviceCore {
                 Err(format!("{id:?}: {} references, in limbo is {in_limbo}", block.refs))
             };
         }
-        let parent = self.blocks.parents[id.0 as usize];
-        let orphan = parent != BlockId::DROPPED && !self.blocks.is_published(parent);
+        let parent = self.blocks.lineage.ancestors(id).next();
+        let orphan = parent.is_some_and(|parent| !self.blocks.is_published(parent));
+        if !self.blocks.lineage.children(parent, self.blocks.root(id)).any(|child| child == id) {
+            return Err(format!("{id:?} is not among the children of {parent:?}"));
+        }
         let is_full = matches!(block.state, BlockState::Full | BlockState::Sealing | BlockState::Sealed);
         if orphan || !is_full {
             return Err(format!("{id:?}: published as {:?} behind {parent:?}", block.state));

@@ -5,12 +5,14 @@ use std::collections::VecDeque;
 
 use slab::Slab;
 
-use super::core::CoreConfig;
+use super::lineage::Lineage;
 use crate::block::{Block, BlockId, BlockKey, BlockState, Place, Places};
 use crate::events::BlockEvent;
-use crate::eviction::Evictor;
+use crate::eviction::{EvictionPolicy, Evictor};
 use crate::format::Format;
+use crate::geometry::BlockLayout;
 use crate::index::IndexWriter;
+use crate::limits::Ledger;
 use crate::memory::{Purpose, Step};
 use crate::pool::{Pool, SizeClass};
 use crate::slot::{FilledSlot, SlotId, SlotPin};
@@ -22,30 +24,26 @@ pub struct BlockStore {
     pub(super) blocks: Slab<Block>,
     pub(super) pool: Pool,
     pub(super) places: Places,
-    /// The key of every block that is full and not private, by block number.
-    keys: Vec<Option<BlockKey>>,
     /// Token ids of every block, `block_tokens` each, by block number.
     token_ids: Vec<u32>,
     block_tokens: usize,
     sealed_format: Format,
     sealed_bytes: usize,
-    /// Full blocks with the epoch of their number: a number that was given to another block since is skipped.
-    to_seal: VecDeque<(BlockId, u32)>,
-    epochs: Vec<u32>,
+    /// Blocks that have become full. Some may have been cut or freed since; whatever has their number now is sealed if it is full.
+    to_seal: VecDeque<BlockId>,
     /// No sealed slot could be had; nothing changes until a slot is freed.
     pub(super) seal_stalled: bool,
     /// The block in each slot.
-    owners: Vec<BlockId>,
+    pub(super) owners: Vec<BlockId>,
     /// Blocks per state that the statistics tell apart.
     sealed_blocks: u64,
     pub(super) index: IndexWriter,
     pub(super) evictor: Evictor,
-    /// The published block before each published block.
-    pub(super) parents: Vec<BlockId>,
-    /// The number of each published block's root.
-    pub(super) roots: Vec<u32>,
+    pub(super) lineage: Lineage,
     /// Blocks that nobody holds and that the index has forgotten while somebody had them pinned.
     pub(super) limbo: Vec<BlockId>,
+    /// The bytes that everybody's blocks take, and may.
+    pub(super) ledger: Ledger,
     /// What has become of published blocks, if anybody wants to know.
     pub(super) events: Vec<BlockEvent>,
     pub(super) is_heard: bool,
@@ -109,33 +107,42 @@ pub(super) struct NewBlock {
 }
 
 impl BlockStore {
-    pub(super) fn new(pool: Pool, config: &CoreConfig) -> Self {
-        let CoreConfig { layout, sealed_format, .. } = *config;
+    /// No blocks, of shard number `shard`. See [`CoreConfig::index_hash_bits`](super::CoreConfig::index_hash_bits).
+    pub(super) fn new(
+        pool: Pool,
+        shard: u16,
+        layout: &BlockLayout,
+        sealed_format: Format,
+        policy: EvictionPolicy,
+        index_hash_bits: u32,
+    ) -> Self {
         let blocks = pool.layout().slot_ids_all_tiers();
         BlockStore {
             blocks: Slab::with_capacity(blocks),
             places: Places::new(blocks, sealed_format),
-            keys: vec![None; blocks],
             token_ids: vec![0; blocks * layout.block_tokens],
             block_tokens: layout.block_tokens,
             sealed_format,
             to_seal: VecDeque::new(),
-            epochs: vec![0; blocks],
             seal_stalled: false,
             owners: vec![BlockId::DROPPED; blocks],
             sealed_blocks: 0,
-            index: IndexWriter::new(config.shard, blocks, config.index_hash_bits),
-            evictor: Evictor::new(config.eviction, blocks),
-            parents: vec![BlockId::DROPPED; blocks],
-            roots: vec![0; blocks],
+            index: IndexWriter::new(shard, blocks, index_hash_bits),
+            evictor: Evictor::new(policy, blocks),
+            lineage: Lineage::new(blocks),
+            ledger: Ledger::default(),
             events: Vec::new(),
             is_heard: false,
-            shard: config.shard,
+            shard,
             limbo: Vec::new(),
             now_ms: 0,
-            sealed_bytes: sealed_format.block_bytes(&layout),
+            sealed_bytes: sealed_format.block_bytes(layout),
             pool,
         }
+    }
+
+    pub(super) fn sealed_format(&self) -> Format {
+        self.sealed_format
     }
 
     /// The pool of slots.
@@ -181,7 +188,8 @@ impl BlockStore {
     }
 
     pub(super) fn key(&self, id: BlockId) -> Option<BlockKey> {
-        *self.keys.get(id.0 as usize)?
+        let has_key = self.blocks.get(id.0 as usize)?.has_key;
+        has_key.then(|| self.index.key(id))
     }
 
     /// Where the block's bytes begin in the slab.
@@ -237,8 +245,9 @@ impl BlockStore {
     }
 
     /// Gives back raw slots that were set aside: sealing may have had to wait for them.
-    pub(super) fn unreserve(&mut self, slots: usize) {
+    pub(super) fn unreserve(&mut self, owner: u32, slots: usize) {
         self.pool.unreserve_raw(slots);
+        self.charge(owner, SizeClass::Raw, -(slots as i64));
         self.seal_stalled &= slots == 0;
     }
 
@@ -254,13 +263,15 @@ impl BlockStore {
             refs: 1,
             tenant,
             private,
+            has_key: false,
+            has_extra: false,
             published: false,
             rewound: false,
             writing: false,
             moving_to: None,
         }) as u32);
-        self.keys[id.0 as usize] = None;
         self.publish(id);
+        self.charge(tenant, SizeClass::Raw, 1);
         NewBlock { id, offset, must_zero: taken.must_zero }
     }
 
@@ -276,6 +287,7 @@ impl BlockStore {
         block.refs += 1;
         if block.refs == 1 {
             self.evictor.hold(id);
+            self.count_cached(id, -1);
         }
     }
 
@@ -293,6 +305,7 @@ impl BlockStore {
         match published {
             true => {
                 self.evictor.release(id, self.now_ms);
+                self.count_cached(id, 1);
                 self.seal_stalled = false;
             }
             false if self.index.is_pinned(id) => self.limbo.push(id),
@@ -303,10 +316,10 @@ impl BlockStore {
     /// Frees a block that nobody holds, and that is in no index.
     pub(super) fn free(&mut self, id: BlockId) {
         let block = self.blocks.remove(id.0 as usize);
-        self.epochs[id.0 as usize] = self.epochs[id.0 as usize].wrapping_add(1);
         if block.state == BlockState::Sealed {
             self.sealed_blocks -= 1;
         }
+        self.charge(block.tenant, block.class, -1);
         self.free_slot(block.class, block.slot);
     }
 
@@ -319,6 +332,11 @@ impl BlockStore {
     pub(super) fn free_slot(&mut self, class: SizeClass, slot: FilledSlot) {
         self.pool.free(class, slot);
         self.seal_stalled = false;
+    }
+
+    /// Whether something is free but for readers.
+    pub(super) fn waits_for_readers(&self) -> bool {
+        self.pool.quarantined() > 0 || !self.limbo.is_empty()
     }
 
     /// Frees slots that were freed under a reader's eyes and that nobody looks at any more.
@@ -363,10 +381,9 @@ impl BlockStore {
         self.token_ids.copy_within(from..from + self.block_tokens, to.0 as usize * self.block_tokens);
     }
 
-    /// Every token of the block is committed. A block without a key is shared by forks only.
-    pub(super) fn complete(&mut self, id: BlockId, key: Option<BlockKey>, counters: &mut CoreCounters) {
+    /// Every token of the block is committed.
+    pub(super) fn complete(&mut self, id: BlockId, counters: &mut CoreCounters) {
         let raw_is_sealed = self.sealed_format == Format::Raw;
-        self.keys[id.0 as usize] = key;
         let block = self.get_mut(id);
         if raw_is_sealed {
             block.state = BlockState::Sealed;
@@ -375,17 +392,19 @@ impl BlockStore {
             self.places.publish(id, self.get(id));
         } else {
             block.state = BlockState::Full;
-            self.to_seal.push_back((id, self.epochs[id.0 as usize]));
+            self.to_seal.push_back(id);
         }
     }
 
     /// Opens a full raw block to writing again: tokens were cut off it.
     pub(super) fn reopen_raw(&mut self, id: BlockId) {
+        // Whoever still has it pinned counts on what it holds.
+        let is_pinned = self.index.is_pinned(id);
         let block = self.get_mut(id);
         block.rewound = true;
-        if block.state == BlockState::Full && !block.published {
+        if block.state == BlockState::Full && !block.published && !is_pinned {
             block.state = BlockState::Open;
-            self.keys[id.0 as usize] = None;
+            block.has_key = false;
         }
     }
 
@@ -396,8 +415,8 @@ impl BlockStore {
 
     /// The next full block with a slot to seal it into.
     pub(super) fn next_seal(&mut self, counters: &mut CoreCounters) -> Option<SealPlan> {
-        while let Some(&(id, epoch)) = self.to_seal.front() {
-            let block = self.blocks.get(id.0 as usize).filter(|_| self.epochs[id.0 as usize] == epoch);
+        while let Some(&id) = self.to_seal.front() {
+            let block = self.blocks.get(id.0 as usize);
             if block.is_none_or(|block| block.state != BlockState::Full) {
                 self.to_seal.pop_front();
                 continue;
@@ -490,22 +509,25 @@ impl BlockStore {
                 let block = self.get_mut(id);
                 block.state = BlockState::Sealed;
                 block.class = SizeClass::Sealed;
+                let owner = block.tenant;
                 let raw = std::mem::replace(&mut block.slot, slot);
                 self.publish(id);
                 self.free_slot(SizeClass::Raw, raw);
+                self.charge(owner, SizeClass::Raw, -1);
+                self.charge(owner, SizeClass::Sealed, 1);
             }
             Some(false) => {
                 // Appending checks every element, so this is memory that changed under us: keep the raw bytes.
                 counters.seal_failures += 1;
                 self.get_mut(id).state = BlockState::Unsealable;
                 self.withdraw(id);
-                self.keys[id.0 as usize] = None;
+                self.get_mut(id).has_key = false;
                 self.free_slot(SizeClass::Sealed, slot);
             }
             None => {
                 counters.seal_failures += 1;
                 self.get_mut(id).state = BlockState::Full;
-                self.to_seal.push_back((id, self.epochs[id.0 as usize]));
+                self.to_seal.push_back(id);
                 self.pool.spoil(slot.id());
                 self.free_slot(SizeClass::Sealed, slot);
             }

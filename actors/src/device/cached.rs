@@ -3,17 +3,19 @@
 //! A published block is in the prefix index and in the evictor, and its content is final. Its parent is published as well, and stays for
 //! as long as it does: a prompt that finds it has found all before it.
 
+use std::ops::Range;
+
 use super::blocks::BlockStore;
-use crate::block::{BlockId, BlockKey};
+use crate::block::{BlockId, BlockKey, BlockState};
+use crate::error::Error;
 use crate::events::BlockEvent;
-use crate::eviction::Touch;
+use crate::eviction::{Retention, Touch};
+use crate::format::Format;
 use crate::index::PrefixIndex;
 use crate::pool::{Pool, SizeClass};
+use crate::sequence::RetentionHint;
 use crate::slot::FilledSlot;
 use crate::stats::CoreCounters;
-
-/// Victims looked at that readers have just pinned, before evicting is given up.
-const PINNED_VICTIMS_MAX: usize = 16;
 
 /// Whether raw slots can be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,12 +28,20 @@ pub(super) enum Room {
     Never,
 }
 
+/// Victims on the device that are left alone while one in host memory is looked for.
+const VICTIMS_LOOKED_PAST_MAX: usize = 256;
+
+/// Blocks that are looked at for one that matches in part.
+const SIBLINGS_MAX: usize = 16;
+
 /// Where a block comes from.
 pub(super) struct Origin {
     /// The block before it.
     pub(super) parent: Option<BlockId>,
     /// Number of what it has in common with all blocks of its sequence.
     pub(super) root: u32,
+    /// Some of its tokens have more identity than their ids.
+    pub(super) has_extra: bool,
 }
 
 /// What can be done with a block that has just become full.
@@ -43,7 +53,7 @@ pub(super) enum Published {
 }
 
 impl BlockStore {
-    /// Lets prompts find a full block of this key that a sequence has just filled.
+    /// Gives a block its key that a sequence has just filled, and lets prompts find it.
     pub(super) fn publish_key(
         &mut self,
         id: BlockId,
@@ -52,25 +62,27 @@ impl BlockStore {
         touch: (u32, u32),
         counters: &mut CoreCounters,
     ) -> Published {
-        let Origin { parent, root } = origin;
+        let Origin { parent, root, has_extra } = origin;
         let touch = self.touched(touch);
+        self.index.set_key(id, key);
+        let block = self.get_mut(id);
+        (block.has_key, block.has_extra) = (true, has_extra);
         if let Some(twin) = self.index.find(key) {
             // Somebody else who holds ours keeps it.
             if self.get(id).refs > 1 || self.get(twin).class == SizeClass::Host {
                 return Published::Itself;
             }
-            self.retain(twin);
             self.evictor.touch(twin, touch);
+            self.retain(twin);
             counters.blocks_deduplicated += 1;
             return Published::Twin(twin);
         }
         // Nobody would find it behind a parent that is not found.
         if parent.is_none_or(|parent| self.get(parent).published) {
-            self.index.insert(id, key);
+            self.index.insert(id);
             let identity = u64::from_le_bytes(std::array::from_fn(|at| key.0[at]));
-            self.evictor.insert(id, parent, identity, touch);
-            self.parents[id.0 as usize] = parent.unwrap_or(BlockId::DROPPED);
-            self.roots[id.0 as usize] = root;
+            self.evictor.insert(id, parent, identity, self.blocks[id.0 as usize].tenant, touch);
+            self.lineage.insert(id, parent, root);
             self.get_mut(id).published = true;
             let parent = parent.and_then(|parent| self.key(parent));
             let (shard, key, tier) = (self.shard, *key, self.get(id).class.tier());
@@ -82,8 +94,8 @@ impl BlockStore {
     /// A prompt has found the block, or goes on where its lease ended: its sequence holds it from now on.
     pub(super) fn hold_found(&mut self, id: BlockId, touch: (u32, u32)) {
         let touch = self.touched(touch);
-        self.retain(id);
         self.evictor.touch(id, touch);
+        self.retain(id);
     }
 
     /// `(blocks before it, blocks of the prompt)`, now.
@@ -96,9 +108,31 @@ impl BlockStore {
         self.blocks.get(id.0 as usize).is_some_and(|block| block.published)
     }
 
+    /// The block behind `parent` that begins with the most of `token_ids`, at least one, and how many, if its bytes can be copied as
+    /// they are. Its tokens have no identity beside their ids.
+    pub(super) fn find_partial(
+        &self,
+        parent: Option<BlockId>,
+        root: u32,
+        token_ids: &[u32],
+    ) -> Option<(BlockId, usize)> {
+        if self.sealed_format() != Format::Raw {
+            // Most are sealed: a decoded copy is its sequence's alone, and so is all that comes behind it.
+            return None;
+        }
+        let in_common = |block: BlockId| {
+            let pairs = self.token_ids(block).iter().zip(token_ids);
+            (block, pairs.take_while(|(mine, wanted)| mine == wanted).count())
+        };
+        let children = self.lineage.children(parent, root).take(SIBLINGS_MAX);
+        let plain =
+            children.filter(|&block| !self.get(block).has_extra && self.get(block).class != SizeClass::Host);
+        plain.map(in_common).filter(|(_, tokens)| *tokens > 0).max_by_key(|(_, tokens)| *tokens)
+    }
+
     /// The number of a published block's root.
     pub(super) fn root(&self, id: BlockId) -> u32 {
-        self.roots[id.0 as usize]
+        self.lineage.root(id)
     }
 
     /// For those who match prompts.
@@ -114,34 +148,41 @@ impl BlockStore {
     /// No prompt finds the block from now on, nor what comes behind it.
     pub(super) fn withdraw(&mut self, id: BlockId) {
         if self.is_published(id) {
-            self.withdraw_all(|store, block| store.is_behind(block, id));
+            self.withdraw_all(|_, block| block == id);
         }
     }
 
     /// Withdraws every published block of which `which` is true. With a block go those behind it.
     pub(super) fn withdraw_all(&mut self, which: impl Fn(&Self, BlockId) -> bool) -> usize {
         let published = self.blocks.iter().filter(|(_, block)| block.published);
-        let mut chosen: Vec<(usize, BlockId)> = published
-            .map(|(number, _)| BlockId(number as u32))
-            .filter(|&block| which(self, block))
-            .map(|block| (self.ancestors(block).count(), block))
-            .collect();
+        let blocks: Vec<BlockId> = published.map(|(number, _)| BlockId(number as u32)).collect();
+        let mut by_depth: Vec<_> = self.lineage.depths(&blocks).into_iter().zip(blocks).collect();
+        by_depth.sort_unstable();
+        let mut goes = vec![false; self.blocks.capacity()];
+        for &(_, block) in &by_depth {
+            let before = self.lineage.ancestors(block).next();
+            let with_parent = before.is_some_and(|parent| goes[parent.0 as usize]);
+            goes[block.0 as usize] = with_parent || which(self, block);
+        }
+        let mut chosen = 0;
         // Children first.
-        chosen.sort_unstable_by(|a, b| b.cmp(a));
-        for &(_, block) in &chosen {
+        for (_, block) in by_depth.into_iter().rev().filter(|(_, block)| goes[block.0 as usize]) {
+            chosen += 1;
             self.index.hide(block);
             self.tell_removed(block);
             self.evictor.remove(block, self.now_ms);
+            self.lineage.remove(block);
             let entry = self.get_mut(block);
             entry.published = false;
             if entry.refs == 0 {
+                self.count_cached(block, -1);
                 match self.index.is_pinned(block) {
                     true => self.limbo.push(block),
                     false => self.free(block),
                 }
             }
         }
-        chosen.len()
+        chosen
     }
 
     fn tell(&mut self, event: BlockEvent) {
@@ -166,47 +207,105 @@ impl BlockStore {
         }
     }
 
-    /// The published blocks before a published block, from the nearest on.
-    fn ancestors(&self, block: BlockId) -> impl Iterator<Item = BlockId> {
-        let parent_of = |block: &BlockId| {
-            let parent = self.parents[block.0 as usize];
-            (parent != BlockId::DROPPED).then_some(parent)
-        };
-        std::iter::successors(parent_of(&block), parent_of)
-    }
-
-    fn is_behind(&self, block: BlockId, ancestor: BlockId) -> bool {
-        block == ancestor || self.ancestors(block).any(|before| before == ancestor)
-    }
-
-    /// Frees the block that is worth least. False if none can go.
+    /// Frees the block that is worth least to the device. False if none can go.
     pub(super) fn evict_one(&mut self, counters: &mut CoreCounters) -> bool {
-        for _ in 0..PINNED_VICTIMS_MAX {
-            let Some(victim) = self.evictor.victim(self.now_ms) else { return false };
-            if self.index.try_remove(victim) {
-                self.tell_removed(victim);
-                self.evictor.remove(victim, self.now_ms);
-                self.get_mut(victim).published = false;
-                self.free(victim);
-                counters.evictions += 1;
+        let mut in_host = None;
+        while let Some(victim) = self.evictor.victim(self.now_ms) {
+            if self.get(victim).class == SizeClass::Host {
+                in_host.get_or_insert(victim);
+                self.evictor.pass(victim, self.now_ms);
+            } else if self.try_evict(victim, counters) {
                 return true;
             }
-            self.evictor.pass(victim, self.now_ms);
         }
-        false
+        // It takes none of the device's memory, but what comes before it may, and cannot go before it.
+        in_host.is_some_and(|victim| self.try_evict(victim, counters))
     }
 
-    /// Sees to it that `wanted` raw slots can be had, at the cost of what nobody holds.
+    /// Counts the bytes of a block that nobody holds as evictable (1), or no more (-1).
+    pub(super) fn count_cached(&mut self, id: BlockId, sign: i64) {
+        let block = self.get(id);
+        if block.class != SizeClass::Host {
+            let (owner, bytes) = (block.tenant, self.pool.layout().slot_bytes(block.class) as i64);
+            self.ledger.change_cached(owner, sign * bytes);
+        }
+    }
+
+    /// Evicts a victim, unless somebody has just pinned it.
+    fn try_evict(&mut self, victim: BlockId, counters: &mut CoreCounters) -> bool {
+        let free = self.index.try_remove(victim);
+        if free {
+            self.tell_removed(victim);
+            self.evictor.remove(victim, self.now_ms);
+            self.lineage.remove(victim);
+            self.count_cached(victim, -1);
+            self.get_mut(victim).published = false;
+            self.free(victim);
+            counters.evictions += 1;
+        } else {
+            self.evictor.pass(victim, self.now_ms);
+        }
+        free
+    }
+
+    /// Counts `slots` more slots of this class as its owner's. What lies in host memory counts as nothing.
+    pub(super) fn charge(&mut self, owner: u32, class: SizeClass, slots: i64) {
+        if class == SizeClass::Host || slots == 0 {
+            return;
+        }
+        let bytes = slots * self.pool.layout().slot_bytes(class) as i64;
+        if let Some(protected) = self.ledger.change(owner, |used| used.saturating_add_signed(bytes)) {
+            self.evictor.protect(owner, protected);
+        }
+    }
+
+    /// Why an owner may not have so many raw slots more, if it is his quota.
+    pub(super) fn beyond_quota(&self, owner: u32, wanted: usize) -> Option<Error> {
+        let needed_bytes = (wanted * self.pool.layout().raw_slot_bytes) as u64;
+        let quota_bytes = self.ledger.quota_bytes(owner)?;
+        let used_bytes = self.ledger.used_bytes(owner);
+        let beyond = self.ledger.quota_left_bytes(owner)? < needed_bytes;
+        beyond.then_some(Error::TenantQuota { needed_bytes, used_bytes, quota_bytes })
+    }
+
+    /// Raw slots that are to be vacant for an owner to have `wanted`: what is promised to others stays.
+    pub(super) fn with_promises(&self, owner: u32, wanted: usize) -> usize {
+        let raw_slot = self.pool.layout().raw_slot_bytes as u64;
+        wanted + self.ledger.promised_to_others_bytes(owner).div_ceil(raw_slot) as usize
+    }
+
+    /// Whether an owner can have so many raw slots as things are.
+    pub(super) fn has_room(&mut self, owner: u32, wanted: usize) -> bool {
+        let to_be_vacant = self.with_promises(owner, wanted);
+        wanted == 0
+            || self.raw_available(to_be_vacant) >= to_be_vacant && self.beyond_quota(owner, wanted).is_none()
+    }
+
+    /// Sees to it that an owner can have `wanted` raw slots, at the cost of what nobody holds.
     ///
     /// Cached blocks mostly lie in sealed slots. Enough of them go to empty a chunk, and what is left in the emptiest one moves over into the
     /// others: with [`Room::Soon`] it is for the caller to launch these moves ([`BlockStore::next_move`]).
-    pub(super) fn make_room(&mut self, wanted: usize, counters: &mut CoreCounters) -> Room {
-        if self.raw_available(wanted) >= wanted {
+    pub(super) fn make_room(&mut self, owner: u32, wanted: usize, counters: &mut CoreCounters) -> Room {
+        if self.has_room(owner, wanted) {
             return Room::Now;
         }
         // What cannot be done evicts nothing.
-        if wanted > self.pool.raw_available() + self.evictor.unheld() {
+        let raw_slot = self.pool.layout().raw_slot_bytes as u64;
+        let to_be_vacant = self.with_promises(owner, wanted);
+        let own = self.ledger.quota_left_bytes(owner).map(|left| left + self.ledger.cached_bytes_of(owner));
+        let nothing_goes =
+            self.evictor.unheld() == 0 && self.pool.draining_class() != Some(SizeClass::Sealed);
+        if nothing_goes
+            || to_be_vacant > self.pool.raw_available_without(self.ledger.cached_bytes())
+            || own.is_some_and(|own| wanted as u64 * raw_slot > own)
+        {
             return Room::Never;
+        }
+        while self.beyond_quota(owner, wanted).is_some() {
+            match self.evictor.victim_of(owner, self.now_ms) {
+                Some(victim) => self.try_evict(victim, counters),
+                None => return Room::Never,
+            };
         }
         // Chunks change class here, and sealing may find what it lacked.
         self.seal_stalled = false;
@@ -221,11 +320,51 @@ impl BlockStore {
                 // A raw chunk that is being emptied takes the slots away that are looked for.
                 self.pool.stop_draining();
             }
-            if self.pool.raw_available() >= wanted {
+            if self.pool.raw_available() >= to_be_vacant {
                 return Room::Now;
             }
             if !self.pool.start_draining(SizeClass::Sealed) && !self.evict_one(counters) {
                 return Room::Never;
+            }
+        }
+    }
+
+    /// Tells the evictor what a sequence's owner knows of a published block whose first token is at `position`.
+    pub(super) fn set_retention(
+        &mut self,
+        id: BlockId,
+        hints: &[(Range<u32>, RetentionHint)],
+        position: u32,
+    ) {
+        let Some((_, hint)) = hints.iter().find(|(positions, _)| positions.contains(&position)) else {
+            return;
+        };
+        if self.is_published(id) {
+            let until_ms = hint.ttl_ms.map(|ttl| self.now_ms.saturating_add(ttl));
+            let RetentionHint { priority, decay, .. } = *hint;
+            self.evictor.set_retention(id, Retention { priority, until_ms, decay });
+        }
+    }
+
+    /// Whether flights will make slots of the chunk vacant that is being emptied, or fill them with blocks that can be moved.
+    pub(super) fn draining_is_under_way(&self) -> bool {
+        let Some(class) = self.pool.draining_class() else { return false };
+        self.pool.draining().filter(|slot| !self.pool.is_quarantined(*slot)).any(|slot| {
+            let owner = self.blocks.get(self.owners[slot.0 as usize].0 as usize);
+            let owner = owner.filter(|block| block.slot.id() == slot && block.class == class);
+            // Nobody's yet: what is sealed or moved into it lands.
+            owner.is_none_or(|block| block.moving_to.is_some() || block.state == BlockState::Sealing)
+        })
+    }
+
+    /// Makes room for `wanted` blocks in the host tier, at the cost of cached blocks that lie there.
+    pub(super) fn make_host_room(&mut self, wanted: usize, counters: &mut CoreCounters) {
+        let mut looked_past = 0;
+        while self.pool.host_available() < wanted && looked_past < VICTIMS_LOOKED_PAST_MAX {
+            let Some(victim) = self.evictor.victim(self.now_ms) else { return };
+            if self.get(victim).class != SizeClass::Host || !self.try_evict(victim, counters) {
+                self.evictor.pass(victim, self.now_ms);
+                looked_past += 1;
             }
         }
     }

@@ -27,6 +27,7 @@ use crate::events::BlockEvent;
 use crate::eviction::EvictionPolicy;
 use crate::format::Format;
 use crate::geometry::{BlockLayout, Geometry};
+use crate::limits::TenantLimits;
 use crate::memory::{AppendRow, AppendRows, Flight, LaneKind, Launch, OpRef, Purpose, ReadBuffer, Step};
 use crate::payload::Payload;
 use crate::pool::{Pool, PoolLayout};
@@ -66,6 +67,8 @@ pub struct CoreConfig {
     pub keys: KeyScheme,
     /// Which cached block goes first.
     pub eviction: EvictionPolicy,
+    /// What tenants may use, by name; others have no limits.
+    pub tenants: Arc<HashMap<String, TenantLimits>>,
     /// Bits of a block key that place it in the prefix index: 64, but for tests.
     pub index_hash_bits: u32,
 }
@@ -297,8 +300,15 @@ impl DeviceCore {
     /// An empty shard. `on_drop` is what the sequences that it opens do when their handle is dropped.
     pub fn new(config: CoreConfig, on_drop: CloseHook) -> Self {
         let pool = Pool::new(config.pool);
-        DeviceCore {
-            blocks: BlockStore::new(pool, &config),
+        let mut core = DeviceCore {
+            blocks: BlockStore::new(
+                pool,
+                config.shard,
+                &config.layout,
+                config.sealed_format,
+                config.eviction,
+                config.index_hash_bits,
+            ),
             sequences: Slab::new(),
             generations: Vec::new(),
             owners: HashMap::new(),
@@ -312,7 +322,14 @@ impl DeviceCore {
             counters: CoreCounters::default(),
             on_drop: DebugHook(on_drop),
             config,
+        };
+        // Now, so that what is promised to tenants is out of the others' reach before they come.
+        let mut tenants: Vec<Tenant> = core.config.tenants.keys().map(Tenant::new).collect();
+        tenants.sort_unstable_by(|a, b| a.name().cmp(b.name()));
+        for tenant in tenants {
+            core.owner_number(&Owner::Tenant(tenant));
         }
+        core
     }
 
     /// Blocks and slots.
@@ -809,23 +826,35 @@ impl DeviceCore {
         self.move_some();
     }
 
-    /// Plans the moves out of the chunk that is being emptied.
-    fn move_some(&mut self) {
+    /// Plans the moves out of the chunk that is being emptied, and says how many.
+    fn move_some(&mut self) -> usize {
+        let mut planned = 0;
         while let Some(plan) = self.blocks.next_move(&mut self.counters) {
             let launch = self.building.launch(LaneKind::Compute);
             launch.steps.push(plan.step());
             launch.add(plan.into_purpose(), None, None);
+            planned += 1;
         }
+        planned
     }
 
-    /// Sees to it that `wanted` raw slots can be had. With [`Room::Soon`], `op` is looked at again when something has landed.
-    pub(super) fn make_room(&mut self, op: OpRef, wanted: usize) -> Room {
-        let room = self.blocks.make_room(wanted, &mut self.counters);
-        if room == Room::Soon {
-            self.move_some();
-            self.waiting_for_moves.push(op);
+    /// Sees to it that an owner can have `wanted` raw slots. With [`Room::Soon`], `op` is looked at again when something has landed.
+    pub(super) fn make_room(&mut self, op: OpRef, owner: u32, wanted: usize) -> Room {
+        loop {
+            let room = self.blocks.make_room(owner, wanted, &mut self.counters);
+            if room != Room::Soon {
+                return room;
+            }
+            if self.move_some() > 0 || self.blocks.draining_is_under_way() {
+                self.waiting_for_moves.push(op);
+                return Room::Soon;
+            }
+            // The vacancies that were to take the blocks have been taken by others. Nothing is under way that would make some.
+            if !self.blocks.evict_one(&mut self.counters) {
+                self.blocks.pool_mut().stop_draining();
+                return if self.blocks.has_room(owner, wanted) { Room::Now } else { Room::Never };
+            }
         }
-        room
     }
 
     /// Lets prompts find some blocks no more, and returns how many. Sequences that hold them keep them.
@@ -846,7 +875,15 @@ impl DeviceCore {
     /// The number of whoever blocks belong to.
     pub(super) fn owner_number(&mut self, owner: &Owner) -> u32 {
         let next = self.owners.len() as u32;
-        *self.owners.entry(owner.clone()).or_insert(next)
+        let number = *self.owners.entry(owner.clone()).or_insert(next);
+        if number == next {
+            let limits = match owner {
+                Owner::Tenant(tenant) => self.config.tenants.get(tenant.name()).copied(),
+                Owner::Domain(_) => None,
+            };
+            self.blocks.ledger.open(limits.unwrap_or_default());
+        }
+        number
     }
 
     /// The number of what some sequences' blocks have in common.

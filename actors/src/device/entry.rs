@@ -1,6 +1,7 @@
 //! The device thread's part of a sequence.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::Arc;
 
 use smallvec::SmallVec;
@@ -9,7 +10,7 @@ use crate::block::{BlockId, BlockKey, ExtraIdentity};
 use crate::geometry::BlockLayout;
 use crate::memory::OpRef;
 use crate::permit::Permit;
-use crate::sequence::{SequenceId, SequenceShared, SequenceState, Tenant};
+use crate::sequence::{RetentionHint, SequenceId, SequenceShared, SequenceState, Tenant};
 
 /// The device thread's part of a sequence. With many sequences open every step misses the caches for it: what a step does
 /// not need lies elsewhere.
@@ -50,6 +51,8 @@ pub(super) struct Rest {
     pub(super) root_number: u32,
     /// Blocks of the prompt, if the sequence shares what it computes.
     pub(super) prompt_blocks: Option<u32>,
+    /// How long its blocks are kept: see [`OpenOptions::retention`].
+    pub(super) retention: Vec<(Range<u32>, RetentionHint)>,
     /// Positions that carry more identity than their token id.
     pub(super) extra: Vec<(u32, ExtraIdentity)>,
     /// The right to be open, given back when the entry goes.
@@ -74,6 +77,7 @@ impl Rest {
             replacing: SmallVec::new(),
             root_number: 0,
             prompt_blocks: None,
+            retention: Vec::new(),
             extra,
             _permit: permit,
         }

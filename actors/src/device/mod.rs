@@ -6,10 +6,12 @@
 #[cfg(any(test, feature = "testing"))]
 mod audit;
 mod blocks;
+mod bookkeeping;
 mod cached;
 mod core;
 mod entry;
 mod in_place;
+mod lineage;
 mod plan;
 pub(crate) mod tier;
 
@@ -21,6 +23,7 @@ use std::time::{Duration, Instant};
 #[cfg(any(test, feature = "testing"))]
 pub use self::audit::Holdings;
 pub use self::blocks::BlockStore;
+pub use self::bookkeeping::{Bookkeeping, TooManyBlocks};
 pub use self::core::{CoreConfig, DeviceCore, Effects, Event};
 use crate::block::Places;
 use crate::directory::Directory;
@@ -193,8 +196,8 @@ impl<L: Lane> DeviceActor<L> {
                 }
                 None if closed && self.core.in_flight() == 0 => return Ok(()),
                 None => {
-                    // Readers may have let go of slots since they were freed: that shall show before this waits.
-                    if self.core.blocks().pool().quarantined() > 0 {
+                    // Readers may have let go of slots, or of blocks, since they were freed: that shall show before this waits.
+                    if self.core.blocks.waits_for_readers() {
                         self.core.blocks.reclaim();
                         self.publish(0, 0, Instant::now());
                         if self.core.wants_to_seal() && !closed {
@@ -204,7 +207,7 @@ impl<L: Lane> DeviceActor<L> {
                     self.wait()?
                 }
             };
-            self.core.observe(self.opened_at.elapsed().as_millis() as u64, self.events.is_heard());
+            self.core.observe(self.now_ms(), self.events.is_heard());
             match wake {
                 Wake::Control(Control::Lost(lost)) => return Err(lost),
                 #[cfg(any(test, feature = "testing"))]
@@ -254,6 +257,10 @@ impl<L: Lane> DeviceActor<L> {
     }
 
     /// Carries out submissions, with all those that have queued up behind them, as one batch.
+    fn now_ms(&self) -> u64 {
+        self.opened_at.elapsed().as_millis() as u64
+    }
+
     fn serve(&mut self, first: Submissions) -> Result<(), DeviceLost> {
         let started = Instant::now();
         let (shard, none) = (self.core.config.shard, tracing::field::Empty);
@@ -270,6 +277,8 @@ impl<L: Lane> DeviceActor<L> {
             self.core.apply(Event::Launched(launch), &mut self.effects);
         }
         while let Some(arrived) = next {
+            // Whoever listened before he sent these hears what becomes of them.
+            self.core.observe(self.now_ms(), self.events.is_heard());
             let mut stats = self.stats.lock();
             for submission in &arrived {
                 operations += submission.results() as u64;

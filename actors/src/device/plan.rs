@@ -17,6 +17,7 @@ use crate::index::Lease;
 use crate::memory::{AppendStep, LaneKind, OpRef, ReadBuffer, ReadStep, Step};
 use crate::payload::TensorView;
 use crate::permit::Permit;
+use crate::pool::SizeClass;
 use crate::prefix::{Prefix, blocks_to_match};
 use crate::sequence::{OpenOptions, SINK_TOKENS, SequenceShared, SequenceState, pieces};
 use crate::stats::CoreCounters;
@@ -31,13 +32,27 @@ impl DeviceCore {
         };
         let (options, prefix, permit) = (std::mem::take(&mut **options), prefix.take(), permit.take());
         let layout = self.config.layout;
-        let found = self.find_prefix(&options, prefix.as_deref());
-        let tokens = (found.len() * layout.block_tokens) as u32;
-        let reserved = layout.blocks_for(options.reserve_tokens as usize).saturating_sub(found.len());
-        let refused = match self.make_room(op, reserved) {
+        let owner = match &options.shared_domain {
+            None => Owner::Tenant(options.tenant.clone()),
+            Some(domain) => Owner::Domain(domain.clone()),
+        };
+        let tenant = self.owner_number(&owner);
+        let (adapter, of) = (options.adapter.clone(), options.tenant.clone());
+        let root_number = self.root_number(Root { owner, tenant: of, adapter });
+        let (found, tokens) = self.find_prefix(&options, prefix.as_deref(), root_number);
+        // What it has pinned and does not hold may go from now on.
+        let mut prefix = prefix;
+        if let Some(prefix) = &mut prefix {
+            prefix.lease = None;
+        }
+        self.blocks.pins_dropped();
+        // A block that matches in part is copied by the first write.
+        let whole = tokens as usize / layout.block_tokens;
+        let reserved = layout.blocks_for(options.reserve_tokens as usize).saturating_sub(whole);
+        let refused = match self.make_room(op, tenant, reserved) {
             Room::Now => self.config.token_budget.take(u64::from(tokens)).err(),
             Room::Soon => {
-                // It starts anew when there is room: what it has found stays pinned, or is found again.
+                // It starts anew when there is room, and looks again then.
                 found.iter().for_each(|&block| self.blocks.release(block));
                 if let Operation::Open { options: place, prefix: found, permit: right } =
                     &mut self.pending.submission_mut(op).operations[op.index as usize]
@@ -46,30 +61,23 @@ impl DeviceCore {
                 }
                 return Progress::Flying;
             }
-            Room::Never => Some(self.capacity_error(reserved, 0)),
+            Room::Never => Some(self.capacity_error(tenant, reserved, 0)),
         };
-        // What it has pinned and does not hold may go from now on.
-        self.blocks.pins_dropped();
         if let Some(error) = refused {
             found.iter().for_each(|&block| self.blocks.release(block));
             return Progress::Done(Err(error));
         }
         let has_room = self.blocks.pool_mut().reserve_raw(reserved);
         debug_assert!(has_room, "there was room a moment ago");
+        self.blocks.charge(tenant, SizeClass::Raw, reserved as i64);
         let root = self.config.keys.root(&options);
-        let owner = match options.shared_domain {
-            None => Owner::Tenant(options.tenant.clone()),
-            Some(domain) => Owner::Domain(domain),
-        };
-        let tenant = self.owner_number(&owner);
-        let (adapter, of) = (options.adapter.clone(), options.tenant.clone());
-        let root_number = self.root_number(Root { owner, tenant: of, adapter });
         // Tokens computed after dropping depend on more than their ids.
         let prompt = options.prompt.filter(|_| self.config.keep_ratio.is_none());
         let prompt_blocks = prompt.as_ref().map(|prompt| layout.blocks_for(prompt.token_ids.len()) as u32);
         if let Some(prefix) = prefix {
             self.counters.prefix_blocks_asked += prefix.keys.len() as u64;
-            self.counters.prefix_blocks_hit += found.len() as u64;
+            self.counters.prefix_blocks_hit += whole as u64;
+            self.counters.prefix_tokens_hit += u64::from(tokens);
         }
         let extra = prompt.map_or_else(Vec::new, |prompt| prompt.extra);
         let extra = extra.into_iter().filter(|(at, _)| *at < tokens).collect();
@@ -78,35 +86,63 @@ impl DeviceCore {
             let shared = SequenceShared::new(id, options.tenant, state);
             let mut rest = Rest::new(tenant, root, reserved, extra, permit);
             (rest.prompt_blocks, rest.root_number) = (prompt_blocks, root_number);
+            rest.retention = options.retention;
             SequenceEntry::new(shared, rest, &layout)
         };
         Progress::Done(Ok(Outcome::Opened(self.register(make, effects))))
     }
 
-    /// Holds the cached blocks that a prompt begins with.
-    fn find_prefix(&mut self, options: &OpenOptions, prefix: Option<&Prefix>) -> SmallVec<[BlockId; 6]> {
-        let mut found = SmallVec::new();
+    /// Holds the cached blocks that a prompt begins with, and says how many tokens that are. The last of them may match in part.
+    fn find_prefix(
+        &mut self,
+        options: &OpenOptions,
+        prefix: Option<&Prefix>,
+        root: u32,
+    ) -> (SmallVec<[BlockId; 6]>, u32) {
+        let mut found = SmallVec::<[BlockId; 6]>::new();
         let (Some(prompt), Some(prefix), None) = (&options.prompt, prefix, self.config.keep_ratio) else {
-            return found;
+            return (found, 0);
         };
         let block_tokens = self.config.layout.block_tokens;
-        let wanted = blocks_to_match(prompt.token_ids.len(), block_tokens);
+        let wanted = blocks_to_match(options, prompt, block_tokens);
         let prompt_blocks = self.config.layout.blocks_for(prompt.token_ids.len()) as u32;
+        let hold = |blocks: &mut BlockStore, at: usize, block| {
+            blocks.hold_found(block, (at as u32, prompt_blocks));
+            blocks.set_retention(block, &options.retention, (at * block_tokens) as u32);
+        };
+        // Pinned, so it is what it was, and those before it are there; but all may have been withdrawn since.
         let leased = prefix.lease.as_ref().filter(|lease| lease.shard() == self.config.shard);
-        let leased = leased.map_or(&[][..], Lease::blocks);
-        for (at, key) in prefix.keys[..wanted].iter().enumerate() {
-            // Pinned, so it is what it was; but it may have been withdrawn since. What was published since is found here.
-            let block = leased.get(at).copied().filter(|&block| self.blocks.is_published(block));
-            let Some(block) = block.or_else(|| self.blocks.find_key(key)) else { break };
-            self.blocks.hold_found(block, (at as u32, prompt_blocks));
+        if let Some(last) = leased.and_then(Lease::last).filter(|&last| self.blocks.is_published(last)) {
+            found.push(last);
+            found.extend(self.blocks.lineage.ancestors(last));
+            found.reverse();
+        }
+        found.iter().enumerate().for_each(|(at, &block)| hold(&mut self.blocks, at, block));
+        // What was published since is found here.
+        for (at, key) in prefix.keys[..wanted].iter().enumerate().skip(found.len()) {
+            let Some(block) = self.blocks.find_key(key) else { break };
+            hold(&mut self.blocks, at, block);
             found.push(block);
         }
-        found
+        let start = found.len() * block_tokens;
+        let end = prompt.token_ids.len().saturating_sub(usize::from(!options.whole_prompt));
+        let rest = &prompt.token_ids[start..end.min(start + block_tokens).max(start)];
+        let is_plain = |at: usize| !prompt.extra.iter().any(|(position, _)| *position as usize == start + at);
+        let plain = (0..rest.len()).take_while(|&at| is_plain(at)).count();
+        let partial = self.blocks.find_partial(found.last().copied(), root, &rest[..plain]);
+        let Some((block, tokens)) = partial else { return (found, start as u32) };
+        hold(&mut self.blocks, found.len(), block);
+        found.push(block);
+        (found, (start + tokens) as u32)
     }
 
     /// `needed` raw blocks are not to be had, beside `had` that were set aside for the purpose.
-    fn capacity_error(&mut self, needed: usize, had: usize) -> Error {
-        let free = self.blocks.raw_available(needed) + had;
+    fn capacity_error(&mut self, owner: u32, needed: usize, had: usize) -> Error {
+        if let Some(error) = self.blocks.beyond_quota(owner, needed) {
+            return error;
+        }
+        let promised = self.blocks.with_promises(owner, 0);
+        let free = self.blocks.raw_available(needed + promised).saturating_sub(promised) + had;
         let evictable = self.blocks.evictor.unheld() as u32;
         Error::Capacity { needed: (needed + had) as u32, free: free as u32, evictable }
     }
@@ -131,6 +167,7 @@ impl DeviceCore {
         };
         let (tenant, root, name) = (parent.rest.tenant, parent.rest.root, parent.shared.tenant().clone());
         let (prompt_blocks, root_number) = (parent.rest.prompt_blocks, parent.rest.root_number);
+        let retention = parent.rest.retention.clone();
         let extra: Vec<_> =
             parent.rest.extra.iter().copied().filter(|&(at, _)| at < state.committed).collect();
         self.config.token_budget.take(u64::from(state.committed) * u64::from(count))?;
@@ -142,6 +179,7 @@ impl DeviceCore {
             let permit = permit.as_mut().and_then(|all| all.split(1));
             let mut rest = Rest::new(tenant, root, 0, extra.clone(), permit);
             (rest.prompt_blocks, rest.root_number) = (prompt_blocks, root_number);
+            rest.retention.clone_from(&retention);
             let layout = self.config.layout;
             let make =
                 |id| SequenceEntry::new(SequenceShared::new(id, name.clone(), state.clone()), rest, &layout);
@@ -167,7 +205,7 @@ impl DeviceCore {
         for &block in state.blocks.iter().rev() {
             self.blocks.release(block);
         }
-        self.blocks.unreserve(entry.rest.reserved);
+        self.blocks.unreserve(entry.rest.tenant, entry.rest.reserved);
         self.config.token_budget.give_back(u64::from(state.committed));
         effects.closed.push(entry.id);
         std::iter::from_fn(|| entry.unpark()).collect()
@@ -223,10 +261,11 @@ impl DeviceCore {
             Ok(prepared) => prepared,
             Err(Shortage { needed, reserved }) => {
                 drop(state);
-                return match self.make_room(op, needed) {
+                let owner = rest.tenant;
+                return match self.make_room(op, owner, needed) {
                     Room::Now => self.plan_write(op, index, target, tokens, view),
                     Room::Soon => Progress::Flying,
-                    Room::Never => Progress::Done(Err(self.capacity_error(needed, reserved))),
+                    Room::Never => Progress::Done(Err(self.capacity_error(owner, needed, reserved))),
                 };
             }
         };
@@ -305,6 +344,7 @@ impl DeviceCore {
         // What was promised is promised again, unless somebody looks at the slots that came back.
         if blocks.pool_mut().reserve_raw_again(reserved) {
             rest.reserved += reserved;
+            blocks.charge(rest.tenant, SizeClass::Raw, reserved as i64);
         }
     }
 
@@ -520,12 +560,13 @@ fn prepare_blocks(
         return Ok(Prepared::default());
     }
     let reserved = rest.reserved.min(needed);
-    if needed - reserved > blocks.raw_available(needed - reserved) {
+    if !blocks.has_room(rest.tenant, needed - reserved) {
         return Err(Shortage { needed: needed - reserved, reserved });
     }
     rest.reserved -= reserved;
     rest.reserved_in_flight = reserved;
-    blocks.pool_mut().unreserve_raw(reserved);
+    // What is taken is charged again at once.
+    blocks.unreserve(rest.tenant, reserved);
     let mut prepared = Prepared { took_blocks: true, ..Prepared::default() };
     let mut after_private = state.blocks.last().is_some_and(|&id| blocks.is_private(id));
     for at in replace {
@@ -605,15 +646,19 @@ pub(super) fn commit(
                 && let Some(prompt_blocks) = rest.prompt_blocks
             {
                 let parent = at.checked_sub(1).map(|before| state.blocks[before]);
-                let origin = Origin { parent, root: rest.root_number };
+                let inside = (at * block_tokens) as u32..((at + 1) * block_tokens) as u32;
+                let has_extra = rest.extra.iter().any(|(position, _)| inside.contains(position));
+                let origin = Origin { parent, root: rest.root_number, has_extra };
                 let published = blocks.publish_key(id, key, origin, (at as u32, prompt_blocks), counters);
+                let kept = if let Published::Twin(twin) = published { twin } else { id };
+                blocks.set_retention(kept, &rest.retention, (at * block_tokens) as u32);
                 if let Published::Twin(twin) = published {
                     blocks.release(id);
                     state.blocks[at] = twin;
                     continue;
                 }
             }
-            blocks.complete(id, key, counters);
+            blocks.complete(id, counters);
         }
     }
     state.committed = start + tokens;

@@ -9,6 +9,7 @@ use crate::error::Error;
 use crate::memory::{LaneKind, OpRef, Purpose, Step};
 use crate::pool::{SizeClass, Tier};
 use crate::slot::FilledSlot;
+use crate::stats::CoreCounters;
 
 /// What one operation moves.
 #[derive(Debug)]
@@ -40,7 +41,7 @@ impl DeviceCore {
         if blocks.is_empty() {
             return Progress::Done(Ok(Outcome::Moved { blocks: 0 }));
         }
-        let moves = match self.blocks.begin_moves(&blocks, tier) {
+        let moves = match self.blocks.begin_moves(&blocks, tier, &mut self.counters) {
             Ok(moves) => moves,
             Err(error) => return Progress::Done(Err(error)),
         };
@@ -85,15 +86,20 @@ impl BlockStore {
     }
 
     /// Takes a slot of the tier for each block, or changes nothing.
-    fn begin_moves(&mut self, blocks: &[BlockId], tier: Tier) -> Result<Vec<TierMove>, Error> {
+    fn begin_moves(
+        &mut self,
+        blocks: &[BlockId],
+        tier: Tier,
+        counters: &mut CoreCounters,
+    ) -> Result<Vec<TierMove>, Error> {
         let class = match tier {
             Tier::Host => SizeClass::Host,
             Tier::Device if self.pool.layout().has_sealed_class => SizeClass::Sealed,
             Tier::Device => SizeClass::Raw,
         };
         let slots = match class {
-            SizeClass::Host => self.take_host(blocks.len())?,
-            SizeClass::Raw | SizeClass::Sealed => self.take_device(blocks, class)?,
+            SizeClass::Host => self.take_host(blocks.len(), counters)?,
+            SizeClass::Raw | SizeClass::Sealed => self.take_device(blocks, class, counters)?,
         };
         let begin = |(&block, slot)| {
             self.get_mut(block).moving_to = Some(class);
@@ -104,9 +110,10 @@ impl BlockStore {
         Ok(blocks.iter().zip(slots).map(begin).collect())
     }
 
-    fn take_host(&mut self, count: usize) -> Result<Vec<FilledSlot>, Error> {
+    fn take_host(&mut self, count: usize, counters: &mut CoreCounters) -> Result<Vec<FilledSlot>, Error> {
         if self.pool.host_available() < count {
             self.reclaim();
+            self.make_host_room(count, counters);
         }
         let full = Error::TierFull {
             tier: Tier::Host,
@@ -116,7 +123,16 @@ impl BlockStore {
         self.pool.take_host(count).ok_or(full)
     }
 
-    fn take_device(&mut self, blocks: &[BlockId], class: SizeClass) -> Result<Vec<FilledSlot>, Error> {
+    fn take_device(
+        &mut self,
+        blocks: &[BlockId],
+        class: SizeClass,
+        counters: &mut CoreCounters,
+    ) -> Result<Vec<FilledSlot>, Error> {
+        while class == SizeClass::Raw
+            && self.raw_available(blocks.len()) < blocks.len()
+            && self.evict_one(counters)
+        {}
         let free = self.raw_available(blocks.len());
         let mut slots = Vec::with_capacity(blocks.len());
         for &block in blocks {
@@ -125,7 +141,12 @@ impl BlockStore {
             let taken = match class {
                 SizeClass::Raw if slots.len() < free => self.pool.take_raw(tenant).map(|taken| taken.slot),
                 SizeClass::Raw => None,
-                SizeClass::Sealed | SizeClass::Host => self.pool.take_sealed_spare(tenant),
+                SizeClass::Sealed | SizeClass::Host => loop {
+                    let taken = self.pool.take_sealed_spare(tenant);
+                    if taken.is_some() || !self.evict_one(counters) {
+                        break taken;
+                    }
+                },
             };
             match taken {
                 Some(slot) => slots.push(slot),
@@ -152,6 +173,10 @@ impl BlockStore {
             false => (class, slot),
         };
         if carried_out {
+            let block = self.get(id);
+            let (owner, now) = (block.tenant, block.class);
+            self.charge(owner, class, -1);
+            self.charge(owner, now, 1);
             self.publish(id);
             self.tell_moved(id);
         } else {

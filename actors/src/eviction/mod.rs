@@ -6,10 +6,20 @@
 //!
 //! Nothing here knows keys, slots or bytes. No clock, no random numbers, no hash maps: the same calls give the same victims.
 
+mod auto;
+mod lfu;
 mod lru;
 mod queue;
+mod ranking;
+mod retention;
+mod slru;
+mod tenants;
 
-use lru::Lru;
+pub use retention::Retention;
+
+use ranking::Ranking;
+use retention::Kept;
+use tenants::Tenants;
 
 use crate::block::BlockId;
 
@@ -46,6 +56,13 @@ const CACHED: u8 = 1;
 const HELD: u8 = 2;
 /// Named as victim, but somebody was reading it: set aside for a while.
 const PASSED: u8 = 4;
+/// Has a priority of its own: ordered by it, not by the policy.
+const KEPT: u8 = 8;
+/// A candidate of a protected tenant that has come up as victim: out of the ranking.
+const PARKED: u8 = 16;
+
+/// Parked blocks that go back to the ranking per victim.
+const RETURNS: usize = 4;
 
 /// What is known of a cached block, whatever the policy.
 #[derive(Debug, Clone)]
@@ -58,12 +75,15 @@ struct Node {
     children: u32,
     /// When it was last let go of, counted in uses of any block: no two blocks share one.
     used: u64,
+    /// Index of its tenant.
+    tenant: u32,
     flags: u8,
     /// The policy's own: which of its lists the block is in.
     list: u8,
 }
 
-const VACANT: Node = Node { prev: NONE, next: NONE, parent: NONE, children: 0, used: 0, flags: 0, list: 0 };
+const VACANT: Node =
+    Node { prev: NONE, next: NONE, parent: NONE, children: 0, used: 0, tenant: 0, flags: 0, list: 0 };
 
 impl Node {
     fn is(&self, flag: u8) -> bool {
@@ -80,11 +100,15 @@ impl Node {
 #[derive(Debug)]
 pub struct Evictor {
     nodes: Vec<Node>,
-    ranking: Lru,
+    ranking: Ranking,
+    kept: Kept,
+    tenants: Tenants,
     /// Victims that could not go. None of them is in the ranking.
     passed: queue::List,
     /// Uses so far.
     uses: u64,
+    /// The latest time heard of.
+    now_ms: u64,
     cached: usize,
     unheld: usize,
 }
@@ -92,12 +116,14 @@ pub struct Evictor {
 impl Evictor {
     /// An evictor for blocks with numbers below `blocks`, none of them cached.
     pub fn new(policy: EvictionPolicy, blocks: usize) -> Self {
-        let _ = policy;
         Evictor {
             nodes: vec![VACANT; blocks],
-            ranking: Lru::default(),
+            ranking: Ranking::new(policy, blocks),
             passed: queue::List::default(),
+            kept: Kept::default(),
+            tenants: Tenants::new(blocks),
             uses: 0,
+            now_ms: 0,
             cached: 0,
             unheld: 0,
         }
@@ -105,32 +131,44 @@ impl Evictor {
 
     /// How many blocks the cache holds at most; bounds what is remembered of evicted ones.
     pub fn set_capacity(&mut self, blocks: usize) {
-        let _ = blocks;
+        self.ranking.set_capacity(&mut self.nodes, blocks);
     }
 
     /// A block is cached from now on, held by the sequence that made it. `identity` is the same whenever the same content is
     /// cached again. A parent that is not cached counts as none.
-    pub fn insert(&mut self, block: BlockId, parent: Option<BlockId>, identity: u64, touch: Touch) {
+    pub fn insert(
+        &mut self,
+        block: BlockId,
+        parent: Option<BlockId>,
+        identity: u64,
+        tenant: u32,
+        touch: Touch,
+    ) {
         debug_assert!(!self.contains(block), "a block is cached once");
-        let _ = (identity, touch);
+        self.advance(touch.now_ms);
         let parent = parent.filter(|parent| *parent != block && self.contains(*parent));
         if let Some(parent) = parent {
             self.leave(parent.0);
             self.nodes[parent.0 as usize].children += 1;
         }
         self.uses += 1;
+        let tenant = self.tenants.inserted(tenant);
         self.nodes[block.0 as usize] = Node {
+            tenant,
             parent: parent.map_or(NONE, |parent| parent.0),
             flags: CACHED | HELD,
             used: self.uses,
             ..VACANT
         };
         self.cached += 1;
+        self.ranking.inserted(&self.nodes, block.0, identity, touch);
     }
 
     /// A request has matched the block.
     pub fn touch(&mut self, block: BlockId, touch: Touch) {
-        let _ = (block, touch);
+        debug_assert!(self.contains(block));
+        self.advance(touch.now_ms);
+        self.ranking.touched(&self.nodes, block.0, touch);
     }
 
     /// Nobody held the block, now somebody does.
@@ -144,33 +182,69 @@ impl Evictor {
     /// The last holder of the block has let go. Best called for the blocks of a sequence from its end to its start.
     pub fn release(&mut self, block: BlockId, now_ms: u64) {
         debug_assert!(self.contains(block) && self.nodes[block.0 as usize].is(HELD));
-        let _ = now_ms;
+        self.advance(now_ms);
         self.uses += 1;
         let node = &mut self.nodes[block.0 as usize];
         node.flags &= !HELD;
         node.used = self.uses;
         self.unheld += 1;
         if node.is_candidate() {
-            self.ranking.enter(&mut self.nodes, block.0);
+            self.enter(block.0);
         }
     }
 
+    /// How long the block should stay compared to others, until it is removed or told otherwise. A child still never
+    /// outlives its parent: what continues a block goes before it.
+    pub fn set_retention(&mut self, block: BlockId, retention: Retention) {
+        debug_assert!(self.contains(block));
+        let now_ms = self.now_ms;
+        self.prioritize(block.0, |kept| kept.set(block.0, retention, now_ms));
+    }
+
+    /// Whether the tenant is at or under its reserve: [`Evictor::victim`] names none of its blocks, [`Evictor::victim_of`] does.
+    pub fn protect(&mut self, tenant: u32, is_protected: bool) {
+        self.tenants.protect(tenant, is_protected);
+    }
+
     /// The block to evict next: nobody holds it and no cached block continues it. It stays where it is until
-    /// [`Evictor::remove`]. None if there is no such block, or all of them have been [passed](Evictor::pass) in turn.
+    /// [`Evictor::remove`]. None if there is no such block, or all of them are of protected tenants or have been
+    /// [passed](Evictor::pass) in turn.
     pub fn victim(&mut self, now_ms: u64) -> Option<BlockId> {
-        let _ = now_ms;
-        let first = self.ranking.first(&self.nodes).map(BlockId);
-        if first.is_none() {
+        self.advance(now_ms);
+        while let Some(block) = self.kept.due(self.now_ms) {
+            let now_ms = self.now_ms;
+            self.prioritize(block, |kept| kept.change(block, now_ms));
+        }
+        for _ in 0..RETURNS {
+            if !self.unpark() {
+                break;
+            }
+        }
+        let victim = self.unprotected().or_else(|| {
+            while self.unpark() {}
+            self.unprotected()
+        });
+        if victim.is_none() {
             // The caller stops here; whoever asks next may find them free to go.
             while self.recall() {}
         }
-        first
+        victim.map(BlockId)
+    }
+
+    /// The block of the tenant to evict next, protected or not: the one that was let go of longest ago.
+    pub fn victim_of(&mut self, tenant: u32, now_ms: u64) -> Option<BlockId> {
+        self.advance(now_ms);
+        let victim = self.tenants.first(tenant);
+        if victim.is_none() {
+            while self.recall() {}
+        }
+        victim.map(BlockId)
     }
 
     /// The victim cannot go now, since somebody has just begun to read it: others are named first. It comes back when a block
     /// or two have gone, or when there are no others.
     pub fn pass(&mut self, block: BlockId, now_ms: u64) {
-        let _ = now_ms;
+        self.advance(now_ms);
         let node = &self.nodes[block.0 as usize];
         if node.is_candidate() && !node.is(PASSED) {
             self.leave(block.0);
@@ -181,17 +255,22 @@ impl Evictor {
 
     /// The block is evicted, or freed. No cached block continues it.
     pub fn remove(&mut self, block: BlockId, now_ms: u64) {
-        let _ = now_ms;
         debug_assert!(self.contains(block) && self.nodes[block.0 as usize].children == 0);
+        self.advance(now_ms);
         self.leave(block.0);
+        self.ranking.removed(block.0);
         let node = std::mem::replace(&mut self.nodes[block.0 as usize], VACANT);
+        self.tenants.removed(node.tenant);
+        if node.is(KEPT) {
+            self.kept.removed(block.0);
+        }
         self.cached -= 1;
         self.unheld -= usize::from(!node.is(HELD));
         if node.parent != NONE {
             let parent = &mut self.nodes[node.parent as usize];
             parent.children -= 1;
             if parent.is_candidate() {
-                self.ranking.enter(&mut self.nodes, node.parent);
+                self.enter(node.parent);
             }
         }
         self.recall();
@@ -212,6 +291,41 @@ impl Evictor {
         self.unheld
     }
 
+    /// Bytes of metadata, but for retention hints and the heap of candidates that come late.
+    #[cfg(test)]
+    fn bytes(&self) -> usize {
+        size_of_val(&self.nodes[..]) + self.tenants.bytes() + self.ranking.bytes()
+    }
+
+    fn advance(&mut self, now_ms: u64) {
+        self.now_ms = self.now_ms.max(now_ms);
+    }
+
+    /// Ranks a block that has become a candidate.
+    fn enter(&mut self, block: u32) {
+        self.tenants.enter(&self.nodes, block);
+        self.rank(block);
+    }
+
+    fn rank(&mut self, block: u32) {
+        match self.nodes[block as usize].is(KEPT) {
+            true => self.kept.enter(&mut self.nodes, block),
+            false => self.ranking.enter(&mut self.nodes, block),
+        }
+    }
+
+    fn unrank(&mut self, block: u32) {
+        let node = &mut self.nodes[block as usize];
+        if node.is(PARKED) {
+            node.flags &= !PARKED;
+            self.tenants.unpark(&mut self.nodes, block);
+        } else if node.is(KEPT) {
+            self.kept.leave(&mut self.nodes, block);
+        } else {
+            self.ranking.leave(&mut self.nodes, block);
+        }
+    }
+
     /// Takes a candidate out of whatever order it is in.
     fn leave(&mut self, block: u32) {
         let node = &mut self.nodes[block as usize];
@@ -219,18 +333,64 @@ impl Evictor {
             node.flags &= !PASSED;
             self.passed.remove(&mut self.nodes, block);
         } else if node.is_candidate() {
-            self.ranking.leave(&mut self.nodes, block);
+            self.unrank(block);
+            self.tenants.leave(&self.nodes, block);
         }
+    }
+
+    /// Changes the priority of a block; the change says whether it has one of its own.
+    fn prioritize(&mut self, block: u32, change: impl FnOnce(&mut Kept) -> bool) {
+        let is_ranked = {
+            let node = &self.nodes[block as usize];
+            node.is_candidate() && !node.is(PASSED)
+        };
+        if is_ranked {
+            self.unrank(block);
+        }
+        let is_kept = change(&mut self.kept);
+        let node = &mut self.nodes[block as usize];
+        node.flags = if is_kept { node.flags | KEPT } else { node.flags & !KEPT };
+        if is_ranked {
+            self.rank(block);
+        }
+    }
+
+    /// The first to go that is not of a protected tenant; parks those that are.
+    fn unprotected(&mut self) -> Option<u32> {
+        loop {
+            let block = match self.kept.first() {
+                Some((true, block)) => block,
+                kept => self.ranking.first(&mut self.nodes).or(kept.map(|(_, block)| block))?,
+            };
+            if !self.tenants.is_protected(&self.nodes, block) {
+                return Some(block);
+            }
+            self.unrank(block);
+            self.nodes[block as usize].flags |= PARKED;
+            self.tenants.park(&mut self.nodes, block);
+        }
+    }
+
+    /// Ranks a parked block again. False if there is none that may go.
+    fn unpark(&mut self) -> bool {
+        let Some(block) = self.tenants.returning(&mut self.nodes) else { return false };
+        self.nodes[block as usize].flags &= !PARKED;
+        self.rank(block);
+        true
     }
 
     /// Ranks the block that was passed longest ago again. False if there is none.
     fn recall(&mut self) -> bool {
         let Some(block) = self.passed.pop_front(&mut self.nodes) else { return false };
         self.nodes[block as usize].flags &= !PASSED;
-        self.ranking.enter(&mut self.nodes, block);
+        self.enter(block);
         true
     }
 }
 
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod model;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod replay;
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests;

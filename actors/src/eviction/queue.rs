@@ -2,6 +2,22 @@
 
 use super::{NONE, Node};
 
+/// What a list runs through.
+pub(super) trait Links {
+    fn prev(&mut self) -> &mut u32;
+    fn next(&mut self) -> &mut u32;
+}
+
+impl Links for Node {
+    fn prev(&mut self) -> &mut u32 {
+        &mut self.prev
+    }
+
+    fn next(&mut self) -> &mut u32 {
+        &mut self.next
+    }
+}
+
 /// A doubly linked list.
 #[derive(Debug)]
 pub(super) struct List {
@@ -20,39 +36,51 @@ impl List {
         (self.front != NONE).then_some(self.front)
     }
 
-    pub(super) fn push_back(&mut self, nodes: &mut [Node], block: u32) {
-        nodes[block as usize].prev = self.back;
-        nodes[block as usize].next = NONE;
-        match self.back {
+    pub(super) fn back(&self) -> Option<u32> {
+        (self.back != NONE).then_some(self.back)
+    }
+
+    pub(super) fn after<N: Links>(&self, nodes: &mut [N], block: u32) -> Option<u32> {
+        let next = *nodes[block as usize].next();
+        (next != NONE).then_some(next)
+    }
+
+    pub(super) fn push_back<N: Links>(&mut self, nodes: &mut [N], block: u32) {
+        self.insert(nodes, block, None);
+    }
+
+    pub(super) fn push_front<N: Links>(&mut self, nodes: &mut [N], block: u32) {
+        self.insert(nodes, block, self.front());
+    }
+
+    /// Puts a block before another, or at the end.
+    pub(super) fn insert<N: Links>(&mut self, nodes: &mut [N], block: u32, before: Option<u32>) {
+        let next = before.unwrap_or(NONE);
+        let prev = match next {
+            NONE => std::mem::replace(&mut self.back, block),
+            next => std::mem::replace(nodes[next as usize].prev(), block),
+        };
+        match prev {
             NONE => self.front = block,
-            back => nodes[back as usize].next = block,
+            prev => *nodes[prev as usize].next() = block,
         }
-        self.back = block;
+        *nodes[block as usize].prev() = prev;
+        *nodes[block as usize].next() = next;
     }
 
-    pub(super) fn push_front(&mut self, nodes: &mut [Node], block: u32) {
-        nodes[block as usize].prev = NONE;
-        nodes[block as usize].next = self.front;
-        match self.front {
-            NONE => self.back = block,
-            front => nodes[front as usize].prev = block,
-        }
-        self.front = block;
-    }
-
-    pub(super) fn remove(&mut self, nodes: &mut [Node], block: u32) {
-        let (prev, next) = (nodes[block as usize].prev, nodes[block as usize].next);
+    pub(super) fn remove<N: Links>(&mut self, nodes: &mut [N], block: u32) {
+        let (prev, next) = (*nodes[block as usize].prev(), *nodes[block as usize].next());
         match prev {
             NONE => self.front = next,
-            prev => nodes[prev as usize].next = next,
+            prev => *nodes[prev as usize].next() = next,
         }
         match next {
             NONE => self.back = prev,
-            next => nodes[next as usize].prev = prev,
+            next => *nodes[next as usize].prev() = prev,
         }
     }
 
-    pub(super) fn pop_front(&mut self, nodes: &mut [Node]) -> Option<u32> {
+    pub(super) fn pop_front<N: Links>(&mut self, nodes: &mut [N]) -> Option<u32> {
         let block = self.front()?;
         self.remove(nodes, block);
         Some(block)
@@ -130,11 +158,17 @@ const IN_HEAP: u8 = 1;
 pub(super) struct Queue {
     list: List,
     late: Heap,
+    len: usize,
 }
 
 impl Queue {
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
     pub(super) fn push(&mut self, nodes: &mut [Node], block: u32) {
         let used = nodes[block as usize].used;
+        self.len += 1;
         nodes[block as usize].list = IN_LIST;
         if self.list.front().is_none_or(|front| used < nodes[front as usize].used) {
             self.list.push_front(nodes, block);
@@ -147,6 +181,7 @@ impl Queue {
     }
 
     pub(super) fn remove(&mut self, nodes: &mut [Node], block: u32) {
+        self.len -= 1;
         match nodes[block as usize].list {
             IN_LIST => self.list.remove(nodes, block),
             _ => self.late.remove(nodes, block),

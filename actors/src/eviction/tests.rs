@@ -11,7 +11,7 @@ fn chain(evictor: &mut Evictor, blocks: &[u32]) {
             evictor.hold(BlockId(block));
         } else {
             let parent = depth.checked_sub(1).map(|before| BlockId(blocks[before]));
-            evictor.insert(BlockId(block), parent, u64::from(block), at(depth as u32));
+            evictor.insert(BlockId(block), parent, u64::from(block), 0, at(depth as u32));
         }
     }
     for &block in blocks.iter().rev() {
@@ -78,4 +78,57 @@ fn a_victim_that_is_read_is_passed_and_comes_back() {
     assert_eq!(drain(&mut evictor), [3]);
     evictor.release(BlockId(0), 0);
     assert_eq!(drain(&mut evictor), [0]);
+}
+
+/// Whatever comes in, and in whatever order: all blocks can be evicted in the end, children before their parents.
+#[test]
+fn every_policy_bears_odd_input() {
+    for policy in [EvictionPolicy::Auto, EvictionPolicy::Lru, EvictionPolicy::Lfu, EvictionPolicy::Slru] {
+        for (now_ms, request_blocks, capacity) in
+            [(0, 0, 0), (u64::MAX, u32::MAX, usize::MAX >> 16), (7, 3, 40)]
+        {
+            let mut evictor = Evictor::new(policy, 64);
+            if capacity < 1 << 20 {
+                evictor.set_capacity(capacity);
+            }
+            for round in 0..20_000u32 {
+                let touch = |depth| Touch {
+                    now_ms: now_ms ^ u64::from(round % 3),
+                    depth: if round % 7 == 0 { u32::MAX - depth } else { depth },
+                    request_blocks,
+                };
+                for depth in 0..4 {
+                    let block = BlockId((round * 4 + depth) % 64);
+                    if evictor.contains(block) {
+                        evictor.touch(block, touch(depth));
+                        continue;
+                    }
+                    let parent = depth.checked_sub(1).map(|_| BlockId(block.0 - 1));
+                    evictor.insert(block, parent, u64::from(round % 5), round % 3, touch(depth));
+                    evictor.release(block, touch(depth).now_ms);
+                }
+                for _ in 0..round % 6 {
+                    let Some(victim) = evictor.victim(0) else { break };
+                    evictor.remove(victim, 0);
+                }
+                if round % 1000 == 0 && capacity < 1 << 20 {
+                    evictor.set_capacity(round as usize);
+                }
+            }
+            let left = evictor.cached();
+            assert_eq!(drain(&mut evictor).len(), left);
+        }
+    }
+}
+
+/// What a block costs: tables that have a place for each block, the ghosts of evicted ones, and what the learner has once.
+#[test]
+fn metadata_is_at_most_64_bytes_a_block() {
+    for blocks in [1 << 17, 1 << 20] {
+        let evictor = Evictor::new(EvictionPolicy::Auto, blocks);
+        assert!(evictor.bytes() <= 64 * blocks, "{} bytes a block", evictor.bytes() as f64 / blocks as f64);
+    }
+    // The learner's own tables do not depend on the number of blocks.
+    let evictor = Evictor::new(EvictionPolicy::Auto, 1000);
+    assert!(evictor.bytes() <= 60 * 1000 + 512 * 1024, "{} bytes", evictor.bytes());
 }

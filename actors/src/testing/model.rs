@@ -262,6 +262,14 @@ impl ModelSequence {
                 };
                 writes && needed > free && end > self.promised_tokens
             }
+            Error::TenantQuota { needed_bytes, used_bytes, quota_bytes } => {
+                let end = match op {
+                    Op::Append { tokens, .. } => self.committed + tokens,
+                    Op::Stage { layer, tokens, .. } => self.visible(*layer as usize) + tokens,
+                    _ => 0,
+                };
+                writes && used_bytes + needed_bytes > *quota_bytes && end > self.promised_tokens
+            }
             Error::TooManyTokens { tokens, max_total_tokens } => {
                 let counts = writes || matches!(op, Op::Commit { .. } | Op::Fork { .. });
                 counts && *max_total_tokens == rules.max_total_tokens && tokens > max_total_tokens

@@ -38,6 +38,8 @@ pub struct Rig {
     closes: Arc<Mutex<Vec<SequenceId>>>,
     opened: u64,
     closed: u64,
+    /// One millisecond an event.
+    now_ms: u64,
     /// Answers that came since [`Rig::answered`] was last asked.
     news: bool,
     tensors: [Vec<f32>; 2],
@@ -75,6 +77,7 @@ impl Rig {
             closes,
             opened: 0,
             closed: 0,
+            now_ms: 0,
             news: false,
             tensors: Default::default(),
             config,
@@ -139,7 +142,10 @@ impl Rig {
     /// Lets the core take an event, and sends the answers that follow.
     pub fn apply(&mut self, event: Event) {
         let core = self.core.as_mut().expect("the shard is not lost");
+        self.now_ms += 1;
+        core.observe(self.now_ms, true);
         core.apply(event, &mut self.effects);
+        self.effects.events.clear();
         self.opened += self.effects.opened.drain(..).count() as u64;
         self.closed += self.effects.closed.drain(..).count() as u64;
         self.news |= !self.effects.answers.is_empty();

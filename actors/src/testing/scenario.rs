@@ -1,11 +1,16 @@
 //! Settings of a simulated cache: small ones to write a test with, and random ones.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use super::Rng;
+use super::rig::tenant_name;
 use crate::block::{HashSecret, KeyScheme};
 use crate::device::CoreConfig;
 use crate::eviction::EvictionPolicy;
 use crate::format::Format;
 use crate::geometry::{ElementType, Geometry};
+use crate::limits::TenantLimits;
 use crate::pool::PoolLayout;
 use crate::tokens::TokenBudget;
 
@@ -40,6 +45,8 @@ pub struct Setup {
     pub eviction: EvictionPolicy,
     /// Bits of a block key that place it in the prefix index.
     pub index_hash_bits: u32,
+    /// What tenants may use.
+    pub tenants: Arc<HashMap<String, TenantLimits>>,
 }
 
 impl Setup {
@@ -60,6 +67,7 @@ impl Setup {
             sequences: 8,
             eviction: EvictionPolicy::Lru,
             index_hash_bits: 64,
+            tenants: Arc::default(),
         }
     }
 
@@ -89,6 +97,7 @@ impl Setup {
             sequences: rng.pick(&[2, 6, 12, 24]),
             eviction: random_policy(rng),
             index_hash_bits: rng.pick(&[64, 8, 1]),
+            tenants: random_tenants(rng, &geometry, blocks),
             geometry,
         }
     }
@@ -98,9 +107,10 @@ impl Setup {
     fn crowded(rng: &mut Rng) -> Self {
         let block_tokens = rng.pick(&[1, 2, 4, 8]);
         let geometry = random_geometry(rng, block_tokens);
+        let blocks = rng.between(40, 160);
         Setup {
             format: Format::Int8,
-            blocks: rng.between(40, 160).into(),
+            blocks: blocks.into(),
             max_tokens: rng.pick(&[12, 24]) * block_tokens,
             max_total_tokens: u64::MAX,
             copy_lane_min_bytes: random_copy_lane(rng, &geometry),
@@ -112,6 +122,7 @@ impl Setup {
             sequences: 40,
             eviction: random_policy(rng),
             index_hash_bits: rng.pick(&[64, 8, 1]),
+            tenants: random_tenants(rng, &geometry, blocks),
             geometry,
         }
     }
@@ -145,9 +156,22 @@ impl Setup {
             keep_ratio: self.keep_ratio,
             keys: KeyScheme::new(HashSecret([7; 32]), &self.geometry, self.keep_ratio),
             eviction: self.eviction,
+            tenants: self.tenants.clone(),
             index_hash_bits: self.index_hash_bits,
         }
     }
+}
+
+/// Limits for some of the tenants of a run.
+fn random_tenants(rng: &mut Rng, geometry: &Geometry, blocks: u32) -> Arc<HashMap<String, TenantLimits>> {
+    let block_bytes = geometry.layout().map_or(0, |layout| layout.raw_bytes() as u64);
+    let mut some = |number: u32| {
+        let quota = u64::from(rng.between(blocks / 8, blocks)) * block_bytes;
+        let reserve_bytes = if rng.one_in(2) { quota / u64::from(rng.between(2, 9)) } else { 0 };
+        let limits = TenantLimits { quota_bytes: rng.one_in(2).then_some(quota), reserve_bytes };
+        (rng.one_in(4)).then(|| (tenant_name(number), limits))
+    };
+    Arc::new((0..2).filter_map(&mut some).collect())
 }
 
 fn random_policy(rng: &mut Rng) -> EvictionPolicy {

@@ -1,12 +1,12 @@
 //! What the oracle asks for: mostly sensible operations, some wrong in every way that there is.
 
 use super::{Asked, Document, Oracle, Queued, Submitted};
-use crate::batch::{BatchCacheOperations, HostTensor};
+use crate::batch::{BatchCacheOperations, HostTensor, Invalidate};
 use crate::block::ExtraIdentity;
 use crate::error::Error;
 use crate::geometry::{ElementType, Plane};
 use crate::pool::Tier;
-use crate::sequence::{OpenOptions, SINK_TOKENS, SequenceId, Tenant};
+use crate::sequence::{OpenOptions, RetentionHint, SINK_TOKENS, SequenceId, Tenant};
 use crate::testing::model::Op;
 use crate::testing::rig::{EachRow, Ticket, tenant_name, token_id, token_ids};
 use crate::testing::values::not_finite;
@@ -107,6 +107,12 @@ impl Oracle {
         if self.rng.one_in(40) {
             return self.ask_nonsense(batch);
         }
+        if self.rng.one_in(200) {
+            let tenant = Tenant::new(tenant_name(self.rng.below(TENANTS as usize) as u32));
+            let adapter = Invalidate::Adapter("adapter".into());
+            batch.invalidate(0, self.rng.pick(&[Invalidate::All, Invalidate::Tenant(tenant), adapter]));
+            return Asked::Invalidate;
+        }
         let chosen = self.rng.below(self.alive.len());
         let at = self.alive[chosen];
         let (id, tenant) = match &self.tracked[at] {
@@ -197,6 +203,13 @@ impl Oracle {
             prompt_tokens = self.rng.between(0, max_tokens);
             let ids: Vec<u32> = (0..prompt_tokens).map(|at| token_id(document.stamp(at))).collect();
             options = options.prompt(&ids);
+            if self.rng.one_in(3) {
+                let hint = RetentionHint::priority(self.rng.pick(&[0, 20, 50, 80, 100]));
+                let hint =
+                    if self.rng.one_in(2) { hint.for_ms(u64::from(self.rng.between(1, 400))) } else { hint };
+                let hint = if self.rng.one_in(2) { hint.decaying() } else { hint };
+                options = options.retain(0..self.rng.between(1, max_tokens + 1), hint);
+            }
         }
         let config = self.rig.config();
         let root = (document.is_some() && config.keep_ratio.is_none()).then(|| config.keys.root(&options));

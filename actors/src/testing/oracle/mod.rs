@@ -29,6 +29,7 @@ use super::sim::LANES;
 use crate::batch::{BatchCacheOperations, Outcome, Results};
 use crate::block::BlockKey;
 use crate::error::Error;
+use crate::format::Format;
 use crate::sequence::{OpenSequence, SequenceId};
 
 /// Which faults a run injects.
@@ -160,6 +161,8 @@ enum Asked {
         prompt_tokens: u32,
     },
     On(usize, SequenceId),
+    /// Nobody finds some blocks any more.
+    Invalidate,
     /// Its answer does not depend on any sequence.
     Refused(Error),
 }
@@ -290,7 +293,8 @@ impl Oracle {
                         let mut model = ModelSequence::new(&self.rules, handle.id(), tenant, reserved_tokens);
                         let found = handle.shared().committed();
                         let block_tokens = self.rules.layout.block_tokens as u32;
-                        assert!(found == 0 || found < prompt_tokens && found.is_multiple_of(block_tokens));
+                        let whole = found.is_multiple_of(block_tokens) || self.rules.format == Format::Raw;
+                        assert!(found == 0 || found < prompt_tokens && whole);
                         if let Some(document) = document {
                             model.found(
                                 &self.rules,
@@ -301,11 +305,20 @@ impl Oracle {
                         self.report.prefix_tokens += u64::from(found);
                         self.report.checked += 1;
                     }
+                    Err(Error::TenantQuota { needed_bytes, used_bytes, quota_bytes })
+                        if used_bytes + needed_bytes > quota_bytes =>
+                    {
+                        self.report.refused += 1;
+                    }
                     Err(Error::TooManyTokens { .. }) if self.rules.max_total_tokens < u64::MAX => {
                         self.report.refused += 1;
                     }
                     Err(Error::Capacity { needed, free, .. }) if needed > free => self.report.refused += 1,
                     other => panic!("a wrong answer to an open: {other:?}"),
+                },
+                Asked::Invalidate => match answer {
+                    Ok(Outcome::Invalidated { .. }) => self.report.checked += 1,
+                    other => panic!("a wrong answer to an invalidation: {other:?}"),
                 },
                 Asked::On(at, id) => self.answer(at, id, ticket, index, answer),
             }

@@ -1,0 +1,123 @@
+//! What tenants may use of a device's memory, and what is kept for them: a ledger of bytes, by owner.
+
+use serde::{Deserialize, Serialize};
+
+/// Bounds of one tenant, in bytes of each device's slab.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TenantLimits {
+    /// The most that the tenant's blocks may take, cached ones included: beyond it his own cached blocks make way, and then his writes
+    /// are refused. None: no bound.
+    pub quota_bytes: Option<u64>,
+    /// What others leave to the tenant: they do not write into what is missing of it, and while his blocks take no more than this his
+    /// cached ones are not evicted for them.
+    pub reserve_bytes: u64,
+}
+
+#[derive(Debug, Default)]
+struct Account {
+    used_bytes: u64,
+    /// Of those, what nobody holds.
+    cached_bytes: u64,
+    limits: TenantLimits,
+}
+
+/// Counts the bytes of everybody's blocks.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    /// By owner number.
+    accounts: Vec<Account>,
+    /// What is missing of all reserves.
+    unfilled_bytes: u64,
+    /// What nobody holds, of all owners.
+    cached_bytes: u64,
+}
+
+impl Account {
+    fn unfilled_bytes(&self) -> u64 {
+        self.limits.reserve_bytes.saturating_sub(self.used_bytes)
+    }
+}
+
+impl Ledger {
+    /// A new owner, with the next number.
+    pub fn open(&mut self, limits: TenantLimits) {
+        let account = Account { used_bytes: 0, cached_bytes: 0, limits };
+        self.unfilled_bytes += account.unfilled_bytes();
+        self.accounts.push(account);
+    }
+
+    /// Changes what an owner uses, and returns whether his cached blocks are protected from now on, if that has changed.
+    pub fn change(&mut self, owner: u32, change: impl FnOnce(u64) -> u64) -> Option<bool> {
+        let account = &mut self.accounts[owner as usize];
+        let (was_protected, unfilled) = (account.is_protected(), account.unfilled_bytes());
+        account.used_bytes = change(account.used_bytes);
+        self.unfilled_bytes = self.unfilled_bytes - unfilled + account.unfilled_bytes();
+        let is_protected = account.is_protected();
+        (was_protected != is_protected).then_some(is_protected)
+    }
+
+    /// Changes how much of what an owner uses is held by nobody.
+    pub fn change_cached(&mut self, owner: u32, bytes: i64) {
+        let account = &mut self.accounts[owner as usize];
+        account.cached_bytes = account.cached_bytes.saturating_add_signed(bytes);
+        self.cached_bytes = self.cached_bytes.saturating_add_signed(bytes);
+    }
+
+    /// Bytes of all owners that nobody holds.
+    pub fn cached_bytes(&self) -> u64 {
+        self.cached_bytes
+    }
+
+    /// Bytes of an owner that nobody holds.
+    pub fn cached_bytes_of(&self, owner: u32) -> u64 {
+        self.accounts[owner as usize].cached_bytes
+    }
+
+    /// Bytes that an owner uses.
+    pub fn used_bytes(&self, owner: u32) -> u64 {
+        self.accounts[owner as usize].used_bytes
+    }
+
+    /// Bytes that an owner may still use; none: as many as there are.
+    pub fn quota_left_bytes(&self, owner: u32) -> Option<u64> {
+        let Account { used_bytes, limits, .. } = &self.accounts[owner as usize];
+        Some(limits.quota_bytes?.saturating_sub(*used_bytes))
+    }
+
+    /// The quota of an owner.
+    pub fn quota_bytes(&self, owner: u32) -> Option<u64> {
+        self.accounts[owner as usize].limits.quota_bytes
+    }
+
+    /// Bytes that are left to others than this owner, and vacant.
+    pub fn promised_to_others_bytes(&self, owner: u32) -> u64 {
+        self.unfilled_bytes - self.accounts[owner as usize].unfilled_bytes()
+    }
+}
+
+impl Account {
+    fn is_protected(&self) -> bool {
+        self.limits.reserve_bytes > 0 && self.used_bytes <= self.limits.reserve_bytes
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reserves_and_quotas_follow_what_is_used() {
+        let mut ledger = Ledger::default();
+        ledger.open(TenantLimits::default());
+        ledger.open(TenantLimits { quota_bytes: Some(100), reserve_bytes: 40 });
+        assert_eq!((ledger.promised_to_others_bytes(0), ledger.promised_to_others_bytes(1)), (40, 0));
+        assert_eq!(ledger.change(0, |used| used + 500), None);
+        assert_eq!(ledger.change(1, |used| used + 30), None, "still within its reserve");
+        assert_eq!((ledger.promised_to_others_bytes(0), ledger.quota_left_bytes(1)), (10, Some(70)));
+        assert_eq!(ledger.change(1, |used| used + 80), Some(false));
+        assert_eq!((ledger.promised_to_others_bytes(0), ledger.quota_left_bytes(1)), (0, Some(0)));
+        assert_eq!(ledger.change(1, |used| used - 110), Some(true));
+        assert_eq!((ledger.promised_to_others_bytes(0), ledger.quota_left_bytes(0)), (40, None));
+    }
+}
