@@ -4,10 +4,12 @@
 //! cargo run --release --example gpu_bench              # a table
 //! cargo run --release --example gpu_bench -- --json    # one JSON object per line
 //! cargo run --release --example gpu_bench -- --only step,transfer
+//! cargo run --release --example gpu_bench -- --only prefix     # also without a GPU, on a CPU device
 //! ```
 //!
-//! Without a GPU it says so and ends well.
+//! Without a GPU it says so, and measures what does not need one.
 
+mod prefix;
 mod step;
 mod table;
 mod transfer;
@@ -25,7 +27,7 @@ struct Options {
     /// One JSON object per line instead of a table.
     #[arg(long)]
     json: bool,
-    /// Only these groups: kernels, driver, wake, step, transfer.
+    /// Only these groups: kernels, driver, wake, step, transfer, prefix.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
 }
@@ -36,12 +38,15 @@ fn main() -> anyhow::Result<()> {
         .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
         .with_writer(std::io::stderr)
         .init();
-    if let Err(reason) = Devices::gpus_found() {
-        eprintln!("nothing to measure: {reason}");
-        return Ok(());
-    }
     let wanted = |group: &str| options.only.is_empty() || options.only.iter().any(|only| only == group);
     let mut table = Table::new(options.json);
+    if let Err(reason) = Devices::gpus_found() {
+        eprintln!("no GPU to measure: {reason}");
+        if wanted("prefix") {
+            prefix::measure(&mut table, Devices::cpu(1))?;
+        }
+        return Ok(());
+    }
     if wanted("kernels") {
         kernels(&mut table)?;
     }
@@ -59,6 +64,9 @@ fn main() -> anyhow::Result<()> {
     }
     if wanted("transfer") {
         transfer::measure(&mut table)?;
+    }
+    if wanted("prefix") {
+        prefix::measure(&mut table, Devices::cuda(1))?;
     }
     Ok(())
 }

@@ -97,10 +97,10 @@ impl Clairvoyant {
 }
 
 impl Driver for Clairvoyant {
-    fn request(&mut self, _time_ms: u64, keys: &[BlockKey]) -> usize {
+    fn request(&mut self, request: &Planned) -> usize {
         let mut chain = std::mem::take(&mut self.chain);
         chain.clear();
-        chain.extend(keys.iter().map(|key| self.numbers[key]));
+        chain.extend(request.keys.iter().map(|key| self.numbers[key]));
         let hits = chain.iter().take_while(|number| self.blocks[**number as usize].cached).count();
 
         let mut tip = hits.checked_sub(1).map(|last| chain[last]);
@@ -142,9 +142,9 @@ mod tests {
     /// The hits of each request.
     fn hits(capacity: usize, paths: &[&str]) -> Vec<usize> {
         let requests: Vec<Planned> =
-            paths.iter().map(|path| Planned { time_ms: 0, keys: keys(path) }).collect();
+            paths.iter().map(|path| Planned { time_ms: 0, hash_ids: Vec::new(), keys: keys(path) }).collect();
         let mut cache = Clairvoyant::new(&requests, capacity);
-        let hits = requests.iter().map(|request| cache.request(request.time_ms, &request.keys)).collect();
+        let hits = requests.iter().map(|request| cache.request(request)).collect();
         assert!(cache.blocks.iter().all(|block| block.uses.is_empty()));
         assert_eq!(cache.cached, cache.blocks.iter().filter(|block| block.cached).count());
         assert!(cache.cached <= capacity);

@@ -6,50 +6,63 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use kv_cache_actors::block::BlockKey;
+use kv_cache::EvictionPolicy;
 
 use crate::clairvoyant::Clairvoyant;
-use crate::workload::Workload;
+use crate::shard::Shard;
+use crate::whole::Whole;
+use crate::workload::{Planned, Workload};
 
 /// One thread's way into the cache that is replayed against.
 pub(crate) trait Driver: Send {
     /// Runs one request from its match to its release, and returns how many of its leading blocks were cached.
     ///
-    /// `keys` are chained: equal keys have equal parents. `time_ms` never decreases. Every block is held until the request
-    /// ends, and there is room for it: a driver that finds too little because of other threads lets go and begins anew.
-    fn request(&mut self, time_ms: u64, keys: &[BlockKey]) -> usize;
+    /// Its keys are chained: equal keys have equal parents. Its time never decreases. Every block is held until the request
+    /// ends, and there is room for it.
+    fn request(&mut self, request: &Planned) -> usize;
 }
 
 /// What decides which block goes when room is needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Policy {
-    /// Knows all requests to come: of the blocks without a cached child, the one that is used again last.
+    /// Learned online: the default of a cache.
+    Auto,
+    /// Least recently used.
+    Lru,
+    /// Least frequently used.
+    Lfu,
+    /// Segmented LRU.
+    Slru,
+    /// Knows all requests to come: of the blocks without a cached child, the one that is used again last. Index only.
     Clairvoyant,
 }
 
 impl Policy {
     pub(crate) fn name(self) -> &'static str {
         match self {
+            Policy::Auto => "auto",
+            Policy::Lru => "lru",
+            Policy::Lfu => "lfu",
+            Policy::Slru => "slru",
             Policy::Clairvoyant => "clairvoyant",
         }
     }
 
-    /// How many threads can share a cache with this policy.
-    pub(crate) fn threads(self, asked: u16) -> u16 {
+    /// The policy of the cache's that it is.
+    fn of_cache(self) -> Option<EvictionPolicy> {
         match self {
-            // The future is one order of requests.
-            Policy::Clairvoyant => asked.min(1),
+            Policy::Auto => Some(EvictionPolicy::Auto),
+            Policy::Lru => Some(EvictionPolicy::Lru),
+            Policy::Lfu => Some(EvictionPolicy::Lfu),
+            Policy::Slru => Some(EvictionPolicy::Slru),
+            Policy::Clairvoyant => None,
         }
     }
 
-    /// An empty cache, and one driver of it for each thread.
-    fn open(self, workload: &Workload, capacity_blocks: u32, threads: u16) -> Vec<Box<dyn Driver>> {
-        match self {
-            Policy::Clairvoyant => {
-                assert_eq!(threads, self.threads(threads), "the future is one order of requests");
-                vec![Box::new(Clairvoyant::new(&workload.requests, capacity_blocks as usize))]
-            }
-        }
+    /// How many threads can run with this policy.
+    pub(crate) fn threads(self, asked: u16, index_only: bool) -> u16 {
+        // The future is one order of requests, and a whole cache has threads of its own.
+        if self == Policy::Clairvoyant || !index_only { 1 } else { asked }
     }
 }
 
@@ -69,6 +82,24 @@ pub(crate) struct Setup {
     pub(crate) capacity_blocks: u32,
     pub(crate) threads: u16,
     pub(crate) deal: Deal,
+    /// Only decide: no keys and values move.
+    pub(crate) index_only: bool,
+}
+
+impl Setup {
+    /// An empty cache, and one driver of it for each thread: a shard each.
+    fn open(&self, workload: &Workload) -> anyhow::Result<Vec<Box<dyn Driver>>> {
+        let Setup { policy, capacity_blocks, threads, .. } = *self;
+        let Some(of_cache) = policy.of_cache() else {
+            return Ok(vec![Box::new(Clairvoyant::new(&workload.requests, capacity_blocks as usize))]);
+        };
+        if !self.index_only {
+            return Ok(vec![Box::new(Whole::new(of_cache, capacity_blocks, workload.longest())?)]);
+        }
+        let shard =
+            |_| Box::new(Shard::new(of_cache, capacity_blocks / u32::from(threads))) as Box<dyn Driver>;
+        Ok((0..threads).map(shard).collect())
+    }
 }
 
 /// One run over all requests.
@@ -79,11 +110,14 @@ pub(crate) struct Round {
 }
 
 /// The round with the median time, each with an empty cache.
-pub(crate) fn median(workload: &Workload, setup: &Setup, rounds: u16) -> Round {
-    let open = || setup.policy.open(workload, setup.capacity_blocks, setup.threads);
-    let mut rounds: Vec<Round> = (0..rounds.max(1)).map(|_| run(workload, setup.deal, &mut open())).collect();
+///
+/// # Errors
+/// A cache that cannot be built.
+pub(crate) fn median(workload: &Workload, setup: &Setup, rounds: u16) -> anyhow::Result<Round> {
+    let one = |_| Ok(run(workload, setup.deal, &mut setup.open(workload)?));
+    let mut rounds: Vec<Round> = (0..rounds.max(1)).map(one).collect::<anyhow::Result<_>>()?;
     rounds.sort_by_key(|round| round.wall);
-    rounds[rounds.len() / 2]
+    Ok(rounds[rounds.len() / 2])
 }
 
 /// Runs all requests, each driver on a thread of its own with one request at a time.
@@ -98,7 +132,7 @@ fn run(workload: &Workload, deal: Deal, drivers: &mut [Box<dyn Driver>]) -> Roun
                 own = dealt.fetch_add(1, Relaxed);
             }
             let Some(request) = workload.requests.get(own) else { return hits };
-            hits += driver.request(request.time_ms, &request.keys);
+            hits += driver.request(request);
             own += threads;
         }
     };
@@ -127,9 +161,9 @@ mod tests {
     struct Counting(&'static AtomicUsize);
 
     impl Driver for Counting {
-        fn request(&mut self, _: u64, keys: &[BlockKey]) -> usize {
+        fn request(&mut self, request: &Planned) -> usize {
             self.0.fetch_add(1, Relaxed);
-            keys.len()
+            request.keys.len()
         }
     }
 

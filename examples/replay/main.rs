@@ -1,8 +1,9 @@
 //! How many blocks of a request trace would have been cached, and what finding out costs.
 //!
 //! ```text
-//! cargo run --release --example replay -- --trace FILE --capacity-blocks 1000,5000,10000 --index-only
+//! cargo run --release --example replay -- --trace FILE --capacity-blocks 1000,5000 --policy lru,auto,clairvoyant --index-only
 //! cargo run --release --example replay -- --trace FILE --capacity-blocks 1000 --index-only --second-half --json
+//! cargo run --release --example replay -- --trace FILE --capacity-blocks 5000 --rounds 1      # the whole runtime
 //! ```
 //!
 //! Requests of a trace in the Mooncake format run strictly in order; their timestamps are ages, not a pace. A request matches
@@ -14,6 +15,8 @@
 //! |---|---|
 //! | `workload.rs` | which requests run, as block keys |
 //! | `driver.rs` | the policies, and how a run is timed |
+//! | `shard.rs` | a shard of a cache's without its device: `--index-only` |
+//! | `whole.rs` | the whole runtime |
 //! | `clairvoyant.rs` | what no policy can beat |
 //! | `report.rs` | the figures as JSON, a table, and a page with plots |
 //! | `../common/` | what examples share: traces, plots, pages |
@@ -28,9 +31,11 @@ mod page;
 #[allow(dead_code, reason = "other examples plot over time")]
 mod plot;
 mod report;
+mod shard;
 #[path = "../common/trace.rs"]
 #[allow(dead_code, reason = "other examples also decode")]
 mod trace;
+mod whole;
 mod workload;
 
 use std::path::PathBuf;
@@ -54,12 +59,12 @@ struct Options {
     #[arg(long, value_delimiter = ',', required = true, value_parser = clap::value_parser!(u32).range(1..))]
     capacity_blocks: Vec<u32>,
     /// What decides which block goes.
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "clairvoyant")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "auto")]
     policy: Vec<Policy>,
     /// Only decides: no keys and values move.
     #[arg(long)]
     index_only: bool,
-    /// Threads that share one cache. `clairvoyant` always has one.
+    /// Threads, each with a shard of its own and a share of the capacity. `clairvoyant` and whole caches have one.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: u16,
     /// How requests are dealt to threads.
@@ -97,8 +102,8 @@ fn main() -> ExitCode {
 
 fn run(options: &Options) -> anyhow::Result<()> {
     ensure!(
-        options.index_only,
-        "--index-only is missing: moving keys and values is not part of this example yet"
+        options.index_only || !options.policy.contains(&Policy::Clairvoyant),
+        "clairvoyant is no policy of a cache's: give --index-only, or leave it out"
     );
     let selection = match (options.first_half, options.second_half) {
         (true, _) => Selection::FirstHalf,
@@ -109,10 +114,11 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let mut capacities = options.capacity_blocks.clone();
     capacities.sort_unstable();
     capacities.dedup();
+    let threads_most = if options.index_only { u32::from(options.threads) } else { 1 };
     let (least, longest) = (capacities[0], workload.longest());
     ensure!(
-        least as usize >= longest,
-        "--capacity-blocks {least}: the longest request has {longest} blocks, and they are all held at once"
+        (least / threads_most) as usize >= longest,
+        "--capacity-blocks {least} for {threads_most} threads: the longest request has {longest} blocks, and they are all held at once"
     );
 
     if !options.json {
@@ -121,9 +127,10 @@ fn run(options: &Options) -> anyhow::Result<()> {
     let mut rows: Vec<Row> = Vec::new();
     for &policy in &options.policy {
         for &capacity_blocks in &capacities {
-            let threads = policy.threads(options.threads);
-            let setup = Setup { policy, capacity_blocks, threads, deal: options.deal };
-            let row = Row::new(&workload, &setup, driver::median(&workload, &setup, options.rounds));
+            let threads = policy.threads(options.threads, options.index_only);
+            let (deal, index_only) = (options.deal, options.index_only);
+            let setup = Setup { policy, capacity_blocks, threads, deal, index_only };
+            let row = Row::new(&workload, &setup, driver::median(&workload, &setup, options.rounds)?);
             if options.json {
                 println!("{}", serde_json::to_string(&row)?);
             } else {

@@ -24,6 +24,8 @@ pub(crate) enum Selection {
 pub(crate) struct Planned {
     /// Arrival, milliseconds from the start of the trace.
     pub(crate) time_ms: u64,
+    /// What the trace calls its blocks.
+    pub(crate) hash_ids: Vec<u64>,
     /// One key for each block of the prompt, the last of which may be partial.
     pub(crate) keys: Vec<BlockKey>,
 }
@@ -89,14 +91,14 @@ fn plan(request: &Request, hashing: &mut Duration) -> Planned {
     // All requests have one tenant, model and adapter; what the keys begin with does not matter here.
     let geometry = Geometry::new(1, 1, 1, ElementType::F16).block_tokens(HASH_TOKENS);
     let scheme = KeyScheme::new(HashSecret([0; 32]), &geometry, None);
-    let begun = Instant::now();
     let mut parent = scheme.root(&OpenOptions::default());
+    let begun = Instant::now();
     for block in &tokens {
         parent = scheme.child(parent, block, []);
         keys.push(parent);
     }
     *hashing += begun.elapsed();
-    Planned { time_ms: request.timestamp_ms, keys }
+    Planned { time_ms: request.timestamp_ms, hash_ids: request.hash_ids.clone(), keys }
 }
 
 #[cfg(test)]

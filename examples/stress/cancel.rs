@@ -10,13 +10,13 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use half::f16;
-use kv_cache::{Error, OpenOptions};
+use kv_cache::Error;
 use rand::Rng;
 
 use crate::content;
 use crate::model::Planned;
 use crate::recorder::Kind;
-use crate::worker::{Fault, Held, Worker};
+use crate::worker::{self, Fault, Held, Worker};
 
 impl Worker {
     /// Cancels one random operation, settles the outcome, and reads a whole layer.
@@ -33,12 +33,12 @@ impl Worker {
             5 => {
                 let patience = self.patience();
                 self.cut_short(Kind::Fork, patience, held.sequence.fork()).await?;
-                held.model.diverged();
             }
             6 => self.cancel_truncate(held).await?,
             _ => {
                 let (patience, tenant) = (self.patience(), self.tenant());
-                let open = self.load.cache.open(tenant, OpenOptions::default());
+                let beginning = self.beginning(tenant);
+                let open = self.load.cache.open(worker::tenant(tenant), beginning.options());
                 self.cut_short(Kind::Open, patience, open).await?;
             }
         }
@@ -88,7 +88,6 @@ impl Worker {
         if now < before {
             self.truncated(held, now);
         }
-        held.model.diverged();
         Ok(())
     }
 
@@ -105,7 +104,6 @@ impl Worker {
         if now == after {
             self.committed(held, planned, planned.tokens());
         }
-        held.model.diverged();
         Ok(())
     }
 

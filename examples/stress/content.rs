@@ -1,6 +1,7 @@
 //! What the sequences hold: keys and values that anybody can compute again from a seed, and the check of what was read.
 //!
-//! A *token seed* (64 bits: who wrote the token, and where) decides all rows of a token. A row takes one hash; its
+//! A *token seed* (64 bits) decides all rows of a token. It follows from the token's id and from all ids before it, as keys and values
+//! of a model do: sequences with equal beginnings may share them, and nothing else is equal. A row takes one hash; its
 //! elements are a few 16-bit operations each, so that compilers vectorise them and the generator never dominates.
 //! The hash also decides the largest magnitude of the row, which makes the bound of lossy formats exact, not a guess.
 
@@ -16,9 +17,23 @@ const MANTISSA_BITS: u16 = 10;
 /// Largest relative error of rounding to f16: half a unit in the last place.
 const F16_ROUNDING: f32 = 1.0 / 2048.0;
 
-/// The seed of the token that `origin` (a writer, or a token id) put at `position`.
-pub(crate) fn token_seed(seed: u64, origin: u64, position: u32) -> u64 {
+/// A number that follows from who does something, and where.
+pub(crate) fn number(seed: u64, origin: u64, position: u32) -> u64 {
     mix(seed ^ mix(origin.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ u64::from(position)))
+}
+
+/// The seed of a token with this id behind a token with the seed `before`.
+pub(crate) fn seed_behind(before: u64, id: u32) -> u64 {
+    mix(before.wrapping_add(0x9E37_79B9_7F4A_7C15) ^ mix(u64::from(id) + 1))
+}
+
+/// The seeds of tokens with these ids, behind a token with the seed `before`.
+pub(crate) fn seeds_behind(before: u64, ids: &[u32]) -> Vec<u64> {
+    let next = |seed: &mut u64, id: &u32| {
+        *seed = seed_behind(*seed, *id);
+        Some(*seed)
+    };
+    ids.iter().scan(before, next).collect()
 }
 
 /// The shape of one token, and how its rows are laid out in tensors: `[layers, tokens, kv_heads, head_dim]`.
@@ -228,7 +243,7 @@ mod tests {
     const SHAPE: Shape = Shape { layers: 2, kv_heads: 2, head_dim: 32, block_tokens: 32 };
 
     fn seeds(tokens: u32) -> Vec<u64> {
-        (0..tokens).map(|position| token_seed(7, 3, position)).collect()
+        seeds_behind(7, &(0..tokens).collect::<Vec<_>>())
     }
 
     /// Encodes and decodes one row as FORMATS.md says.
@@ -285,6 +300,15 @@ mod tests {
                 / (peak / 127.0)
         });
         assert!(worst.fold(0.0, f32::max) > 0.49, "a bound that nothing comes near would not test much");
+    }
+
+    #[test]
+    fn content_follows_from_all_ids_so_far() {
+        let seeds = seeds_behind(1, &[5, 6, 5, 6]);
+        assert_eq!(seeds_behind(seeds[1], &[5, 6]), seeds[2..]);
+        let all = [&seeds[..], &seeds_behind(2, &[5, 6]), &seeds_behind(1, &[6, 6])].concat();
+        let distinct: std::collections::HashSet<_> = all.iter().collect();
+        assert_eq!(distinct.len(), all.len());
     }
 
     #[test]

@@ -8,8 +8,9 @@
 //! ```
 //!
 //! Without `--trace`, many tasks append, stage and commit, read, fork, truncate, close, reopen and *cancel* at random, and
-//! compare what they read with what they wrote, within the bound of the storage format. With it, the requests of the trace
-//! prefill and decode as in the service that it was recorded in. Both write `target/stress-report.html`. The exit status is
+//! compare what they read with what they wrote, within the bound of the storage format; half of the sequences begin with one of a few
+//! system prompts, of which they share what is cached. With it, the requests of the trace find what is cached of their prompts, prefill
+//! the rest and decode as in the service that it was recorded in. Both write `target/stress-report.html`. The exit status is
 //! 0 if there was no error, no mismatch and no leak.
 //!
 //! | file | what is there |
@@ -100,6 +101,9 @@ struct Options {
     /// Layers, key/value heads and head dim [default: 2x2x32, and 1x1x16 for a trace].
     #[arg(long)]
     geometry: Option<GeometryOption>,
+    /// Tokens of the system prompts that half of the sequences begin with; 0 for none, and nothing shared but by forks.
+    #[arg(long, default_value_t = 56, value_parser = clap::value_parser!(u32).range(0..=64), conflicts_with = "trace")]
+    shared_prefix_tokens: u32,
     /// Replays a trace in the Mooncake format instead.
     #[arg(long)]
     trace: Option<PathBuf>,
@@ -217,7 +221,8 @@ async fn synthetic_load(options: &Options, session: &Session, stop: &Stop) -> (u
     let sequences = options.sequences as usize;
     let tasks = options.tasks.unwrap_or(TASKS).clamp(1, sequences);
     let duration = Duration::from_secs_f64(options.seconds);
-    (tasks, synthetic::run(session, sequences, tasks, duration, stop).await)
+    let shared_prefix_tokens = options.shared_prefix_tokens;
+    (tasks, synthetic::run(session, sequences, tasks, shared_prefix_tokens, duration, stop).await)
 }
 
 fn setup(options: &Options, trace: Option<&[Request]>) -> Setup {

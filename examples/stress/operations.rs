@@ -26,10 +26,14 @@ impl Worker {
 
     pub(crate) async fn append_tokens(&mut self, held: &mut Held, tokens: u32) -> Result<(), Fault> {
         let planned = self.plan(held, tokens);
+        self.append_planned(held, &planned).await
+    }
+
+    pub(crate) async fn append_planned(&self, held: &mut Held, planned: &Planned) -> Result<(), Fault> {
         let (keys, values) = content::all_layers(&self.load.shape, &planned.seeds);
         let ids = planned.token_ids();
         let committed = self.timed(Kind::Append, held.sequence.append(&ids, &keys, &values)).await?;
-        self.committed(held, &planned, tokens);
+        self.committed(held, planned, planned.tokens());
         expect("committed tokens after an append", held.model.len(), committed)
     }
 
@@ -83,7 +87,7 @@ impl Worker {
     }
 
     /// Puts one or two forks in the place of other sequences of this worker, so that as many stay open.
-    pub(crate) async fn fork(&mut self, slot: usize, held: &mut Held) -> Result<(), Fault> {
+    pub(crate) async fn fork(&mut self, slot: usize, held: &Held) -> Result<(), Fault> {
         let forks = if self.rng.random_bool(0.25) {
             self.timed(Kind::Fork, held.sequence.fork_many(2)).await?
         } else {
@@ -91,7 +95,7 @@ impl Worker {
         };
         for sequence in forks {
             expect("committed tokens of a fork", held.model.len(), sequence.len())?;
-            let fork = self.opened(sequence, held.model.fork());
+            let fork = self.opened(sequence, held.model.clone());
             let other = self.rng.random_range(0..self.slots.len());
             // The parent keeps its own place; a fork that drew it leaves at once.
             let leaves = if other == slot { Some(fork) } else { self.slots[other].replace(fork) };
@@ -178,8 +182,13 @@ impl Worker {
     }
 
     pub(crate) fn plan(&mut self, held: &Held, tokens: u32) -> Planned {
+        let writer = self.fresh_writer();
+        held.model.plan(tokens, writer)
+    }
+
+    pub(crate) fn fresh_writer(&mut self) -> u64 {
         self.writers += 1;
-        held.model.plan(tokens, self.index << 32 | self.writers)
+        self.index << 32 | self.writers
     }
 
     /// Truncates a sequence that has no room for `tokens` more.

@@ -62,6 +62,11 @@ pub(crate) struct Gauges {
     pub(crate) batches: u64,
     pub(crate) batched_operations: u64,
     pub(crate) seals: u64,
+    /// Full blocks of prompts, and those that were cached.
+    pub(crate) prefix_blocks_asked: u64,
+    pub(crate) prefix_blocks_hit: u64,
+    pub(crate) blocks_deduplicated: u64,
+    pub(crate) evictions: u64,
     /// Median and 99th percentile of the wait in queues, microseconds.
     pub(crate) queue_wait_us: (f64, f64),
 }

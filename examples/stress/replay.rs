@@ -1,4 +1,5 @@
-//! Plays a trace back: each request arrives when it did, prefills its prompt, decodes its answer, and leaves.
+//! Plays a trace back: each request arrives when it did, finds what is cached of its prompt, prefills the rest, decodes its answer, and
+//! leaves.
 //!
 //! Time runs `speed` times as fast. A request is admitted, in order of arrival, once the cache can set aside room for all of
 //! its tokens; until then it waits, as in a server's queue. Since the room is set aside, no admitted request ever runs into
@@ -46,12 +47,20 @@ pub(crate) struct ReplayTotals {
     pub(crate) requests: u64,
     pub(crate) requests_completed: u64,
     pub(crate) prefill_tokens: u64,
+    /// Tokens of prompts that were cached, and did not have to be prefilled.
+    pub(crate) found_tokens: u64,
     pub(crate) decode_tokens: u64,
     pub(crate) peak_concurrent: u64,
     /// Requests that waited because the cache was full.
     pub(crate) admission_waits: u64,
     /// How far behind the clock the last request was admitted.
     pub(crate) last_arrival_late_seconds: f64,
+}
+
+/// The tokens of a request.
+struct Tokens {
+    ids: Vec<u32>,
+    seeds: Vec<u64>,
 }
 
 struct Replay {
@@ -66,6 +75,7 @@ struct Replay {
     left: Notify,
     completed: AtomicU64,
     prefill_tokens: AtomicU64,
+    found_tokens: AtomicU64,
     decode_tokens: AtomicU64,
 }
 
@@ -87,6 +97,7 @@ pub(crate) async fn run(
         left: Notify::new(),
         completed: AtomicU64::new(0),
         prefill_tokens: AtomicU64::new(0),
+        found_tokens: AtomicU64::new(0),
         decode_tokens: AtomicU64::new(0),
     });
     let bar = session::bar(requests.len() as u64, "requests");
@@ -107,6 +118,7 @@ pub(crate) async fn run(
     bar.finish_and_clear();
     totals.requests_completed = replay.completed.load(Relaxed);
     totals.prefill_tokens = replay.prefill_tokens.load(Relaxed);
+    totals.found_tokens = replay.found_tokens.load(Relaxed);
     totals.decode_tokens = replay.decode_tokens.load(Relaxed);
     totals.peak_concurrent = session.recorder.open_peak();
     (totals, session.leaks().await)
@@ -126,10 +138,11 @@ impl Replay {
             while let Some(ended) = tasks.try_join_next() {
                 self.note_panic(ended);
             }
-            match self.admit(&request, totals).await {
+            let tokens = self.tokens(index, &request);
+            match self.admit(&request, &tokens, totals).await {
                 Ok(Some(sequence)) => {
                     totals.last_arrival_late_seconds = arrival.elapsed().as_secs_f64();
-                    tasks.spawn(self.clone().serve(index, request, sequence));
+                    tasks.spawn(self.clone().serve(index, request, tokens, sequence));
                 }
                 Ok(None) => break,
                 Err(error) => self.recorder.error(|| format!("request {index} cannot be opened: {error}")),
@@ -150,9 +163,15 @@ impl Replay {
     ///
     /// # Errors
     /// [`Error::Capacity`] only for a request that not even an empty cache has room for.
-    async fn admit(&self, request: &Request, totals: &mut ReplayTotals) -> Result<Option<Sequence>, Error> {
+    async fn admit(
+        &self,
+        request: &Request,
+        content: &Tokens,
+        totals: &mut ReplayTotals,
+    ) -> Result<Option<Sequence>, Error> {
         let tokens = request.total_tokens();
-        let options = OpenOptions::default().reserve_tokens(tokens);
+        let prompt = &content.ids[..request.input_tokens as usize];
+        let options = OpenOptions::default().reserve_tokens(tokens).prompt(prompt);
         let mut waited = false;
         let mut alone_since = None;
         while !self.stop.is_requested() {
@@ -179,9 +198,9 @@ impl Replay {
         Ok(None)
     }
 
-    async fn serve(self: Arc<Self>, index: usize, request: Request, sequence: Sequence) {
+    async fn serve(self: Arc<Self>, index: usize, request: Request, tokens: Tokens, sequence: Sequence) {
         let mut has_sealed = false;
-        let served = self.live(index, &request, &sequence, &mut has_sealed).await;
+        let served = self.live(index, &request, &tokens, &sequence, &mut has_sealed).await;
         match served {
             Ok(true) => {
                 self.completed.fetch_add(1, Relaxed);
@@ -202,26 +221,31 @@ impl Replay {
         &self,
         index: usize,
         request: &Request,
+        tokens: &Tokens,
         sequence: &Sequence,
         has_sealed: &mut bool,
     ) -> Result<bool, Error> {
-        let mut rng = SmallRng::seed_from_u64(content::token_seed(self.seed, index as u64, u32::MAX));
-        let mut at = 0;
+        let mut rng = SmallRng::seed_from_u64(content::number(self.seed, index as u64, u32::MAX));
+        let mut at = sequence.len();
+        self.found_tokens.fetch_add(u64::from(at), Relaxed);
+        if at > 0 {
+            self.check(index, tokens, sequence, at.saturating_sub(CHECK_TOKENS)..at).await?;
+        }
         while at < request.input_tokens {
             if self.stop.is_requested() {
                 return Ok(false);
             }
             let end = request.input_tokens.min(at + CHUNK_TOKENS);
-            self.append(index, request, sequence, at..end).await?;
+            self.append(index, tokens, sequence, at..end).await?;
             self.prefill_tokens.fetch_add(u64::from(end - at), Relaxed);
             at = end;
         }
         for _ in 0..3 {
             let start = rng.random_range(0..request.input_tokens);
-            self.check(index, request, sequence, start..request.input_tokens.min(start + CHECK_TOKENS))
+            self.check(index, tokens, sequence, start..request.input_tokens.min(start + CHECK_TOKENS))
                 .await?;
         }
-        self.check(index, request, sequence, at.saturating_sub(CHECK_TOKENS)..at).await?;
+        self.check(index, tokens, sequence, at.saturating_sub(CHECK_TOKENS)..at).await?;
 
         self.note_sealed(sequence, has_sealed);
 
@@ -235,17 +259,17 @@ impl Replay {
             if due.saturating_duration_since(Instant::now()) > Duration::from_millis(1) {
                 tokio::time::sleep_until(due).await;
             }
-            self.append(index, request, sequence, at..at + 1).await?;
+            self.append(index, tokens, sequence, at..at + 1).await?;
             self.decode_tokens.fetch_add(1, Relaxed);
             at += 1;
             if step % CHECK_EVERY == CHECK_EVERY - 1 {
                 self.note_sealed(sequence, has_sealed);
-                self.check(index, request, sequence, at.saturating_sub(CHECK_TOKENS)..at).await?;
+                self.check(index, tokens, sequence, at.saturating_sub(CHECK_TOKENS)..at).await?;
             }
         }
         let start = rng.random_range(0..at);
-        self.check(index, request, sequence, start..at.min(start + CHECK_TOKENS)).await?;
-        self.check(index, request, sequence, at.saturating_sub(CHECK_TOKENS)..at).await?;
+        self.check(index, tokens, sequence, start..at.min(start + CHECK_TOKENS)).await?;
+        self.check(index, tokens, sequence, at.saturating_sub(CHECK_TOKENS)..at).await?;
         self.note_sealed(sequence, has_sealed);
         Ok(true)
     }
@@ -253,13 +277,14 @@ impl Replay {
     async fn append(
         &self,
         index: usize,
-        request: &Request,
+        tokens: &Tokens,
         sequence: &Sequence,
         positions: Range<u32>,
     ) -> Result<(), Error> {
-        let ids = request.token_ids(index, positions.clone());
-        let (keys, values) = content::all_layers(&self.shape, &self.seeds(&ids, positions.start));
-        let committed = self.timed(Kind::Append, sequence.append(&ids, &keys, &values)).await?;
+        let part = positions.start as usize..positions.end as usize;
+        let ids = &tokens.ids[part.clone()];
+        let (keys, values) = content::all_layers(&self.shape, &tokens.seeds[part]);
+        let committed = self.timed(Kind::Append, sequence.append(ids, &keys, &values)).await?;
         self.recorder.append_tokens.fetch_add(ids.len() as u64, Relaxed);
         if committed != positions.end {
             let end = positions.end;
@@ -272,18 +297,18 @@ impl Replay {
     async fn check(
         &self,
         index: usize,
-        request: &Request,
+        tokens: &Tokens,
         sequence: &Sequence,
         positions: Range<u32>,
     ) -> Result<(), Error> {
-        let ids = request.token_ids(index, positions.clone());
         let block = self.shape.block_tokens;
         let bound = Bound { format: self.format, exact_from: sequence.len() / block * block, reencoded: 0 };
-        let (first, seeds) = (positions.start, self.seeds(&ids, positions.start));
+        let (first, seeds) =
+            (positions.start, &tokens.seeds[positions.start as usize..positions.end as usize]);
         for layer in 0..self.shape.layers {
             let read = self.timed(Kind::Read, sequence.read::<f16>(layer, positions.clone())).await?;
             self.recorder.read_tokens.fetch_add(seeds.len() as u64, Relaxed);
-            let checked = content::check_layer(&self.shape, layer, first, &seeds, (&read.0, &read.1), &bound);
+            let checked = content::check_layer(&self.shape, layer, first, seeds, (&read.0, &read.1), &bound);
             if let Err(mismatch) = checked {
                 self.recorder.mismatch(|| format!("request {index}, tokens {positions:?}: {mismatch}"));
             }
@@ -291,13 +316,10 @@ impl Replay {
         Ok(())
     }
 
-    /// The content is a function of the token and its position, as keys and values of a model with positions are of the
-    /// whole prefix: equal prefixes have equal content.
-    fn seeds(&self, ids: &[u32], first: u32) -> Vec<u64> {
-        (first..)
-            .zip(ids)
-            .map(|(position, id)| content::token_seed(self.seed, u64::from(*id), position))
-            .collect()
+    /// The content follows from the ids: equal prefixes have equal content.
+    fn tokens(&self, index: usize, request: &Request) -> Tokens {
+        let ids = request.token_ids(index, 0..request.total_tokens());
+        Tokens { seeds: content::seeds_behind(self.seed, &ids), ids }
     }
 
     fn note_sealed(&self, sequence: &Sequence, has_sealed: &mut bool) {

@@ -49,6 +49,7 @@ fn tiles(out: &mut String, totals: &Totals) {
         ("latency p99", micros(totals.p99_us)),
         ("open with sealed blocks, peak", grouped(totals.peak_open_with_sealed_blocks)),
         ("operations in a batch", format!("{:.1}", totals.batch_mean)),
+        ("prefix blocks found", format!("{:.1} %", 100.0 * totals.prefix_hit_ratio)),
     ] {
         let _ = write!(out, "<div class=tile><b>{value}</b><span>{name}</span></div>");
     }

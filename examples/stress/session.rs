@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use indicatif::{ProgressBar, ProgressStyle};
-use kv_cache::{Cache, Devices, ElementType, Exit, Format, Geometry, Stats};
+use kv_cache::{Cache, Devices, ElementType, Exit, Format, Geometry, Invalidate, Stats};
 use tokio::task::JoinHandle;
 
 use crate::content::Shape;
@@ -84,10 +84,15 @@ impl Session {
         })
     }
 
-    /// Waits until everything is given back, or long enough to call the rest leaked. Every sequence must be closed.
+    /// Waits until everything is given back, what is cached as well, or long enough to call the rest leaked. Every sequence must be
+    /// closed.
     pub(crate) async fn leaks(&self) -> Leaks {
         let deadline = Instant::now() + SETTLE_MAX;
         loop {
+            // Again and again: what was cancelled may be carried out until the last sequence has closed, and be cached then.
+            if let Err(error) = self.cache.invalidate(Invalidate::All).await {
+                self.recorder.error(|| format!("what is cached cannot be given up: {error}"));
+            }
             let now = self.gauges();
             let leaks = Leaks {
                 blocks: now.blocks_used(),
@@ -135,6 +140,10 @@ fn gauges(stats: &Stats, shape: &Shape) -> Gauges {
         batches: stats.batch_sizes.batches,
         batched_operations: stats.batch_sizes.operations,
         seals: core.seals,
+        prefix_blocks_asked: core.prefix_blocks_asked,
+        prefix_blocks_hit: core.prefix_blocks_hit,
+        blocks_deduplicated: core.blocks_deduplicated,
+        evictions: core.evictions,
         queue_wait_us: (stats.queue_wait.p50_us, stats.queue_wait.p99_us),
     }
 }

@@ -23,7 +23,7 @@ enum Phase {
 }
 
 /// Bytes with which `sequences` sequences never fill the cache: each at its longest with no block sealed, and one more
-/// block each for forks, seals under way and what was closed a moment ago.
+/// block each for forks, seals under way and what was closed a moment ago. What is cached fills it in time, and makes way.
 pub(crate) fn memory_bytes(shape: &Shape, sequences: usize, shards: u32) -> u64 {
     let bytes = sequences as u64 * u64::from(BLOCKS_MAX + 1) * shape.block_bytes();
     // Forks stay on their parent's shard, so shards do not fill evenly; and slabs are cut into chunks.
@@ -36,6 +36,7 @@ pub(crate) async fn run(
     session: &Session,
     sequences: usize,
     tasks: usize,
+    shared_prefix_tokens: u32,
     duration: Duration,
     stop: &Stop,
 ) -> Leaks {
@@ -45,6 +46,7 @@ pub(crate) async fn run(
         shape: session.setup.shape,
         format: session.setup.format,
         seed: session.setup.seed,
+        shared_prefix_tokens,
     });
     let (phase, phases) = watch::channel(Phase::Fill);
     let (filled, mut all_filled) = mpsc::channel::<()>(1);

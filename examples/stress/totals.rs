@@ -54,6 +54,14 @@ pub(crate) struct Totals {
     pub(crate) batch_mean: f64,
     pub(crate) batches: u64,
     pub(crate) seals: u64,
+    /// Full blocks of the prompts that sequences were opened with, those of them that were cached, and their share.
+    pub(crate) prefix_blocks_asked: u64,
+    pub(crate) prefix_blocks_hit: u64,
+    pub(crate) prefix_hit_ratio: f64,
+    /// Blocks that were computed although another sequence had them cached by then.
+    pub(crate) blocks_deduplicated: u64,
+    /// Cached blocks that made way.
+    pub(crate) evictions: u64,
     pub(crate) interrupted: bool,
     pub(crate) by_kind: BTreeMap<&'static str, KindTotals>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
@@ -127,6 +135,11 @@ impl Totals {
             batch_mean: gauges.batched_operations as f64 / gauges.batches.max(1) as f64,
             batches: gauges.batches,
             seals: gauges.seals,
+            prefix_blocks_asked: gauges.prefix_blocks_asked,
+            prefix_blocks_hit: gauges.prefix_blocks_hit,
+            prefix_hit_ratio: gauges.prefix_blocks_hit as f64 / gauges.prefix_blocks_asked.max(1) as f64,
+            blocks_deduplicated: gauges.blocks_deduplicated,
+            evictions: gauges.evictions,
             interrupted: run.interrupted,
             by_kind: measured
                 .kinds
@@ -178,6 +191,17 @@ impl Totals {
                 format!("{:.1} on average, {} batches", self.batch_mean, grouped(self.batches)),
             ),
             ("seals", grouped(self.seals)),
+            (
+                "prefix blocks found",
+                format!(
+                    "{} of {}, {:.1} %",
+                    grouped(self.prefix_blocks_hit),
+                    grouped(self.prefix_blocks_asked),
+                    100.0 * self.prefix_hit_ratio
+                ),
+            ),
+            ("blocks deduplicated", grouped(self.blocks_deduplicated)),
+            ("evictions", grouped(self.evictions)),
         ];
         if let Some(replay) = &self.replay {
             rows.extend([
@@ -188,6 +212,7 @@ impl Totals {
                     format!("{} of {}", grouped(replay.requests_completed), grouped(replay.requests)),
                 ),
                 ("prefill tokens", grouped(replay.prefill_tokens)),
+                ("prompt tokens found", grouped(replay.found_tokens)),
                 ("decode tokens", grouped(replay.decode_tokens)),
                 ("peak concurrent", grouped(replay.peak_concurrent)),
                 ("waits for admission", grouped(replay.admission_waits)),

@@ -12,13 +12,15 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
 use crate::content::{self, Mismatch, Shape};
-use crate::model::Model;
+use crate::model::{Model, Planned};
 use crate::recorder::{Kind, Recorder};
 
 /// Blocks that a sequence may grow to.
 pub(crate) const BLOCKS_MAX: u32 = 4;
 /// Tenants that the sequences are spread over.
 const TENANTS: u64 = 4;
+/// System prompts of each tenant's, with which half of the sequences begin.
+const SYSTEM_PROMPTS: u64 = 3;
 /// A block that is not sealed this long after it was filled will not be: the report shows it in the peak.
 const SEAL_WAIT_MAX: Duration = Duration::from_secs(10);
 
@@ -29,6 +31,31 @@ pub(crate) struct Load {
     pub(crate) shape: Shape,
     pub(crate) format: Format,
     pub(crate) seed: u64,
+    /// Tokens of the system prompts; 0: there are none.
+    pub(crate) shared_prefix_tokens: u32,
+}
+
+/// How a sequence begins.
+pub(crate) struct Beginning {
+    model: Model,
+    /// Its first tokens.
+    planned: Planned,
+    /// How many of them others may have computed; none if the sequence shares nothing.
+    shared: Option<u32>,
+}
+
+impl Beginning {
+    pub(crate) fn options(&self) -> OpenOptions {
+        match self.shared {
+            Some(_) => OpenOptions::default().prompt(&self.planned.token_ids()),
+            None => OpenOptions::default(),
+        }
+    }
+}
+
+/// The tenant of this number.
+pub(crate) fn tenant(number: u64) -> Tenant {
+    Tenant::new(format!("tenant-{number}"))
 }
 
 /// An open sequence, and what must be in it.
@@ -63,7 +90,7 @@ pub(crate) struct Worker {
 impl Worker {
     /// Worker number `index`, which will hold `sequences` sequences.
     pub(crate) fn new(load: Arc<Load>, index: u64, sequences: usize) -> Self {
-        let rng = SmallRng::seed_from_u64(content::token_seed(load.seed, index, u32::MAX));
+        let rng = SmallRng::seed_from_u64(content::number(load.seed, index, u32::MAX));
         Worker { load, index, rng, writers: 0, slots: (0..sequences).map(|_| None).collect() }
     }
 
@@ -94,7 +121,7 @@ impl Worker {
             54..71 => self.read(&held).await,
             71..74 => self.change_tier(&held).await,
             74..78 => self.view(&mut held).await,
-            78..82 => self.fork(slot, &mut held).await,
+            78..82 => self.fork(slot, &held).await,
             82..88 => self.truncate(&mut held).await,
             88..92 => {
                 self.leave(held).await;
@@ -125,15 +152,32 @@ impl Worker {
 
     // ---- opening, closing, replacing ----
 
-    pub(crate) fn tenant(&mut self) -> Tenant {
-        Tenant::new(format!("tenant-{}", self.rng.random_range(0..TENANTS)))
+    pub(crate) fn tenant(&mut self) -> u64 {
+        self.rng.random_range(0..TENANTS)
+    }
+
+    /// At least one full block: half of the sequences with a system prompt before it, and a few that share without one.
+    pub(crate) fn beginning(&mut self, tenant: u64) -> Beginning {
+        let Load { seed, format, shape, shared_prefix_tokens, .. } = *self.load;
+        let block = shape.block_tokens;
+        let own = self.rng.random_range(block..2 * block);
+        let shared = match self.rng.random_range(0..8) {
+            _ if shared_prefix_tokens == 0 => None,
+            0..4 => Some(shared_prefix_tokens),
+            4 => Some(0),
+            _ => None,
+        };
+        let model = Model::new(seed, tenant, format, block);
+        let (system, writer) = (self.rng.random_range(0..SYSTEM_PROMPTS), self.fresh_writer());
+        let planned = model.plan_prompt(system, shared.unwrap_or(0), own, writer);
+        Beginning { model, planned, shared }
     }
 
     /// A new sequence with at least one full block, in an empty slot.
     async fn reopen(&mut self, slot: usize) {
-        let options = OpenOptions::default();
-        let tenant = self.tenant();
-        let opened = self.timed(Kind::Open, self.load.cache.open(tenant, options)).await;
+        let number = self.tenant();
+        let beginning = self.beginning(number);
+        let opened = self.timed(Kind::Open, self.load.cache.open(tenant(number), beginning.options())).await;
         let sequence = match opened {
             Ok(sequence) => sequence,
             Err(fault) => {
@@ -141,14 +185,27 @@ impl Worker {
                 return pause().await;
             }
         };
-        let mut held =
-            self.opened(sequence, Model::new(self.load.seed, self.load.format, self.load.shape.block_tokens));
-        let block = self.load.shape.block_tokens;
-        let tokens = self.rng.random_range(block..2 * block);
-        match self.append_tokens(&mut held, tokens).await {
+        let mut held = self.opened(sequence, beginning.model);
+        match self.begin(&mut held, &beginning.planned, beginning.shared.unwrap_or(0)).await {
             Ok(()) => self.keep(slot, held),
             Err(fault) => self.recover(held, fault).await,
         }
+    }
+
+    /// Looks at what a new sequence has found of its first tokens, and computes the rest. Others have computed the first `shared` at most.
+    async fn begin(&mut self, held: &mut Held, planned: &Planned, shared: u32) -> Result<(), Fault> {
+        let found = held.sequence.len();
+        // Of raw blocks also a part may be taken over.
+        let whole = found.is_multiple_of(self.load.shape.block_tokens) || self.load.format == Format::Raw;
+        if found > shared || !whole {
+            return Err(Fault::Wrong(format!("{found} tokens of a prompt found; {shared} are shared")));
+        }
+        held.model.committed(planned, found);
+        if found > 0 {
+            let layer = self.rng.random_range(0..self.load.shape.layers);
+            self.read_and_check("a prefix that was found", held, layer, 0..found).await?;
+        }
+        self.append_planned(held, &planned.skip(found)).await
     }
 
     pub(crate) fn opened(&self, sequence: Sequence, model: Model) -> Held {

@@ -278,6 +278,71 @@ async fn sequences_that_are_too_long() {
 }
 
 #[tokio::test]
+async fn prompts_that_make_no_sense() {
+    let rig = rig::<f32>(|b| b.max_tokens(12)).await;
+    let options = OpenOptions::default;
+    let open = |options: OpenOptions| rig.cache.open("tenant", options);
+    let error = Error::SequenceTooLong { tokens: 13, max_tokens: 12 };
+    let text = rig.text(13);
+    assert_eq!(open(options().prompt(&text.ids)).await.unwrap_err(), error);
+    assert_eq!(open(options().prompt(&text.ids[..3]).reserve_tokens(13)).await.unwrap_err(), error);
+    // In a batch it fails alone.
+    let batch = BatchCacheOperations::new()
+        .open("tenant", options().prompt(&text.ids))
+        .open("tenant", options().prompt(&text.ids[..12]));
+    let results = rig.cache.submit(batch).await.unwrap();
+    assert_eq!(results[0].as_ref().unwrap_err(), &error);
+    assert!(matches!(&results[1], Ok(Outcome::Opened(sequence)) if sequence.is_empty()));
+    drop(results);
+    // As long as a sequence may be, and what it finds counts.
+    let twelve = text.slice(0..12);
+    let (first, _) = rig.shared(&twelve).await;
+    let (second, mut model) = rig.prompted(&twelve).await;
+    assert_eq!((second.len(), rig.cache.stats().tokens), (10, 22));
+    let three = rig.tokens(3);
+    assert_eq!(second.append(&three.ids, &three.keys, &three.values).await, Err(error));
+    rig.go_on(&second, &mut model, &twelve, 12).await;
+    rig.check(&second, &model).await;
+    // No prompt at all, no name, and extra identity where there are no tokens, or twice.
+    assert_eq!(open(options().prompt(&[])).await.unwrap().len(), 0);
+    assert_eq!(open(options().prompt(&twelve.ids).shared_domain("").adapter("")).await.unwrap().len(), 0);
+    let extra = |positions| Prompt::new(&twelve.ids).extra_at(positions, ExtraIdentity([1; 32]));
+    let reversed = std::ops::Range { start: 9, end: 5 };
+    for (positions, found) in [(12..u32::MAX, 10), (u32::MAX..u32::MAX, 10), (reversed, 10), (5..u32::MAX, 5)]
+    {
+        let sequence = open(options().prompt(extra(positions.clone()))).await.unwrap();
+        assert_eq!(sequence.len(), found, "{positions:?}");
+    }
+    let twice = extra(0..5).extra_at(0..5, ExtraIdentity([2; 32]));
+    assert_eq!(open(options().prompt(twice)).await.unwrap().len(), 0);
+    drop((first, second));
+    // Giving up what there is not.
+    for what in [Invalidate::Adapter(String::new()), Invalidate::Domain("nobody's".into())] {
+        assert_eq!(rig.cache.invalidate(what).await.unwrap(), 0);
+    }
+    whole_case("finishing", rig.finish()).await;
+}
+
+#[tokio::test]
+async fn what_is_found_counts_among_all_tokens() {
+    let rig = rig::<f32>(|b| b.configure(|c| c.max_total_tokens = 20)).await;
+    let text = rig.text(11);
+    let (first, _) = rig.shared(&text).await;
+    let error = Error::TooManyTokens { tokens: 21, max_total_tokens: 20 };
+    let refused = rig.cache.open("tenant", OpenOptions::default().prompt(&text.ids)).await.unwrap_err();
+    assert_eq!(refused, error);
+    // It holds nothing of what it had found, and has no right to be open.
+    first.close().await.unwrap();
+    let stats = rig.stats().await;
+    assert_eq!((stats.total.blocks_cached, stats.tokens, stats.sequences_open), (2, 0, 0));
+    let (again, model) = rig.prompted(&text).await;
+    assert_eq!(again.len(), 10);
+    rig.check(&again, &model).await;
+    drop(again);
+    whole_case("finishing", rig.finish()).await;
+}
+
+#[tokio::test]
 async fn too_many_tokens_in_all() {
     let rig = rig::<f32>(|b| b.configure(|c| c.max_total_tokens = 20)).await;
     let (a, mut model) = rig.filled(8).await;

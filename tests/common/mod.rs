@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use kv_cache::*;
 pub use model::{Model, Number, Tokens};
+use rand::rngs::SmallRng;
+use rand::{Rng as _, SeedableRng};
 
 /// Far longer than anything here takes on a busy machine: only a hang reaches it.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -294,8 +296,62 @@ impl<E: Number> Rig<E> {
         Tokens::generate(self.layout, tokens as usize, self.seed.fetch_add(1, Ordering::Relaxed))
     }
 
+    /// New ids, other ones each time.
+    pub fn ids(&self, tokens: u32) -> Vec<u32> {
+        let mut rng = SmallRng::seed_from_u64(self.seed.fetch_add(1, Ordering::Relaxed));
+        (0..tokens).map(|_| rng.random()).collect()
+    }
+
+    /// What a model makes of these ids: see [`Tokens::computed`].
+    pub fn computed(&self, ids: &[u32]) -> Tokens<E> {
+        Tokens::computed(self.layout, ids, 0)
+    }
+
+    /// A new text, another one each time, computed.
+    pub fn text(&self, tokens: u32) -> Tokens<E> {
+        self.computed(&self.ids(tokens))
+    }
+
     pub fn model(&self) -> Model<E> {
         Model::new(self.layout)
+    }
+
+    /// Opens a sequence with a text as its prompt. The model holds what was found of it.
+    pub async fn prompted(&self, text: &Tokens<E>) -> (Sequence, Model<E>) {
+        self.prompted_with(OpenOptions::default(), text).await
+    }
+
+    /// [`Rig::prompted`], with other options beside the prompt.
+    pub async fn prompted_with(&self, options: OpenOptions, text: &Tokens<E>) -> (Sequence, Model<E>) {
+        let sequence = self.cache.open("tenant", options.prompt(&text.ids)).await.unwrap();
+        let mut model = self.model();
+        model.push_some(text, sequence.len());
+        (sequence, model)
+    }
+
+    /// Appends what a sequence lacks of the first `tokens` tokens of its text.
+    pub async fn go_on(&self, sequence: &Sequence, model: &mut Model<E>, text: &Tokens<E>, tokens: u32) {
+        if tokens > model.len() {
+            let rest = text.slice(model.len() as usize..tokens as usize);
+            let committed = sequence.append(&rest.ids, &rest.keys, &rest.values).await.unwrap();
+            model.push(&rest);
+            assert_eq!((committed, sequence.len()), (tokens, tokens));
+        }
+    }
+
+    /// A sequence of all of a text, which shares it.
+    pub async fn shared(&self, text: &Tokens<E>) -> (Sequence, Model<E>) {
+        let (sequence, mut model) = self.prompted(text).await;
+        self.go_on(&sequence, &mut model, text, text.len() as u32).await;
+        (sequence, model)
+    }
+
+    /// How many tokens of a prompt are found.
+    pub async fn found(&self, options: OpenOptions, ids: &[u32]) -> u32 {
+        let sequence = self.cache.open("tenant", options.prompt(ids)).await.unwrap();
+        let found = sequence.len();
+        sequence.close().await.unwrap();
+        found
     }
 
     pub async fn open(&self) -> Sequence {
@@ -360,8 +416,15 @@ impl<E: Number> Rig<E> {
         self.cache.stats()
     }
 
-    /// Once all handles are dropped: everything is free again, and the actors end in peace.
+    /// Once all handles are dropped, and what is cached is given up: everything is free again, and the actors end in peace.
     pub async fn finish(self) {
+        self.poke().await;
+        eventually(format_args!("{:?}: closing everything", self.cache.stats()), || {
+            let stats = self.cache.stats();
+            stats.sequences_open as u64 + stats.total.sequences + stats.jobs_in_flight == 0
+        })
+        .await;
+        self.cache.invalidate(Invalidate::All).await.unwrap();
         self.poke().await;
         let cache = self.cache;
         eventually(format_args!("{:?}: freeing everything", cache.stats()), || {

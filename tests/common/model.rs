@@ -130,16 +130,38 @@ impl<E: Number> Tokens<E> {
         self.ids.len()
     }
 
+    /// Tokens whose keys and values follow from their ids and from all ids before them, as a model computes them: sequences that share
+    /// have equal content where they have equal ids. `also` stands for whatever else decides: the adapter, an image.
+    pub fn computed(layout: BlockLayout, ids: &[u32], also: u64) -> Self {
+        let mut chain = also;
+        let token = |id: &u32| {
+            // FNV-1a, four bytes at once.
+            chain = (chain ^ u64::from(*id) ^ 0xCBF2_9CE4_8422_2325).wrapping_mul(0x0000_0100_0000_01B3);
+            Self::generate(layout, 1, chain)
+        };
+        let each: Vec<Self> = ids.iter().map(token).collect();
+        let layers = || (0..layout.layers as u32).flat_map(|layer| each.iter().map(move |one| (one, layer)));
+        let keys = layers().flat_map(|(one, layer)| one.keys_of(layer)).copied().collect();
+        let values = layers().flat_map(|(one, layer)| one.values_of(layer)).copied().collect();
+        Tokens { layout, ids: ids.to_vec(), keys, values }
+    }
+
     /// One of the tokens.
     #[allow(dead_code, reason = "not every test binary takes tokens apart")]
     pub fn token(&self, at: usize) -> Self {
+        self.slice(at..at + 1)
+    }
+
+    /// Some of the tokens.
+    #[allow(dead_code, reason = "not every test binary takes tokens apart")]
+    pub fn slice(&self, range: Range<usize>) -> Self {
         let of = |elements: &[E], dim: usize| {
             let token = self.layout.kv_heads * dim;
             let layers = elements.chunks_exact(self.len() * token);
-            layers.flat_map(|layer| &layer[at * token..][..token]).copied().collect()
+            layers.flat_map(|layer| &layer[range.start * token..range.end * token]).copied().collect()
         };
         let (keys, values) = (of(&self.keys, self.layout.key_dim), of(&self.values, self.layout.value_dim));
-        Tokens { layout: self.layout, ids: vec![self.ids[at]], keys, values }
+        Tokens { layout: self.layout, ids: self.ids[range.clone()].to_vec(), keys, values }
     }
 
     /// `[tokens, kv_heads, key_dim]` of one layer.

@@ -17,16 +17,18 @@ async fn poll_some<F: Future>(future: F, polls: usize) -> Option<F::Output> {
 
 type Case<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
 
-/// Every kind of operation, on a sequence of 7 tokens with 6 staged in layer 0 if `staged`.
+/// Every kind of operation, on a sequence of 7 tokens. Of the text the first two blocks are cached.
 fn operations<'a>(
     rig: &'a Rig<Numbers>,
     sequence: &'a Sequence,
     new: &'a Tokens<Numbers>,
+    text: &'a Tokens<Numbers>,
 ) -> Vec<(&'static str, Case<'a>)> {
     let cache = &rig.cache;
+    let prompt = move || OpenOptions::default().prompt(&text.ids).reserve_tokens(20);
     let batch = move || {
         BatchCacheOperations::new()
-            .open("tenant", OpenOptions::default().reserve_tokens(20))
+            .open("tenant", prompt())
             .append(sequence, &new.ids, &new.keys, &new.values)
             .read(sequence, 0, 0..7)
             .fork(sequence, 3)
@@ -36,6 +38,26 @@ fn operations<'a>(
         (
             "open",
             Box::pin(async { drop(cache.open("tenant", OpenOptions::default().reserve_tokens(9)).await) }),
+        ),
+        (
+            "open with a prompt",
+            Box::pin(async move {
+                if let Ok(open) = cache.open("tenant", prompt()).await {
+                    let mut model = rig.model();
+                    model.push_some(text, 10);
+                    rig.check(&open, &model).await;
+                }
+            }),
+        ),
+        (
+            "append what others append",
+            Box::pin(async move {
+                let two = [cache.open("tenant", prompt()).await, cache.open("tenant", prompt()).await];
+                for open in two.iter().flatten() {
+                    let rest = text.slice(open.len() as usize..text.len());
+                    drop(open.append(&rest.ids, &rest.keys, &rest.values).await);
+                }
+            }),
         ),
         ("append", Box::pin(async { drop(sequence.append(&new.ids, &new.keys, &new.values).await) })),
         ("stage", Box::pin(async { drop(sequence.stage(1, new.keys_of(1), new.values_of(1)).await) })),
@@ -92,15 +114,16 @@ async fn run(setup: usize, max_jobs: usize) {
     let rig = rig(setup, |b| b.max_in_flight(max_jobs, 1 << 20)).await;
     let kinds = {
         let (sequence, _) = rig.filled(7).await;
-        let new = rig.tokens(6);
-        operations(&rig, &sequence, &new).len()
+        let (new, text) = (rig.tokens(6), rig.text(17));
+        operations(&rig, &sequence, &new, &text).len()
     };
     for kind in 0..kinds {
         for polls in 0..12 {
             for crowded in [false, true] {
                 let (sequence, model) = rig.filled(7).await;
-                let new = rig.tokens(6);
-                let (name, operation) = operations(&rig, &sequence, &new).swap_remove(kind);
+                let (new, text) = (rig.tokens(6), rig.text(17));
+                rig.shared(&text.slice(0..12)).await.0.close().await.unwrap();
+                let (name, operation) = operations(&rig, &sequence, &new, &text).swap_remove(kind);
                 let what = format!("{name} after {polls} polls");
                 // Somebody else holds permits and waits for some, so that this one has to wait as well.
                 let other = rig.open().await;
@@ -164,6 +187,41 @@ async fn in_deterministic_mode() {
 #[tokio::test]
 async fn over_three_shards() {
     whole_case("cancelling", run(1, 6)).await;
+}
+
+/// Tasks that open with the same prompts, go on and are aborted at any time: no pin and no reference stays.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn tasks_that_share_and_are_aborted() {
+    let rig = Arc::new(rig(1, |b| b.max_in_flight(6, 1 << 14)).await);
+    let texts: Arc<Vec<_>> = Arc::new((0..4).map(|_| rig.text(43)).collect());
+    let tasks: Vec<_> = (0..48usize)
+        .map(|task| {
+            let (rig, texts) = (rig.clone(), texts.clone());
+            tokio::spawn(async move {
+                for round in 0..8 {
+                    let (sequence, model) = rig.shared(&texts[(task + round) % texts.len()]).await;
+                    rig.check(&sequence, &model).await;
+                    if round % 4 == 3 {
+                        rig.cache.invalidate(Invalidate::All).await.unwrap();
+                    }
+                }
+            })
+        })
+        .collect();
+    for (at, task) in tasks.iter().enumerate() {
+        for _ in 0..2 * at {
+            tokio::task::yield_now().await;
+        }
+        if at % 3 > 0 {
+            task.abort();
+        }
+    }
+    for task in tasks {
+        if let Err(error) = within("a task", task).await {
+            assert!(error.is_cancelled(), "{error}");
+        }
+    }
+    within("finishing", Arc::into_inner(rig).unwrap().finish()).await;
 }
 
 /// Tasks that are aborted at any time, among others that are not.
