@@ -492,7 +492,7 @@ fn a_lost_device_answers_everybody_and_keeps_nothing() {
     rig.assert_empty();
 }
 
-/// 8. In a shared domain a chain of blocks is made by several tenants. What one of them computed goes with all that comes behind it, and
+/// In a shared domain a chain of blocks is made by several tenants. What one of them computed goes with all that comes behind it, and
 /// nothing that was there stands in the way of what takes its place.
 #[test]
 fn what_is_behind_an_invalidated_block_goes_with_it() {
