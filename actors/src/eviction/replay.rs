@@ -1,9 +1,7 @@
-//! Replays a trace of requests, and loads of other kinds, through the evictor, and prints how many blocks hit.
+//! Replays made-up loads through the evictor, and prints how many blocks hit. Traces go through the `replay` example of the root package.
 //!
-//! `TRACE=FILE cargo test --release -p kv-cache-actors eviction::replay -- --ignored --nocapture`
-//! where each line of `FILE` has a `timestamp` in milliseconds and `hash_ids`, one for each block of the prompt.
+//! `cargo test --release -p kv-cache-actors eviction::replay::table -- --ignored --nocapture`
 
-use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -104,29 +102,6 @@ fn timed(requests: Vec<Vec<u32>>) -> Vec<Request> {
     requests.into_iter().zip(0..).map(|(blocks, at)| Request { at_ms: at * 10, blocks }).collect()
 }
 
-/// Contents numbered from nothing, so that parts of a trace can be replayed.
-fn parse(text: &str, keep: impl Fn(usize, u64) -> bool) -> Vec<Request> {
-    let mut numbers = HashMap::new();
-    let field = |line: &str, name: &str| -> String {
-        line.split_once(name)
-            .map(|(_, rest)| rest.trim_start_matches([':', ' ', '[', '"']).to_owned())
-            .unwrap()
-    };
-    let lines = text.lines().enumerate();
-    lines
-        .filter_map(|(line, text)| {
-            let at_ms = field(text, "\"timestamp\"").split([',', '}']).next()?.trim().parse().ok()?;
-            let ids = field(text, "\"hash_ids\"");
-            let ids = ids.split(']').next()?.split(',').filter_map(|id| id.trim().parse::<u64>().ok());
-            let mut number = |id| {
-                let next = numbers.len() as u32;
-                *numbers.entry(id).or_insert(next)
-            };
-            keep(line, at_ms).then(|| Request { at_ms, blocks: ids.map(&mut number).collect() })
-        })
-        .collect()
-}
-
 fn print(name: &str, requests: &[Request], capacities: &[usize]) {
     println!("{name:20}{}", capacities.iter().map(|capacity| format!("{capacity:>8}")).collect::<String>());
     for policy in [EvictionPolicy::Lru, EvictionPolicy::Lfu, EvictionPolicy::Slru, EvictionPolicy::Auto] {
@@ -143,20 +118,9 @@ fn print(name: &str, requests: &[Request], capacities: &[usize]) {
 }
 
 #[test]
-#[ignore = "reads a trace, takes minutes"]
+#[ignore = "prints a table, takes minutes"]
 fn table() {
     let some = [1000, 3000, 5000, 10_000, 20_000];
-    if let Ok(file) = std::env::var("TRACE") {
-        let text = std::fs::read_to_string(file).unwrap();
-        let half = text.lines().count() / 2;
-        let all = [500, 1000, 2000, 3000, 5000, 7000, 10_000, 15_000, 20_000, 30_000, 50_000, 70_000];
-        print("trace", &parse(&text, |_, _| true), &all);
-        print("first half", &parse(&text, |line, _| line < half), &some);
-        print("second half", &parse(&text, |line, _| line >= half), &some);
-        print("every other request", &parse(&text, |line, _| line % 2 == 0), &some);
-        print("a random half", &parse(&text, |line, _| Random(line as u64).next() & 1 == 0), &some);
-        print("a random quarter", &parse(&text, |line, _| Random(line as u64).next() & 3 == 0), &some);
-    }
     let popular = |seed| zipf(50_000, 0.9, 200_000, seed);
     let fresh = (0..200_000).map(|block| vec![block]).collect::<Vec<_>>();
     print("Zipf 0.8", &timed(zipf(100_000, 0.8, 400_000, 1)), &some);
