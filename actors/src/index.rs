@@ -1,8 +1,9 @@
 //! The prefix index of a shard: which block holds the content that a key names.
 //!
-//! Anybody looks up inline, without a lock and without a message; the shard's device thread alone changes it. What a look-up
-//! finds is **pinned before it is compared**: a pinned block keeps its key, so a block that has changed hands in between shows another
-//! key and is let go again. Whoever holds the pins holds a [`Lease`]; a block is evicted only at zero pins.
+//! Anybody looks up inline, without a lock and without a message; the shard's device thread alone changes it. What a look-up ends with
+//! is **pinned before it is compared**: a pinned block keeps its key, so a block that has changed hands in between shows another
+//! key and is let go again. Whoever holds the pin holds a [`Lease`]; a block is evicted only at zero pins, and never before those that
+//! continue it: so the pin of a run's last block holds all of it.
 //!
 //! The table is an array of buckets, one cache line each, with a count of the entries that found their bucket full and
 //! went on to the next (as in Facebook's F14): entries never move, so a look-up beside a change sees each of them or not.

@@ -48,10 +48,10 @@ impl Ledger {
     }
 
     /// Changes what an owner uses, and returns whether his cached blocks are protected from now on, if that has changed.
-    pub fn change(&mut self, owner: u32, change: impl FnOnce(u64) -> u64) -> Option<bool> {
+    pub fn change(&mut self, owner: u32, bytes: i64) -> Option<bool> {
         let account = &mut self.accounts[owner as usize];
         let (was_protected, unfilled) = (account.is_protected(), account.unfilled_bytes());
-        account.used_bytes = change(account.used_bytes);
+        account.used_bytes = account.used_bytes.saturating_add_signed(bytes);
         self.unfilled_bytes = self.unfilled_bytes - unfilled + account.unfilled_bytes();
         let is_protected = account.is_protected();
         (was_protected != is_protected).then_some(is_protected)
@@ -112,12 +112,12 @@ mod tests {
         ledger.open(TenantLimits::default());
         ledger.open(TenantLimits { quota_bytes: Some(100), reserve_bytes: 40 });
         assert_eq!((ledger.promised_to_others_bytes(0), ledger.promised_to_others_bytes(1)), (40, 0));
-        assert_eq!(ledger.change(0, |used| used + 500), None);
-        assert_eq!(ledger.change(1, |used| used + 30), None, "still within its reserve");
+        assert_eq!(ledger.change(0, 500), None);
+        assert_eq!(ledger.change(1, 30), None, "still within its reserve");
         assert_eq!((ledger.promised_to_others_bytes(0), ledger.quota_left_bytes(1)), (10, Some(70)));
-        assert_eq!(ledger.change(1, |used| used + 80), Some(false));
+        assert_eq!(ledger.change(1, 80), Some(false));
         assert_eq!((ledger.promised_to_others_bytes(0), ledger.quota_left_bytes(1)), (0, Some(0)));
-        assert_eq!(ledger.change(1, |used| used - 110), Some(true));
+        assert_eq!(ledger.change(1, -110), Some(true));
         assert_eq!((ledger.promised_to_others_bytes(0), ledger.quota_left_bytes(0)), (40, None));
     }
 }

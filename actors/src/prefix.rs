@@ -9,6 +9,8 @@ use crate::sequence::{OpenOptions, Prompt};
 /// What the door finds out about a prompt.
 #[derive(Debug)]
 pub(crate) struct Prefix {
+    /// Parent key of the first block.
+    pub(crate) root: BlockKey,
     /// Keys of the prompt's full blocks.
     pub(crate) keys: Vec<BlockKey>,
     /// The longest run of them that is cached on one shard, pinned. None in deterministic mode, where the shard alone looks: what a caller
@@ -50,10 +52,11 @@ impl Matcher {
     /// What is cached of the prompt that a sequence is opened with. None without a prompt.
     pub(crate) fn find(&self, options: &OpenOptions) -> Option<Box<Prefix>> {
         let prompt = options.prompt.as_ref()?;
-        let keys = self.keys.prompt(self.keys.root(options), prompt);
+        let root = self.keys.root(options);
+        let keys = self.keys.prompt(root, prompt);
         let wanted = &keys[..blocks_to_match(options, prompt, self.block_tokens)];
         let lease = (!self.deterministic).then(|| self.longest(wanted)).flatten();
-        Some(Box::new(Prefix { keys, lease }))
+        Some(Box::new(Prefix { root, keys, lease }))
     }
 
     fn longest(&self, keys: &[BlockKey]) -> Option<Lease> {

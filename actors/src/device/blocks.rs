@@ -34,7 +34,7 @@ pub struct BlockStore {
     /// No sealed slot could be had; nothing changes until a slot is freed.
     pub(super) seal_stalled: bool,
     /// The block in each slot.
-    pub(super) owners: Vec<BlockId>,
+    owners: Vec<BlockId>,
     /// Blocks per state that the statistics tell apart.
     sealed_blocks: u64,
     pub(super) index: IndexWriter,
@@ -282,6 +282,12 @@ impl BlockStore {
         self.places.publish(id, block);
     }
 
+    /// The block in a slot of this class. None if it is vacant, or the target of a flight.
+    pub(super) fn block_in(&self, slot: SlotId, class: SizeClass) -> Option<&Block> {
+        let block = self.blocks.get(self.owners[slot.0 as usize].0 as usize)?;
+        (block.slot.id() == slot && block.class == class).then_some(block)
+    }
+
     pub(super) fn retain(&mut self, id: BlockId) {
         let block = self.get_mut(id);
         block.refs += 1;
@@ -301,19 +307,24 @@ impl BlockStore {
         if block.refs > 0 {
             return;
         }
-        let published = block.published;
-        match published {
-            true => {
-                self.evictor.release(id, self.now_ms);
-                self.count_cached(id, 1);
-                self.seal_stalled = false;
-            }
-            false if self.index.is_pinned(id) => self.limbo.push(id),
+        if block.published {
+            self.evictor.release(id, self.now_ms);
+            self.count_cached(id, 1);
+            self.seal_stalled = false;
+        } else {
+            self.free_unpinned(id);
+        }
+    }
+
+    /// Frees a block that nobody holds, and that is in no index: at once, or when nobody has it pinned any more.
+    pub(super) fn free_unpinned(&mut self, id: BlockId) {
+        match self.index.is_pinned(id) {
+            true => self.limbo.push(id),
             false => self.free(id),
         }
     }
 
-    /// Frees a block that nobody holds, and that is in no index.
+    /// Frees a block that nobody holds or has pinned, and that is in no index.
     pub(super) fn free(&mut self, id: BlockId) {
         let block = self.blocks.remove(id.0 as usize);
         if block.state == BlockState::Sealed {
@@ -342,10 +353,7 @@ impl BlockStore {
     /// Frees slots that were freed under a reader's eyes and that nobody looks at any more.
     pub(super) fn reclaim(&mut self) {
         for id in std::mem::take(&mut self.limbo) {
-            match self.index.is_pinned(id) {
-                true => self.limbo.push(id),
-                false => self.free(id),
-            }
+            self.free_unpinned(id);
         }
         let before = self.pool.quarantined();
         if before > 0 {
@@ -455,9 +463,7 @@ impl BlockStore {
         }
         let class = self.pool.draining_class()?;
         let movable = |&slot: &SlotId| {
-            let owner = self.blocks.get(self.owners[slot.0 as usize].0 as usize);
-            let block = owner.filter(|block| block.slot.id() == slot && block.class == class);
-            block.is_some_and(|block| {
+            self.block_in(slot, class).is_some_and(|block| {
                 !block.writing && block.moving_to.is_none() && block.state != BlockState::Sealing
             })
         };

@@ -83,11 +83,7 @@ impl Bookkeeping {
         blocks.now_ms = now_ms;
         let request_blocks = keys.len() as u32;
         let lease = reader.lease(keys);
-        if let Some(last) = lease.last() {
-            held.push(last);
-            held.extend(blocks.lineage.ancestors(last));
-            held.reverse();
-        }
+        held.extend(blocks.leased(&lease));
         (0..).zip(held.iter()).for_each(|(depth, &block)| blocks.hold_found(block, (depth, request_blocks)));
         let hits = held.len();
         drop(lease);

@@ -5,13 +5,15 @@
 
 use std::ops::Range;
 
+use smallvec::SmallVec;
+
 use super::blocks::BlockStore;
 use crate::block::{BlockId, BlockKey, BlockState};
 use crate::error::Error;
 use crate::events::BlockEvent;
 use crate::eviction::{Retention, Touch};
 use crate::format::Format;
-use crate::index::PrefixIndex;
+use crate::index::{Lease, PrefixIndex};
 use crate::pool::{Pool, SizeClass};
 use crate::sequence::RetentionHint;
 use crate::slot::FilledSlot;
@@ -89,6 +91,17 @@ impl BlockStore {
             self.tell(BlockEvent::Stored { shard, key, parent, tier });
         }
         Published::Itself
+    }
+
+    /// The blocks of a leased prefix, in order. None if they have been withdrawn since.
+    ///
+    /// Pinned, the last is what it was, and those before it are there.
+    pub(super) fn leased(&self, lease: &Lease) -> SmallVec<[BlockId; 6]> {
+        let last = lease.last().filter(|&last| lease.shard() == self.shard && self.is_published(last));
+        let before = last.into_iter().flat_map(|last| self.lineage.ancestors(last));
+        let mut blocks: SmallVec<_> = last.into_iter().chain(before).collect();
+        blocks.reverse();
+        blocks
     }
 
     /// A prompt has found the block, or goes on where its lease ended: its sequence holds it from now on.
@@ -176,10 +189,7 @@ impl BlockStore {
             entry.published = false;
             if entry.refs == 0 {
                 self.count_cached(block, -1);
-                match self.index.is_pinned(block) {
-                    true => self.limbo.push(block),
-                    false => self.free(block),
-                }
+                self.free_unpinned(block);
             }
         }
         chosen
@@ -254,7 +264,7 @@ impl BlockStore {
             return;
         }
         let bytes = slots * self.pool.layout().slot_bytes(class) as i64;
-        if let Some(protected) = self.ledger.change(owner, |used| used.saturating_add_signed(bytes)) {
+        if let Some(protected) = self.ledger.change(owner, bytes) {
             self.evictor.protect(owner, protected);
         }
     }
@@ -350,10 +360,9 @@ impl BlockStore {
     pub(super) fn draining_is_under_way(&self) -> bool {
         let Some(class) = self.pool.draining_class() else { return false };
         self.pool.draining().filter(|slot| !self.pool.is_quarantined(*slot)).any(|slot| {
-            let owner = self.blocks.get(self.owners[slot.0 as usize].0 as usize);
-            let owner = owner.filter(|block| block.slot.id() == slot && block.class == class);
-            // Nobody's yet: what is sealed or moved into it lands.
-            owner.is_none_or(|block| block.moving_to.is_some() || block.state == BlockState::Sealing)
+            let block = self.block_in(slot, class);
+            // None yet: what is sealed or moved into it lands.
+            block.is_none_or(|block| block.moving_to.is_some() || block.state == BlockState::Sealing)
         })
     }
 
@@ -362,7 +371,9 @@ impl BlockStore {
         let mut looked_past = 0;
         while self.pool.host_available() < wanted && looked_past < VICTIMS_LOOKED_PAST_MAX {
             let Some(victim) = self.evictor.victim(self.now_ms) else { return };
-            if self.get(victim).class != SizeClass::Host || !self.try_evict(victim, counters) {
+            if self.get(victim).class == SizeClass::Host {
+                looked_past += usize::from(!self.try_evict(victim, counters));
+            } else {
                 self.evictor.pass(victim, self.now_ms);
                 looked_past += 1;
             }

@@ -34,8 +34,8 @@ pub(super) struct SequenceEntry {
 #[derive(Debug)]
 pub(super) struct Rest {
     pub(super) tenant: u32,
-    /// Parent key of the first block.
-    pub(super) root: BlockKey,
+    /// None: it shares nothing by prefix.
+    pub(super) sharing: Option<Sharing>,
     /// Operations that wait behind the entry's `next`, in order.
     parked: VecDeque<OpRef>,
     /// Blocks that the write in flight writes to, unless it is one in place.
@@ -47,37 +47,41 @@ pub(super) struct Rest {
     /// Copies that the write in flight makes, by the place of the block that they will replace. Until the write has landed
     /// the sequence keeps what it had: readers see it, a failed write falls back to it, and no other writer gets at it.
     pub(super) replacing: SmallVec<[(usize, BlockId); 1]>,
-    /// Number of the root.
-    pub(super) root_number: u32,
-    /// Blocks of the prompt, if the sequence shares what it computes.
-    pub(super) prompt_blocks: Option<u32>,
-    /// How long its blocks are kept: see [`OpenOptions::retention`].
-    pub(super) retention: Vec<(Range<u32>, RetentionHint)>,
     /// Positions that carry more identity than their token id.
     pub(super) extra: Vec<(u32, ExtraIdentity)>,
     /// The right to be open, given back when the entry goes.
     _permit: Option<Permit>,
 }
 
+/// What a sequence has that finds cached blocks and lets others find its own.
+#[derive(Debug, Clone)]
+pub(super) struct Sharing {
+    /// Parent key of the first block.
+    pub(super) root: BlockKey,
+    /// Number of the root.
+    pub(super) root_number: u32,
+    /// Blocks of the prompt.
+    pub(super) prompt_blocks: u32,
+    /// How long its blocks are kept: see [`OpenOptions::retention`](crate::sequence::OpenOptions::retention).
+    pub(super) retention: Vec<(Range<u32>, RetentionHint)>,
+}
+
 impl Rest {
     pub(super) fn new(
         tenant: u32,
-        root: BlockKey,
+        sharing: Option<Sharing>,
         reserved: usize,
         extra: Vec<(u32, ExtraIdentity)>,
         permit: Option<Permit>,
     ) -> Self {
         Rest {
             tenant,
-            root,
+            sharing,
             parked: VecDeque::new(),
             writing: SmallVec::new(),
             reserved,
             reserved_in_flight: 0,
             replacing: SmallVec::new(),
-            root_number: 0,
-            prompt_blocks: None,
-            retention: Vec::new(),
             extra,
             _permit: permit,
         }

@@ -12,6 +12,7 @@ mod core;
 mod entry;
 mod in_place;
 mod lineage;
+mod open;
 mod plan;
 pub(crate) mod tier;
 
@@ -207,7 +208,8 @@ impl<L: Lane> DeviceActor<L> {
                     self.wait()?
                 }
             };
-            self.core.observe(self.now_ms(), self.events.is_heard());
+            // Whoever listened before he sent something hears what becomes of it.
+            self.observe();
             match wake {
                 Wake::Control(Control::Lost(lost)) => return Err(lost),
                 #[cfg(any(test, feature = "testing"))]
@@ -256,11 +258,12 @@ impl<L: Lane> DeviceActor<L> {
         Ok(wake)
     }
 
-    /// Carries out submissions, with all those that have queued up behind them, as one batch.
-    fn now_ms(&self) -> u64 {
-        self.opened_at.elapsed().as_millis() as u64
+    /// What the core is to know of the world outside: the time, and who listens.
+    fn observe(&mut self) {
+        self.core.observe(self.opened_at.elapsed().as_millis() as u64, self.events.is_heard());
     }
 
+    /// Carries out submissions, with all those that have queued up behind them, as one batch.
     fn serve(&mut self, first: Submissions) -> Result<(), DeviceLost> {
         let started = Instant::now();
         let (shard, none) = (self.core.config.shard, tracing::field::Empty);
@@ -277,8 +280,6 @@ impl<L: Lane> DeviceActor<L> {
             self.core.apply(Event::Launched(launch), &mut self.effects);
         }
         while let Some(arrived) = next {
-            // Whoever listened before he sent these hears what becomes of them.
-            self.core.observe(self.now_ms(), self.events.is_heard());
             let mut stats = self.stats.lock();
             for submission in &arrived {
                 operations += submission.results() as u64;
@@ -295,6 +296,9 @@ impl<L: Lane> DeviceActor<L> {
                 self.core.apply(Event::Submission(submission), &mut self.effects);
             }
             next = if submissions < DRAIN_MAX { self.mailbox.try_next_submissions() } else { None };
+            if next.is_some() {
+                self.observe();
+            }
         }
         let answered = self.settle()?;
         if self.core.seal_is_urgent() {

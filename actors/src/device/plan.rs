@@ -6,147 +6,21 @@ use smallvec::SmallVec;
 
 use super::blocks::BlockStore;
 use super::cached::{Origin, Published, Room};
-use super::core::{CoreConfig, DeviceCore, Effects, Owner, Progress, Root};
-use super::entry::{Rest, SequenceEntry};
-use crate::batch::{Operation, Outcome};
+use super::core::{CoreConfig, DeviceCore, Effects, Progress};
+use super::entry::{Rest, SequenceEntry, Sharing};
+use crate::batch::Outcome;
 use crate::block::{BlockId, BlockKey, BlockState, ExtraIdentity};
 use crate::error::Error;
 use crate::format::Format;
 use crate::geometry::Plane;
-use crate::index::Lease;
 use crate::memory::{AppendStep, LaneKind, OpRef, ReadBuffer, ReadStep, Step};
 use crate::payload::TensorView;
 use crate::permit::Permit;
 use crate::pool::SizeClass;
-use crate::prefix::{Prefix, blocks_to_match};
-use crate::sequence::{OpenOptions, SINK_TOKENS, SequenceShared, SequenceState, pieces};
+use crate::sequence::{SINK_TOKENS, SequenceShared, SequenceState, pieces};
 use crate::stats::CoreCounters;
 
 impl DeviceCore {
-    /// Opens a sequence with what of its prompt is cached.
-    pub(super) fn open(&mut self, op: OpRef, effects: &mut Effects) -> Progress {
-        let Operation::Open { options, prefix, permit } =
-            &mut self.pending.submission_mut(op).operations[op.index as usize]
-        else {
-            return Progress::Flying;
-        };
-        let (options, prefix, permit) = (std::mem::take(&mut **options), prefix.take(), permit.take());
-        let layout = self.config.layout;
-        let owner = match &options.shared_domain {
-            None => Owner::Tenant(options.tenant.clone()),
-            Some(domain) => Owner::Domain(domain.clone()),
-        };
-        let tenant = self.owner_number(&owner);
-        let (adapter, of) = (options.adapter.clone(), options.tenant.clone());
-        let root_number = self.root_number(Root { owner, tenant: of, adapter });
-        let (found, tokens) = self.find_prefix(&options, prefix.as_deref(), root_number);
-        // What it has pinned and does not hold may go from now on.
-        let mut prefix = prefix;
-        if let Some(prefix) = &mut prefix {
-            prefix.lease = None;
-        }
-        self.blocks.pins_dropped();
-        // A block that matches in part is copied by the first write.
-        let whole = tokens as usize / layout.block_tokens;
-        let reserved = layout.blocks_for(options.reserve_tokens as usize).saturating_sub(whole);
-        let refused = match self.make_room(op, tenant, reserved) {
-            Room::Now => self.config.token_budget.take(u64::from(tokens)).err(),
-            Room::Soon => {
-                // It starts anew when there is room, and looks again then.
-                found.iter().for_each(|&block| self.blocks.release(block));
-                if let Operation::Open { options: place, prefix: found, permit: right } =
-                    &mut self.pending.submission_mut(op).operations[op.index as usize]
-                {
-                    (**place, *found, *right) = (options, prefix, permit);
-                }
-                return Progress::Flying;
-            }
-            Room::Never => Some(self.capacity_error(tenant, reserved, 0)),
-        };
-        if let Some(error) = refused {
-            found.iter().for_each(|&block| self.blocks.release(block));
-            return Progress::Done(Err(error));
-        }
-        let has_room = self.blocks.pool_mut().reserve_raw(reserved);
-        debug_assert!(has_room, "there was room a moment ago");
-        self.blocks.charge(tenant, SizeClass::Raw, reserved as i64);
-        let root = self.config.keys.root(&options);
-        // Tokens computed after dropping depend on more than their ids.
-        let prompt = options.prompt.filter(|_| self.config.keep_ratio.is_none());
-        let prompt_blocks = prompt.as_ref().map(|prompt| layout.blocks_for(prompt.token_ids.len()) as u32);
-        if let Some(prefix) = prefix {
-            self.counters.prefix_blocks_asked += prefix.keys.len() as u64;
-            self.counters.prefix_blocks_hit += whole as u64;
-            self.counters.prefix_tokens_hit += u64::from(tokens);
-        }
-        let extra = prompt.map_or_else(Vec::new, |prompt| prompt.extra);
-        let extra = extra.into_iter().filter(|(at, _)| *at < tokens).collect();
-        let state = SequenceState { committed: tokens, blocks: found, ..SequenceState::default() };
-        let make = |id| {
-            let shared = SequenceShared::new(id, options.tenant, state);
-            let mut rest = Rest::new(tenant, root, reserved, extra, permit);
-            (rest.prompt_blocks, rest.root_number) = (prompt_blocks, root_number);
-            rest.retention = options.retention;
-            SequenceEntry::new(shared, rest, &layout)
-        };
-        Progress::Done(Ok(Outcome::Opened(self.register(make, effects))))
-    }
-
-    /// Holds the cached blocks that a prompt begins with, and says how many tokens that are. The last of them may match in part.
-    fn find_prefix(
-        &mut self,
-        options: &OpenOptions,
-        prefix: Option<&Prefix>,
-        root: u32,
-    ) -> (SmallVec<[BlockId; 6]>, u32) {
-        let mut found = SmallVec::<[BlockId; 6]>::new();
-        let (Some(prompt), Some(prefix), None) = (&options.prompt, prefix, self.config.keep_ratio) else {
-            return (found, 0);
-        };
-        let block_tokens = self.config.layout.block_tokens;
-        let wanted = blocks_to_match(options, prompt, block_tokens);
-        let prompt_blocks = self.config.layout.blocks_for(prompt.token_ids.len()) as u32;
-        let hold = |blocks: &mut BlockStore, at: usize, block| {
-            blocks.hold_found(block, (at as u32, prompt_blocks));
-            blocks.set_retention(block, &options.retention, (at * block_tokens) as u32);
-        };
-        // Pinned, so it is what it was, and those before it are there; but all may have been withdrawn since.
-        let leased = prefix.lease.as_ref().filter(|lease| lease.shard() == self.config.shard);
-        if let Some(last) = leased.and_then(Lease::last).filter(|&last| self.blocks.is_published(last)) {
-            found.push(last);
-            found.extend(self.blocks.lineage.ancestors(last));
-            found.reverse();
-        }
-        found.iter().enumerate().for_each(|(at, &block)| hold(&mut self.blocks, at, block));
-        // What was published since is found here.
-        for (at, key) in prefix.keys[..wanted].iter().enumerate().skip(found.len()) {
-            let Some(block) = self.blocks.find_key(key) else { break };
-            hold(&mut self.blocks, at, block);
-            found.push(block);
-        }
-        let start = found.len() * block_tokens;
-        let end = prompt.token_ids.len().saturating_sub(usize::from(!options.whole_prompt));
-        let rest = &prompt.token_ids[start..end.min(start + block_tokens).max(start)];
-        let is_plain = |at: usize| !prompt.extra.iter().any(|(position, _)| *position as usize == start + at);
-        let plain = (0..rest.len()).take_while(|&at| is_plain(at)).count();
-        let partial = self.blocks.find_partial(found.last().copied(), root, &rest[..plain]);
-        let Some((block, tokens)) = partial else { return (found, start as u32) };
-        hold(&mut self.blocks, found.len(), block);
-        found.push(block);
-        (found, (start + tokens) as u32)
-    }
-
-    /// `needed` raw blocks are not to be had, beside `had` that were set aside for the purpose.
-    fn capacity_error(&mut self, owner: u32, needed: usize, had: usize) -> Error {
-        if let Some(error) = self.blocks.beyond_quota(owner, needed) {
-            return error;
-        }
-        let promised = self.blocks.with_promises(owner, 0);
-        let free = self.blocks.raw_available(needed + promised).saturating_sub(promised) + had;
-        let evictable = self.blocks.evictor.unheld() as u32;
-        Error::Capacity { needed: (needed + had) as u32, free: free as u32, evictable }
-    }
-
     pub(super) fn fork(
         &mut self,
         index: usize,
@@ -165,9 +39,8 @@ impl DeviceCore {
             let (committed, window_start) = (state.committed, state.window_start);
             (shows_staged, SequenceState { committed, staged: Vec::new(), blocks, window_start })
         };
-        let (tenant, root, name) = (parent.rest.tenant, parent.rest.root, parent.shared.tenant().clone());
-        let (prompt_blocks, root_number) = (parent.rest.prompt_blocks, parent.rest.root_number);
-        let retention = parent.rest.retention.clone();
+        let (tenant, name) = (parent.rest.tenant, parent.shared.tenant().clone());
+        let sharing = parent.rest.sharing.clone();
         let extra: Vec<_> =
             parent.rest.extra.iter().copied().filter(|&(at, _)| at < state.committed).collect();
         self.config.token_budget.take(u64::from(state.committed) * u64::from(count))?;
@@ -177,9 +50,7 @@ impl DeviceCore {
                 self.blocks.retain(block);
             }
             let permit = permit.as_mut().and_then(|all| all.split(1));
-            let mut rest = Rest::new(tenant, root, 0, extra.clone(), permit);
-            (rest.prompt_blocks, rest.root_number) = (prompt_blocks, root_number);
-            rest.retention.clone_from(&retention);
+            let rest = Rest::new(tenant, sharing.clone(), 0, extra.clone(), permit);
             let layout = self.config.layout;
             let make =
                 |id| SequenceEntry::new(SequenceShared::new(id, name.clone(), state.clone()), rest, &layout);
@@ -641,17 +512,18 @@ pub(super) fn commit(
         blocks.set_token_ids(id, inside.start, &token_ids[done..done + inside.len()]);
         done += inside.len();
         if inside.end == block_tokens {
-            let key = next_key(rest, blocks, config, state, at);
-            if let Some(key) = &key
-                && let Some(prompt_blocks) = rest.prompt_blocks
+            if let Some(sharing) = &rest.sharing
+                && let Some(key) = next_key(sharing, &rest.extra, blocks, config, state, at)
             {
                 let parent = at.checked_sub(1).map(|before| state.blocks[before]);
-                let inside = (at * block_tokens) as u32..((at + 1) * block_tokens) as u32;
+                let position = (at * block_tokens) as u32;
+                let inside = position..position + block_tokens as u32;
                 let has_extra = rest.extra.iter().any(|(position, _)| inside.contains(position));
-                let origin = Origin { parent, root: rest.root_number, has_extra };
-                let published = blocks.publish_key(id, key, origin, (at as u32, prompt_blocks), counters);
+                let origin = Origin { parent, root: sharing.root_number, has_extra };
+                let touch = (at as u32, sharing.prompt_blocks);
+                let published = blocks.publish_key(id, &key, origin, touch, counters);
                 let kept = if let Published::Twin(twin) = published { twin } else { id };
-                blocks.set_retention(kept, &rest.retention, (at * block_tokens) as u32);
+                blocks.set_retention(kept, &sharing.retention, position);
                 if let Published::Twin(twin) = published {
                     blocks.release(id);
                     state.blocks[at] = twin;
@@ -668,25 +540,26 @@ pub(super) fn commit(
     }
 }
 
-/// The key of a block that has just become full; none if it is private or behind a private one, or if its sequence does not share.
+/// The key of a block that has just become full; none if it is private or behind a private one.
 fn next_key(
-    rest: &Rest,
+    sharing: &Sharing,
+    extra: &[(u32, ExtraIdentity)],
     blocks: &BlockStore,
     config: &CoreConfig,
     state: &SequenceState,
     at: usize,
 ) -> Option<BlockKey> {
-    if rest.prompt_blocks.is_none() || blocks.is_private(state.blocks[at]) {
+    if blocks.is_private(state.blocks[at]) {
         return None;
     }
     let parent = match at.checked_sub(1) {
-        None => rest.root,
+        None => sharing.root,
         Some(before) if state.blocks[before] == BlockId::DROPPED => return None,
         Some(before) => blocks.key(state.blocks[before])?,
     };
     let block_tokens = config.layout.block_tokens as u32;
     let inside = at as u32 * block_tokens..(at as u32 + 1) * block_tokens;
-    let extra = rest.extra.iter().copied().filter(|(position, _)| inside.contains(position));
+    let extra = extra.iter().copied().filter(|(position, _)| inside.contains(position));
     let extra = extra.map(|(position, identity)| (position - inside.start, identity));
     Some(config.keys.child(parent, blocks.token_ids(state.blocks[at]), extra))
 }
