@@ -4,6 +4,9 @@ mod backend;
 mod batch;
 mod blocking;
 mod cache;
+#[cfg(feature = "candle")]
+pub mod candle;
+mod columns;
 mod config;
 mod element;
 mod error;

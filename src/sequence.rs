@@ -279,6 +279,30 @@ impl Sequence {
         self.runtime.one(0, 0, |batch| batch.close(self.id())).await.map(drop)
     }
 
+    /// Submits a batch of one operation of this sequence's.
+    #[cfg(feature = "candle")]
+    pub(crate) async fn submit_one(&self, batch: crate::BatchCacheOperations) -> Result<Outcome, Error> {
+        let answered = self.runtime.submitter.submit(batch.0).await?;
+        let first = answered.into_iter().next().ok_or(Error::Empty)?;
+        Outcome::new(first?, &self.runtime)
+    }
+
+    #[cfg(feature = "candle")]
+    pub(crate) fn layout(&self) -> &crate::BlockLayout {
+        &self.runtime.layout
+    }
+
+    /// The GPU that holds it.
+    #[cfg(feature = "candle-cuda")]
+    pub(crate) fn device(&self) -> Option<u16> {
+        self.runtime.memories[self.id().shard() as usize].device()
+    }
+
+    #[cfg(feature = "candle-cuda")]
+    pub(crate) fn cache(&self) -> crate::Cache {
+        crate::Cache::of(self.runtime.clone())
+    }
+
     /// How the cache stores sealed blocks.
     pub fn sealed_format(&self) -> Format {
         self.runtime.config.sealed_format()
@@ -286,7 +310,7 @@ impl Sequence {
 }
 
 /// An answer of the wrong kind: a defect of this crate, reported instead of a panic.
-pub(crate) fn unexpected(outcome: &InnerOutcome) -> Error {
+pub(crate) fn unexpected(outcome: &impl std::fmt::Debug) -> Error {
     tracing::error!(target: "kv_cache::runtime", ?outcome, "an operation was answered with another's outcome");
     Error::Device("an operation was answered with another's outcome".into())
 }

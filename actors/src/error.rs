@@ -59,6 +59,16 @@ pub enum Error {
         /// `[layers, tokens, kv_heads, dim]`; layers is 1 for a staged layer.
         shape: [usize; 4],
     },
+    /// A tensor with dimensions, of another shape than the operation takes.
+    #[error("{plane:?} tensor of shape {given:?} given, {expected:?} expected; reshape or transpose it")]
+    Dimensions {
+        /// Keys or values.
+        plane: Plane,
+        /// Shape given.
+        given: Box<[usize]>,
+        /// `[layers, tokens, kv_heads, dim]`, or without the layers for one layer.
+        expected: Box<[usize]>,
+    },
     /// The tensor's element type is not the geometry's.
     #[error("elements are {given:?}, the cache stores {expected:?}; convert before appending")]
     ElementType {
@@ -241,6 +251,7 @@ impl Error {
             | Error::TooManyTokens { .. }
             | Error::TooManySequences { .. } => ErrorKind::Capacity,
             Error::Shape { .. }
+            | Error::Dimensions { .. }
             | Error::ElementType { .. }
             | Error::Layer { .. }
             | Error::TokenRange { .. }

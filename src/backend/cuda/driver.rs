@@ -58,8 +58,10 @@ pub(super) fn check<T>(
 /// Whether the driver's library can be loaded. Without it every call of it would panic.
 pub(super) fn driver_is_present() -> bool {
     static PRESENT: OnceLock<bool> = OnceLock::new();
-    // SAFETY: looks for the driver library by name and loads it; it runs no code of ours.
-    *PRESENT.get_or_init(|| unsafe { sys::is_culib_present() })
+    // Not cudarc's own question: it has none where another crate has it link the driver instead of loading it.
+    const NAMES: [&str; 3] = ["libcuda.so.1", "libcuda.so", "nvcuda.dll"];
+    // SAFETY: loads the driver's library by name; what it runs on loading is the driver's own.
+    *PRESENT.get_or_init(|| NAMES.iter().any(|name| unsafe { libloading::Library::new(*name) }.is_ok()))
 }
 
 /// GPUs that the kernels run on, by the driver's numbers, or why there are none.

@@ -190,7 +190,18 @@ impl DeviceTensor {
         DeviceTensor { address, elements: end - start, ..self.clone() }
     }
 
-    fn span(&self) -> DeviceSpan {
+    #[cfg(feature = "candle-cuda")]
+    pub(super) fn of_parts(
+        ordinal: usize,
+        element: ElementType,
+        address: u64,
+        elements: usize,
+        owner: Arc<dyn Any + Send + Sync>,
+    ) -> DeviceTensor {
+        DeviceTensor { device: ordinal as u16, element, address, elements, owner: Some(owner) }
+    }
+
+    pub(super) fn span(&self) -> DeviceSpan {
         let bytes = self.elements * self.element.bytes();
         DeviceSpan { element: self.element, address: self.address, bytes }
     }
@@ -203,10 +214,14 @@ impl BatchCacheOperations {
     ///
     /// The GPU's compute lane waits for the point, in order: record it when what it stands for is nearly done, not long before.
     pub fn device_memory(mut self, after: StreamPoint) -> Self {
+        self.ready_behind(after);
+        self
+    }
+
+    pub(super) fn ready_behind(&mut self, after: StreamPoint) {
         let device = after.ordinal() as u16;
         let ready: Arc<dyn Point> = after.0;
         self.0.device_source(device, ready);
-        self
     }
 
     /// [`BatchCacheOperations::append`] of tensors in device memory. Nothing crosses the bus.
@@ -295,7 +310,7 @@ impl BatchCacheOperations {
     }
 
     /// Keeps the tensors' owners, if the tensors are where the batch says.
-    fn accept(&mut self, keys: &DeviceTensor, values: &DeviceTensor) -> Result<(), Error> {
+    pub(super) fn accept(&mut self, keys: &DeviceTensor, values: &DeviceTensor) -> Result<(), Error> {
         let device = self.0.device();
         if device != Some(keys.device) || device != Some(values.device) {
             return Err(Error::Unsupported {

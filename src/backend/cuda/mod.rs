@@ -35,6 +35,8 @@
 //!     or while none is outstanding.
 
 mod abi;
+#[cfg(feature = "candle-cuda")]
+pub(crate) mod candle;
 mod copies;
 mod driver;
 mod fence;

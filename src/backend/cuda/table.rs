@@ -4,12 +4,12 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kv_cache_actors::format::Int8Layout;
 use kv_cache_actors::geometry::{BlockLayout, Plane};
 
 use super::Slab;
 use super::driver::{DeviceMemory, DriverError, Gpu, Stream};
 use crate::backend::Memory;
+use crate::columns::{self, Columns};
 use crate::view::BlockTable;
 use crate::{Cache, Error, Format, Sequence};
 
@@ -81,9 +81,9 @@ struct Arrays {
 
 impl DeviceBlockTable {
     /// The number of `raw` blocks in the `formats` array.
-    pub const RAW: u8 = 0;
+    pub const RAW: u8 = columns::RAW;
     /// The number of `int8` blocks in the `formats` array.
-    pub const INT8: u8 = 1;
+    pub const INT8: u8 = columns::INT8;
 
     /// The same table on the host, and which sequence each row is.
     pub fn host(&self) -> &BlockTable {
@@ -200,9 +200,9 @@ impl Cache {
             });
         };
         let layout = runtime.layout;
-        let max_blocks = host.sequences.iter().map(|row| layout.blocks_for(row.tokens as usize)).max();
-        let max_blocks = max_blocks.unwrap_or_default().max(1);
-        let (image, at) = image(&layout, layer as usize, &host, max_blocks);
+        let columns = Columns::new(&layout, layer as usize, &host);
+        let max_blocks = columns.max_blocks;
+        let (image, at) = image(&columns);
         let memory = slab.tables().put(slab.gpu(), &image);
         let memory = memory.map_err(|error| Error::Device(error.to_string().into()))?;
         let [keys, scales, lengths, dropped, formats] = at.map(|at| memory.address() + at as u64);
@@ -212,26 +212,7 @@ impl Cache {
 }
 
 /// The bytes of a table, and where in them its arrays begin.
-fn image(layout: &BlockLayout, layer: usize, host: &BlockTable, max_blocks: usize) -> (Vec<u8>, [usize; 5]) {
-    let (rows, places) = (host.sequences.len(), host.sequences.len() * max_blocks);
-    let (mut keys, mut scales, mut formats) = (vec![0u64; places], vec![0u64; places], vec![0u8; places]);
-    let (mut lengths, mut dropped) = (Vec::with_capacity(rows), Vec::with_capacity(2 * rows));
-    let int8 = Int8Layout::new(layout);
-    // Behind all codes of all layers.
-    let scales_behind_codes =
-        int8.scales_at(layout, layer, Plane::Key) - int8.codes_at(layout, layer, Plane::Key);
-    for (row, sequence) in host.sequences.iter().enumerate() {
-        lengths.push(sequence.tokens);
-        dropped.extend([sequence.dropped.start, sequence.dropped.end]);
-        for block in &sequence.blocks {
-            let place = row * max_blocks + block.first_token as usize / layout.block_tokens;
-            keys[place] = block.address;
-            if block.format == Format::Int8 {
-                scales[place] = block.address + scales_behind_codes as u64;
-                formats[place] = DeviceBlockTable::INT8;
-            }
-        }
-    }
+fn image(columns: &Columns) -> (Vec<u8>, [usize; 5]) {
     let mut image = Vec::new();
     let mut put = |bytes: &[u8]| {
         let at = image.len();
@@ -240,11 +221,11 @@ fn image(layout: &BlockLayout, layer: usize, host: &BlockTable, max_blocks: usiz
         at
     };
     let at = [
-        put(bytemuck::cast_slice(&keys)),
-        put(bytemuck::cast_slice(&scales)),
-        put(bytemuck::cast_slice(&lengths)),
-        put(bytemuck::cast_slice(&dropped)),
-        put(&formats),
+        put(bytemuck::cast_slice(&columns.keys)),
+        put(bytemuck::cast_slice(&columns.scales)),
+        put(bytemuck::cast_slice(&columns.lengths)),
+        put(bytemuck::cast_slice(&columns.dropped)),
+        put(&columns.formats),
     ];
     (image, at)
 }
@@ -289,6 +270,7 @@ impl Tables {
 #[cfg(test)]
 mod tests {
     use half::f16;
+    use kv_cache_actors::format::Int8Layout;
 
     use super::*;
     use crate::view::{BlockEntry, SequenceRows};
@@ -337,7 +319,7 @@ mod tests {
                 row(0, 0..0, vec![]),
             ],
         );
-        let (image, at) = image(&layout, 1, &host, 4);
+        let (image, at) = image(&Columns::new(&layout, 1, &host));
         assert!(at.iter().all(|at| at % ALIGN_BYTES == 0));
         let keys =
             [slab + 1024 + codes as u64, slab + 4096 + raw_keys as u64, 0, slab + 8192 + raw_keys as u64];
@@ -405,7 +387,7 @@ mod tests {
             sequences.push(sequence);
         }
         let host = cache.block_table(&sequences.iter().collect::<Vec<_>>(), 0).unwrap();
-        let (image, at) = image(&layout, 0, &host, 8);
+        let (image, at) = image(&Columns::new(&layout, 0, &host));
         let (keys, scales) = (read::<u64>(&image, at[0], 32), read::<u64>(&image, at[1], 32));
         let (lengths, formats) = (read::<u32>(&image, at[2], 4), read::<u8>(&image, at[4], 32));
         assert_eq!(lengths, [0, 3, 8, 30]);
