@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use half::{bf16, f16};
-use kv_cache::ElementType;
 use kv_cache::codec::Kernels;
+use kv_cache::{ElementType, Format};
 
 const PLANE_ROWS: usize = 8 * 32;
 const LARGE_BYTES: usize = 256 << 20;
@@ -73,11 +73,13 @@ fn plane(criterion: &mut Criterion) {
             group.throughput(Throughput::Bytes((raw_bytes + elements + scale_bytes) as u64));
             for kernels in Kernels::candidates() {
                 group.bench_function(BenchmarkId::new("encode", kernels.name()), |bench| {
-                    bench.iter(|| kernels.int8_encode(element, dim, black_box(src), codes, scales));
+                    bench.iter(|| kernels.encode(Format::Int8, element, dim, black_box(src), codes, scales));
                 });
                 group.bench_function(BenchmarkId::new("decode", kernels.name()), |bench| {
                     let stride = dim * element.bytes();
-                    bench.iter(|| kernels.int8_decode(element, dim, black_box(codes), scales, dst, stride));
+                    bench.iter(|| {
+                        kernels.decode(Format::Int8, element, dim, black_box(codes), scales, dst, stride)
+                    });
                 });
             }
             group.finish();
@@ -145,13 +147,13 @@ fn large() {
                 times[1].push(seconds(|| {
                     let outputs = codes.chunks_mut(plane_codes).zip(scales.chunks_mut(plane_scales));
                     for (src, (codes, scales)) in src.chunks(plane_raw).zip(outputs) {
-                        assert!(kernels.int8_encode(element, dim, src, codes, scales));
+                        assert!(kernels.encode(Format::Int8, element, dim, src, codes, scales));
                     }
                 }));
                 times[2].push(seconds(|| {
                     let inputs = codes.chunks(plane_codes).zip(scales.chunks(plane_scales));
                     for (dst, (codes, scales)) in dst.chunks_mut(plane_raw).zip(inputs) {
-                        kernels.int8_decode(element, dim, codes, scales, dst, dim * element.bytes());
+                        kernels.decode(Format::Int8, element, dim, codes, scales, dst, dim * element.bytes());
                     }
                 }));
                 times[3].push(seconds(|| {

@@ -42,7 +42,7 @@ use crate::batch::{KeysValues, Outcome, ids};
 use crate::columns::Columns;
 use crate::sequence::unexpected;
 use crate::view::BlockTable;
-use crate::{BatchCacheOperations, Cache, ElementType, Error, Plane, Sequence};
+use crate::{BatchCacheOperations, Cache, ElementType, Error, Format, Plane, Sequence};
 
 #[cfg(feature = "candle-cuda")]
 use crate::backend::cuda::candle as on_gpu;
@@ -302,9 +302,9 @@ fn to_tensors(
 pub struct TableTensors {
     /// `i64 [sequences, max_blocks]`: addresses of the layer's keys of each block, 0 where there is none.
     pub keys: Tensor,
-    /// `i64 [sequences, max_blocks]`: addresses of the key scales of `int8` blocks, 0 for `raw` ones.
+    /// `i64 [sequences, max_blocks]`: addresses of the key scales of sealed blocks, 0 for `raw` ones.
     pub scales: Tensor,
-    /// `u8 [sequences, max_blocks]`: 0 for `raw`, 1 for `int8`.
+    /// `u8 [sequences, max_blocks]`: the format's place in [`Format::ALL`], so 0 for `raw`, 1 for `int8`.
     pub formats: Tensor,
     /// `u32 [sequences]`: tokens, dropped ones included.
     pub lengths: Tensor,
@@ -359,10 +359,8 @@ fn slot_mapping(layout: &BlockLayout, columns: &Columns) -> Vec<u64> {
         let dropped = columns.dropped[2 * row]..columns.dropped[2 * row + 1];
         for token in 0..length {
             let place = row * columns.max_blocks + token as usize / layout.block_tokens;
-            let row_bytes = match columns.formats[place] {
-                crate::columns::INT8 => layout.key_dim,
-                _ => layout.row_bytes(Plane::Key),
-            };
+            let format = Format::ALL[columns.formats[place] as usize];
+            let row_bytes = format.row_bytes(layout.element, layout.key_dim);
             let inside = (token as usize % layout.block_tokens * row_bytes) as u64;
             let gone = columns.keys[place] == 0 || dropped.contains(&token);
             slots.push(if gone { 0 } else { columns.keys[place] + inside });

@@ -1,15 +1,15 @@
 //! A block table as arrays: what kernels take, whoever carries it to their memory.
 
-use kv_cache_actors::format::Int8Layout;
+use kv_cache_actors::format::FormatLayout;
 use kv_cache_actors::geometry::{BlockLayout, Plane};
 
 use crate::Format;
 use crate::view::BlockTable;
 
-/// The number of `raw` blocks in `formats`.
-pub(crate) const RAW: u8 = 0;
-/// The number of `int8` blocks in `formats`.
-pub(crate) const INT8: u8 = 1;
+/// A format's number in `formats`: its place in [`Format::ALL`].
+pub(crate) fn number(format: Format) -> u8 {
+    Format::ALL.iter().position(|known| *known == format).unwrap_or_default() as u8
+}
 
 /// Arrays of a table: `[sequences, max_blocks]` unless said otherwise, 0 where there is no block.
 #[derive(Debug)]
@@ -36,23 +36,23 @@ impl Columns {
             max_blocks,
             keys: vec![0; places],
             scales: vec![0; places],
-            formats: vec![RAW; places],
+            formats: vec![number(Format::Raw); places],
             lengths: Vec::with_capacity(rows),
             dropped: Vec::with_capacity(2 * rows),
         };
-        let int8 = Int8Layout::new(layout);
-        // Behind all codes of all layers.
-        let scales_behind_codes =
-            int8.scales_at(layout, layer, Plane::Key) - int8.codes_at(layout, layer, Plane::Key);
         for (row, sequence) in table.sequences.iter().enumerate() {
             columns.lengths.push(sequence.tokens);
             columns.dropped.extend([sequence.dropped.start, sequence.dropped.end]);
             for block in &sequence.blocks {
                 let place = row * max_blocks + block.first_token as usize / layout.block_tokens;
                 columns.keys[place] = block.address;
-                if block.format == Format::Int8 {
-                    columns.scales[place] = block.address + scales_behind_codes as u64;
-                    columns.formats[place] = INT8;
+                columns.formats[place] = number(block.format);
+                if block.format != Format::Raw {
+                    let sealed = FormatLayout::new(block.format, layout);
+                    // Scales stand behind all codes of all layers.
+                    let behind = sealed.scales_at(layout, layer, Plane::Key)
+                        - sealed.codes_at(layout, layer, Plane::Key);
+                    columns.scales[place] = block.address + behind as u64;
                 }
             }
         }

@@ -64,13 +64,13 @@ impl Devices {
 pub struct Quantisation {
     /// Off: sealed blocks stay in the element type.
     pub enabled: bool,
-    /// Bits of a stored element. 8 is the `int8` format; nothing else is built yet.
-    pub bits: u8,
+    /// In which format: see [`Format`] for what each costs in accuracy.
+    pub format: Format,
 }
 
 impl Default for Quantisation {
     fn default() -> Self {
-        Quantisation { enabled: true, bits: 8 }
+        Quantisation { enabled: true, format: Format::Int8 }
     }
 }
 
@@ -115,7 +115,7 @@ impl Default for Compression {
 ///     [geometry]
 ///     groups = [{ layers = 4, kv_heads = 2, key_dim = 64, value_dim = 64, element = "bf16" }]
 ///     [quantisation]
-///     bits = 8
+///     format = "int8"
 /// "#)?;
 /// assert_eq!(config.geometry.block_tokens, 32);
 /// # Ok::<(), kv_cache::BuildError>(())
@@ -404,10 +404,6 @@ impl CacheConfig {
 
     fn check_built(&self) -> Result<(), ConfigError> {
         let not_built = |field, value: String, instead| Err(ConfigError::NotBuilt { field, value, instead });
-        if self.quantisation.enabled && self.quantisation.bits != 8 {
-            let bits = format!("{} bits", self.quantisation.bits);
-            return not_built("quantisation.bits", bits, "8, or turn quantisation off");
-        }
         if self.compression.enabled && self.compression.method != CompressionMethod::Truncation {
             return not_built("compression.method", format!("{:?}", self.compression.method), "truncation");
         }
@@ -416,7 +412,7 @@ impl CacheConfig {
 
     /// The format that the quantisation settings stand for.
     pub fn sealed_format(&self) -> Format {
-        if self.quantisation.enabled { Format::Int8 } else { Format::Raw }
+        if self.quantisation.enabled { self.quantisation.format } else { Format::Raw }
     }
 
     pub(crate) fn keep_ratio(&self) -> Option<f32> {

@@ -1,19 +1,23 @@
 //! Looking at stored blocks in place: views for the CPU, block tables for attention kernels.
 
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::{LazyLock, OnceLock};
 
-use half::f16;
+use half::{bf16, f16};
 use kv_cache_actors::block::{BlockId, Place};
 use kv_cache_actors::device::ShardView;
-use kv_cache_actors::format::Int8Layout;
+use kv_cache_actors::format::FormatLayout;
 use kv_cache_actors::sequence::{SequenceShared, SequenceState};
 use kv_cache_actors::slot::SlotPin;
 
+use crate::backend::cpu::codec::Kernels;
 use crate::backend::{HostCopy, Memory};
 use crate::element::{Element, check_type};
 use crate::runtime::Runtime;
 use crate::{BlockLayout, ElementType, Error, Format, Plane, SequenceId, Tier};
+
+/// For decoding on a caller's thread.
+static KERNELS: LazyLock<Kernels> = LazyLock::new(Kernels::best);
 
 /// Finds where a block is and keeps it there.
 fn pin(shard: &ShardView, block: BlockId) -> Option<(Place, SlotPin)> {
@@ -162,15 +166,37 @@ pub enum Rows<'a, T> {
         /// `[tokens]`.
         scales: Scales<'a>,
     },
+    /// Codes of another format, as [`kv_cache::codec`](crate::codec) describes them and decodes them.
+    Coded {
+        /// Which.
+        format: Format,
+        /// `[tokens]`, [`Format::row_bytes`] each.
+        codes: &'a [u8],
+        /// `[tokens]`.
+        scales: Scales<'a>,
+    },
 }
 
-/// Scales of an `int8` block.
+/// Scales of a sealed block.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Scales<'a> {
-    /// Of f16 elements.
+    /// Of f16 elements in `int8` and `fp8`.
     F16(&'a [f16]),
-    /// Of bf16 and f32 elements.
+    /// Factors of the rotated formats.
+    Bf16(&'a [bf16]),
+    /// Of bf16 and f32 elements in `int8` and `fp8`.
     F32(&'a [f32]),
+}
+
+impl<'a> Scales<'a> {
+    /// As they are stored.
+    pub fn bytes(self) -> &'a [u8] {
+        match self {
+            Scales::F16(scales) => bytemuck::cast_slice(scales),
+            Scales::Bf16(scales) => bytemuck::cast_slice(scales),
+            Scales::F32(scales) => bytemuck::cast_slice(scales),
+        }
+    }
 }
 
 impl<'a> BlockView<'a> {
@@ -217,27 +243,61 @@ impl<'a> BlockView<'a> {
         }
         let first = head * layout.block_tokens + self.piece.inside.start;
         let rows = first..first + self.piece.inside.len();
-        let dim = layout.dim(plane);
-        if self.piece.format == Format::Int8 {
-            let int8 = Int8Layout::new(layout);
-            let scale_bytes = layout.element.scale_bytes();
-            let codes = int8.codes_at(layout, view.layer, plane);
-            let scales = int8.scales_at(layout, view.layer, plane);
-            let codes = view.bytes(self.piece, codes + rows.start * dim..codes + rows.end * dim)?;
-            let scales = scales + rows.start * scale_bytes..scales + rows.end * scale_bytes;
-            let scales = view.bytes(self.piece, scales)?;
-            let scales = match layout.element {
-                ElementType::F16 => Scales::F16(bytemuck::cast_slice(scales)),
-                ElementType::Bf16 | ElementType::F32 => Scales::F32(bytemuck::cast_slice(scales)),
-            };
-            return Ok(Rows::Int8 { codes: bytemuck::cast_slice(codes), scales });
+        let format = self.piece.format;
+        let stored = FormatLayout::new(format, layout);
+        let codes = view.bytes(self.piece, stored.codes_of(layout, view.layer, plane, &rows))?;
+        if format == Format::Raw {
+            // Slots and planes begin at multiples of the element size, so the cast cannot fail.
+            return Ok(Rows::Raw(bytemuck::cast_slice(codes)));
         }
-        let row = layout.row_bytes(plane);
-        let raw = layout.plane_offset(view.layer, plane);
-        // Slots and planes begin at multiples of the element size, so the cast cannot fail.
-        Ok(Rows::Raw(bytemuck::cast_slice(
-            view.bytes(self.piece, raw + rows.start * row..raw + rows.end * row)?,
-        )))
+        let bytes = view.bytes(self.piece, stored.scales_of(layout, view.layer, plane, &rows))?;
+        // They begin at multiples of 4 bytes.
+        let scales = match (format, layout.element) {
+            (Format::Int8 | Format::Fp8, ElementType::F16) => Scales::F16(bytemuck::cast_slice(bytes)),
+            (Format::Int8 | Format::Fp8, _) => Scales::F32(bytemuck::cast_slice(bytes)),
+            _ => Scales::Bf16(bytemuck::cast_slice(bytes)),
+        };
+        Ok(match format {
+            Format::Int8 => Rows::Int8 { codes: bytemuck::cast_slice(codes), scales },
+            _ => Rows::Coded { format, codes, scales },
+        })
+    }
+
+    /// Decodes the rows of one head, whatever their format, into `rows`: `[tokens, key_dim]`.
+    ///
+    /// # Errors
+    /// As [`BlockView::keys`]; [`Error::Shape`] if `rows` is not as long.
+    pub fn decode_keys<T: Element>(&self, head: usize, rows: &mut [T]) -> Result<(), Error> {
+        self.decode(Plane::Key, head, rows)
+    }
+
+    /// [`BlockView::decode_keys`] for values.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn decode_values<T: Element>(&self, head: usize, rows: &mut [T]) -> Result<(), Error> {
+        self.decode(Plane::Value, head, rows)
+    }
+
+    fn decode<T: Element>(&self, plane: Plane, head: usize, rows: &mut [T]) -> Result<(), Error> {
+        let dim = self.view.layout.dim(plane);
+        let shape = [1, self.piece.inside.len(), 1, dim];
+        let (bytes, expected_bytes) = (size_of_val(rows), shape[1] * dim * size_of::<T>());
+        if bytes != expected_bytes {
+            return Err(Error::Shape { plane, bytes, expected_bytes, shape });
+        }
+        let (codes, scales) = match self.rows::<T>(plane, head)? {
+            Rows::Raw(raw) => {
+                rows.copy_from_slice(raw);
+                return Ok(());
+            }
+            Rows::Int8 { codes, scales } => (bytemuck::cast_slice(codes), scales),
+            Rows::Coded { codes, scales, .. } => (codes, scales),
+        };
+        let (format, row) = (self.piece.format, dim * size_of::<T>());
+        let out = bytemuck::cast_slice_mut(rows);
+        KERNELS.decode(format, T::TYPE, dim, codes, scales.bytes(), out, row);
+        Ok(())
     }
 }
 
@@ -300,7 +360,6 @@ impl BlockTable {
     pub(crate) fn new(runtime: &Runtime, ids: &[SequenceId], layer: u32) -> Result<BlockTable, Error> {
         let layout = runtime.layout;
         check_layer(&layout, layer)?;
-        let int8 = Int8Layout::new(&layout);
         let base_addresses = runtime.memories.iter().map(Memory::address).collect();
         let mut table = BlockTable {
             block_tokens: layout.block_tokens as u32,
@@ -323,10 +382,8 @@ impl BlockTable {
             for (at, &block) in listed.filter(|(_, block)| **block != BlockId::DROPPED) {
                 let (place, pin) = pin(shard, block).ok_or(Error::ClosedSequence(id))?;
                 let slot_offset_bytes = runtime.pool.offset_bytes(place.class, place.slot);
-                let inside = match place.format {
-                    Format::Int8 => int8.codes_at(&layout, layer as usize, Plane::Key),
-                    _ => layout.plane_offset(layer as usize, Plane::Key),
-                };
+                let inside =
+                    FormatLayout::new(place.format, &layout).codes_at(&layout, layer as usize, Plane::Key);
                 let memory = &runtime.memories[id.shard() as usize];
                 blocks.push(BlockEntry {
                     tier: place.class.tier(),

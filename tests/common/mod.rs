@@ -121,7 +121,7 @@ fn cuda(geometry: Geometry, change: impl FnOnce(&mut CacheConfig)) -> Result<Cac
     Ok(Cache::builder(geometry).devices(Devices::cuda(1)).configure(small).configure(change))
 }
 
-pub const FORMATS: [Format; 2] = [Format::Raw, Format::Int8];
+pub const FORMATS: [Format; 6] = Format::ALL;
 pub const ELEMENTS: [ElementType; 3] = [ElementType::F16, ElementType::Bf16, ElementType::F32];
 
 /// `(block_tokens, layers, kv_heads, key_dim, value_dim)`: round and odd, keys and values alike and not.
@@ -158,14 +158,18 @@ pub fn geometry(shape: (u32, u32, u32, u32, u32), element: ElementType) -> Geome
     geometry
 }
 
-/// Every setup with every format and element type, each on one shape: all setups see all shapes.
+/// Every setup with every element type, each `raw`, in `int8` and in one of the other formats, on one shape each: all setups see all
+/// shapes, and all formats run.
 pub fn combos() -> impl Iterator<Item = Combo> {
     all_combos()
         .enumerate()
         .filter(|(at, _)| {
             let (shape, rest) = (at % SHAPES.len(), at / SHAPES.len());
-            let (kind, setup) = (rest % 6, rest / 6);
-            shape == (kind + setup) % SHAPES.len()
+            let (element, rest) = (rest % ELEMENTS.len(), rest / ELEMENTS.len());
+            let (format, setup) = (rest % FORMATS.len(), rest / FORMATS.len());
+            let turn = 2 + (element + setup) % (FORMATS.len() - 2);
+            let kind = ELEMENTS.len() * format.min(2) + element;
+            (format < 2 || format == turn) && shape == (kind + setup) % SHAPES.len()
         })
         .map(|(_, combo)| combo)
 }

@@ -21,6 +21,17 @@ pub(super) struct Seen<E> {
     pub stored: Vec<u8>,
 }
 
+fn decoded<E: Number>(block: &BlockView<'_>, plane: Plane, head: usize, dim: usize) -> Vec<E> {
+    let mut rows = vec![E::from_f32(0.0); block.tokens() as usize * dim];
+    match plane {
+        Plane::Key => block.decode_keys(head, &mut rows).unwrap(),
+        Plane::Value => block.decode_values(head, &mut rows).unwrap(),
+    }
+    let short = block.decode_keys(head, &mut rows[..1][..0]);
+    assert!(matches!(short, Err(Error::Shape { .. })), "{short:?}");
+    rows
+}
+
 pub(super) fn look<E: Number>(layout: &BlockLayout, view: &View) -> Seen<E> {
     let mut seen = Seen { keys: Vec::new(), values: Vec::new(), stored: Vec::new() };
     for block in view.blocks() {
@@ -42,6 +53,7 @@ pub(super) fn look<E: Number>(layout: &BlockLayout, view: &View) -> Seen<E> {
                         seen.stored.extend_from_slice(bytemuck::cast_slice(codes));
                         let scales: Vec<f32> = match scales {
                             Scales::F16(scales) => scales.iter().map(|s| s.to_f32()).collect(),
+                            Scales::Bf16(_) => panic!("no scales of int8"),
                             Scales::F32(scales) => scales.to_vec(),
                         };
                         seen.stored.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
@@ -49,8 +61,22 @@ pub(super) fn look<E: Number>(layout: &BlockLayout, view: &View) -> Seen<E> {
                         let rows = codes.chunks(dim).zip(scales);
                         rows.flat_map(|(codes, scale)| int8_decode::<E>(codes, scale)).collect()
                     }
+                    Rows::Coded { format, codes, scales } => {
+                        assert_eq!(format, block.format());
+                        assert_eq!(codes.len(), tokens * format.row_bytes(E::TYPE, dim));
+                        assert_eq!(scales.bytes().len(), tokens * format.scale_bytes(E::TYPE));
+                        seen.stored.extend_from_slice(codes);
+                        seen.stored.extend_from_slice(scales.bytes());
+                        decoded(&block, plane, head, dim)
+                    }
                     other => panic!("rows of a new kind: {other:?}"),
                 });
+                let decoded = decoded(&block, plane, head, dim);
+                assert_eq!(
+                    bytemuck::cast_slice::<E, u8>(&decoded),
+                    bytemuck::cast_slice::<E, u8>(&heads[head]),
+                    "{plane:?} {head}"
+                );
                 assert_eq!(heads[head].len(), tokens * dim);
             }
             for token in 0..tokens {

@@ -75,7 +75,7 @@ fn tokens<E: Number>(layout: BlockLayout, tokens: usize, seed: u64) -> Tokens<E>
 }
 
 /// Everything that is stored of one layer, and how.
-fn stored<E: Number>(layout: &BlockLayout, view: &View) -> Vec<(Format, Vec<u8>, Vec<u32>)> {
+fn stored<E: Number>(layout: &BlockLayout, view: &View) -> Vec<(Format, Vec<u8>, Vec<u8>)> {
     let mut blocks = Vec::new();
     for block in view.blocks() {
         for head in 0..layout.kv_heads {
@@ -85,11 +85,10 @@ fn stored<E: Number>(layout: &BlockLayout, view: &View) -> Vec<(Format, Vec<u8>,
                         (block.format(), bytemuck::cast_slice(elements).to_vec(), Vec::new())
                     }
                     Rows::Int8 { codes, scales } => {
-                        let scales = match scales {
-                            Scales::F16(scales) => scales.iter().map(|x| u32::from(x.to_bits())).collect(),
-                            Scales::F32(scales) => scales.iter().map(|x| x.to_bits()).collect(),
-                        };
-                        (block.format(), bytemuck::cast_slice(codes).to_vec(), scales)
+                        (block.format(), bytemuck::cast_slice(codes).to_vec(), scales.bytes().to_vec())
+                    }
+                    Rows::Coded { codes, scales, .. } => {
+                        (block.format(), codes.to_vec(), scales.bytes().to_vec())
                     }
                     other => panic!("{other:?}"),
                 });

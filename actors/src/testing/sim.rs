@@ -15,7 +15,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::tracker::Tracker;
-use crate::format::{Format, Int8Layout};
+use crate::format::{Format, FormatLayout};
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::memory::{
     AppendStep, Backend, DeviceLost, Doorbell, Lane, LaneKind, Lanes, Launch, ReadStep, Step,
@@ -83,7 +83,7 @@ impl SimDevice {
         SimDevice(Arc::new(Mutex::new(Sim {
             memory: Memory {
                 layout: *layout,
-                int8: Int8Layout::new(layout),
+                int8: FormatLayout::new(Format::Int8, layout),
                 bytes: vec![0; pool.slab_bytes() + pool.host_bytes()],
             },
             tracker: Tracker::new(*layout, *pool),
@@ -227,7 +227,7 @@ fn element(bytes: &[u8]) -> f32 {
 #[derive(Debug)]
 struct Memory {
     layout: BlockLayout,
-    int8: Int8Layout,
+    int8: FormatLayout,
     bytes: Vec<u8>,
 }
 

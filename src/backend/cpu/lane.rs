@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kv_cache_actors::format::{Format, Int8Layout};
+use kv_cache_actors::format::{Format, FormatLayout};
 use kv_cache_actors::geometry::{BlockLayout, Plane};
 use kv_cache_actors::memory::{
     AppendStep, Backend, DeviceLost, Lane, Lanes, Launch, ReadBuffer, ReadStep, Step,
@@ -28,13 +28,8 @@ impl Backend for CpuBackend {
     type Lane = CpuLane;
 
     fn open(self, block: &BlockLayout, _: &PoolLayout, _: Format) -> Result<Lanes<CpuLane>, String> {
-        let lane = || CpuLane {
-            slab: self.slab.clone(),
-            kernels: self.kernels,
-            layout: *block,
-            int8: Int8Layout::new(block),
-            done: Vec::new(),
-        };
+        let lane =
+            || CpuLane { slab: self.slab.clone(), kernels: self.kernels, layout: *block, done: Vec::new() };
         Ok(Lanes { compute: lane(), upload: lane(), download: lane() })
     }
 }
@@ -44,7 +39,6 @@ pub(crate) struct CpuLane {
     slab: Arc<Slab>,
     kernels: Kernels,
     layout: BlockLayout,
-    int8: Int8Layout,
     done: Vec<Launch>,
 }
 
@@ -142,27 +136,24 @@ impl CpuLane {
     /// Encodes a whole block; true if all is finite.
     fn seal(&self, format: Format, from: usize, to: usize) -> bool {
         let layout = &self.layout;
-        if format != Format::Int8 {
-            return false;
-        }
+        let sealed = FormatLayout::new(format, layout);
+        let all = 0..layout.rows_per_plane();
         let mut finite = true;
         for layer in 0..layout.layers {
             for plane in Plane::BOTH {
                 let raw = from + layout.plane_offset(layer, plane);
-                let codes = to + self.int8.codes_at(layout, layer, plane);
-                let scales = to + self.int8.scales_at(layout, layer, plane);
-                let codes_bytes = layout.plane_bytes(plane) / layout.element.bytes();
-                let scales_bytes = layout.rows_per_plane() * layout.element.scale_bytes();
+                let codes = sealed.codes_of(layout, layer, plane, &all);
+                let scales = sealed.scales_of(layout, layer, plane, &all);
                 // SAFETY: the source is a full block held by the flight, which nobody writes to; the target is a new slot of
                 // the flight's own (2), and codes and scales lie apart in it.
                 let (raw, codes, scales) = unsafe {
                     (
                         self.slab.bytes(raw..raw + layout.plane_bytes(plane)),
-                        self.slab.bytes_mut(codes..codes + codes_bytes),
-                        self.slab.bytes_mut(scales..scales + scales_bytes),
+                        self.slab.bytes_mut(to + codes.start..to + codes.end),
+                        self.slab.bytes_mut(to + scales.start..to + scales.end),
                     )
                 };
-                finite &= self.kernels.int8_encode(layout.element, layout.dim(plane), raw, codes, scales);
+                finite &= self.kernels.encode(format, layout.element, layout.dim(plane), raw, codes, scales);
             }
         }
         finite
@@ -222,26 +213,21 @@ impl CpuLane {
     ) {
         let layout = &self.layout;
         let (element, dim, row) = (layout.element, layout.dim(plane), layout.row_bytes(plane));
+        let stored = FormatLayout::new(format, layout);
+        let codes = stored.codes_of(layout, layer, plane, &rows);
+        let scales = stored.scales_of(layout, layer, plane, &rows);
+        // SAFETY: acknowledged rows (4) of a slot that the flight has pinned (3); nobody writes to sealed blocks.
+        let (codes, scales) = unsafe {
+            (
+                self.slab.bytes(slot + codes.start..slot + codes.end),
+                self.slab.bytes(slot + scales.start..slot + scales.end),
+            )
+        };
         match format {
-            Format::Int8 => {
-                let codes = slot + self.int8.codes_at(layout, layer, plane);
-                let scales = slot + self.int8.scales_at(layout, layer, plane);
-                let scale = element.scale_bytes();
-                // SAFETY: a sealed block, pinned by the flight (3); nobody writes to sealed blocks.
-                let (codes, scales) = unsafe {
-                    (
-                        self.slab.bytes(codes + rows.start * dim..codes + rows.end * dim),
-                        self.slab.bytes(scales + rows.start * scale..scales + rows.end * scale),
-                    )
-                };
-                self.kernels.int8_decode(element, dim, codes, scales, target, stride);
+            Format::Raw => {
+                self.kernels.copy_rows(element, codes, row, target, stride, row, rows.len());
             }
-            _ => {
-                let raw = slot + layout.plane_offset(layer, plane);
-                // SAFETY: acknowledged rows (4) of a pinned slot (3).
-                let raw = unsafe { self.slab.bytes(raw + rows.start * row..raw + rows.end * row) };
-                self.kernels.copy_rows(element, raw, row, target, stride, row, rows.len());
-            }
+            _ => self.kernels.decode(format, element, dim, codes, scales, target, stride),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! What kernels are handed, byte for byte as in `kernels/cache.cu`.
 
 use bytemuck::{Pod, Zeroable};
-use kv_cache_actors::format::{Format, Int8Layout};
+use kv_cache_actors::format::{Format, FormatLayout};
 use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
 
 /// Where everything lies in a block.
@@ -39,7 +39,7 @@ impl Layout {
             scale_bytes: block.element.scale_bytes() as u32,
             plane_bytes: of(&|plane| block.plane_bytes(plane)).map(|n| n as u64),
             layer_bytes: block.layer_bytes() as u64,
-            scales_offset: Int8Layout::new(block).scales_offset as u64,
+            scales_offset: FormatLayout::new(Format::Int8, block).scales_offset as u64,
         }
     }
 }

@@ -9,7 +9,7 @@ use kv_cache_actors::geometry::{BlockLayout, Plane};
 use super::Slab;
 use super::driver::{DeviceMemory, DriverError, Gpu, Stream};
 use crate::backend::Memory;
-use crate::columns::{self, Columns};
+use crate::columns::Columns;
 use crate::view::BlockTable;
 use crate::{Cache, Error, Format, Sequence};
 
@@ -80,10 +80,10 @@ struct Arrays {
 }
 
 impl DeviceBlockTable {
-    /// The number of `raw` blocks in the `formats` array.
-    pub const RAW: u8 = columns::RAW;
+    /// The number of `raw` blocks in the `formats` array. A format's number is its place in [`Format::ALL`].
+    pub const RAW: u8 = 0;
     /// The number of `int8` blocks in the `formats` array.
-    pub const INT8: u8 = columns::INT8;
+    pub const INT8: u8 = 1;
 
     /// The same table on the host, and which sequence each row is.
     pub fn host(&self) -> &BlockTable {
@@ -270,7 +270,7 @@ impl Tables {
 #[cfg(test)]
 mod tests {
     use half::f16;
-    use kv_cache_actors::format::Int8Layout;
+    use kv_cache_actors::format::FormatLayout;
 
     use super::*;
     use crate::view::{BlockEntry, SequenceRows};
@@ -324,7 +324,7 @@ mod tests {
         let keys =
             [slab + 1024 + codes as u64, slab + 4096 + raw_keys as u64, 0, slab + 8192 + raw_keys as u64];
         assert_eq!(read::<u64>(&image, at[0], 8), [&keys[..], &[0; 4]].concat());
-        let int8 = Int8Layout::new(&layout);
+        let int8 = FormatLayout::new(Format::Int8, &layout);
         let scales = slab + 1024 + int8.scales_at(&layout, 1, Plane::Key) as u64;
         assert_eq!(read::<u64>(&image, at[1], 8), [scales, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(read::<u32>(&image, at[2], 2), [14, 0]);
@@ -338,7 +338,7 @@ mod tests {
         let mut geometry = Geometry::new(3, 2, 8, ElementType::F16).block_tokens(4);
         geometry.groups[0].value_dim = 5;
         let layout = geometry.layout().unwrap();
-        let int8 = Int8Layout::new(&layout);
+        let int8 = FormatLayout::new(Format::Int8, &layout);
         let scale = layout.element.scale_bytes();
         type At<'a> = &'a dyn Fn(usize, Plane) -> usize;
         let cases: [(usize, usize, At<'_>); 3] = [

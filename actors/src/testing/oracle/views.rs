@@ -2,7 +2,7 @@
 
 use super::Oracle;
 use crate::block::{BlockId, Place};
-use crate::format::{Format, Int8Layout};
+use crate::format::{Format, FormatLayout};
 use crate::geometry::Plane;
 use crate::memory::ReadBuffer;
 use crate::sequence::pieces;
@@ -131,21 +131,9 @@ fn row_bytes(
     plane: Plane,
     rows: std::ops::Range<usize>,
 ) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let (first, second) = match place.format {
-        Format::Int8 => {
-            let int8 = Int8Layout::new(layout);
-            let codes = slot + int8.codes_at(layout, layer, plane);
-            let scales = slot + int8.scales_at(layout, layer, plane);
-            let (dim, scale) = (layout.dim(plane), layout.element.scale_bytes());
-            (
-                codes + rows.start * dim..codes + rows.end * dim,
-                Some(scales + rows.start * scale..scales + rows.end * scale),
-            )
-        }
-        _ => {
-            let (raw, row) = (slot + layout.plane_offset(layer, plane), layout.row_bytes(plane));
-            (raw + rows.start * row..raw + rows.end * row, None)
-        }
-    };
-    [Some(first), second].into_iter().flatten()
+    let sealed = FormatLayout::new(place.format, layout);
+    [sealed.codes_of(layout, layer, plane, &rows), sealed.scales_of(layout, layer, plane, &rows)]
+        .into_iter()
+        .filter(|range| !range.is_empty())
+        .map(move |range| slot + range.start..slot + range.end)
 }

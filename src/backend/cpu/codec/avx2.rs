@@ -26,11 +26,11 @@ use std::arch::x86_64::*;
 use super::{ElementType, SCALE_FLOOR_F32, finite_max};
 
 // Element types as const parameters: one copy of the code for each, with no branch inside.
-const F16: u8 = 0;
-const BF16: u8 = 1;
-const F32: u8 = 2;
+pub(super) const F16: u8 = 0;
+pub(super) const BF16: u8 = 1;
+pub(super) const F32: u8 = 2;
 
-const fn element_bytes(e: u8) -> usize {
+pub(super) const fn element_bytes(e: u8) -> usize {
     if e == F32 { 4 } else { 2 }
 }
 
@@ -444,7 +444,7 @@ fn padded<const N: usize>(bytes: &[u8]) -> [u8; N] {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn lanes(v: __m256) -> [f32; 8] {
+pub(super) fn lanes(v: __m256) -> [f32; 8] {
     let mut lanes = [0.0; 8];
     // SAFETY: invariant 2: the array has room for 32 bytes.
     unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), v) };
@@ -468,7 +468,7 @@ fn store(to: &mut [u8; 32], value: __m256i) {
 /// The `i`th 16 bytes of `from`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn load_half(from: &[u8], i: usize) -> __m128i {
+pub(super) fn load_half(from: &[u8], i: usize) -> __m128i {
     let from = &from[16 * i..][..16];
     // SAFETY: invariant 2: the slice has 16 bytes.
     unsafe { _mm_loadu_si128(from.as_ptr().cast()) }
@@ -477,16 +477,25 @@ fn load_half(from: &[u8], i: usize) -> __m128i {
 /// The `i`th 32 bytes of `from`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn load_full(from: &[u8], i: usize) -> __m256i {
+pub(super) fn load_full(from: &[u8], i: usize) -> __m256i {
     let from = &from[32 * i..][..32];
     // SAFETY: invariant 2: the slice has 32 bytes.
     unsafe { _mm256_loadu_si256(from.as_ptr().cast()) }
 }
 
+/// To the `i`th 16 bytes of `to`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn store_half(to: &mut [u8], i: usize, value: __m128i) {
+    let to = &mut to[16 * i..][..16];
+    // SAFETY: invariant 2: the slice has room for 16 bytes.
+    unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), value) }
+}
+
 /// To the `i`th 32 bytes of `to`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn store_full(to: &mut [u8], i: usize, value: __m256i) {
+pub(super) fn store_full(to: &mut [u8], i: usize, value: __m256i) {
     let to = &mut to[32 * i..][..32];
     // SAFETY: invariant 2: the slice has room for 32 bytes.
     unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), value) }

@@ -62,21 +62,25 @@ pub(super) fn int8_decode(
     dst: &mut [u8],
     dst_stride: usize,
 ) {
-    let max = finite_max(element);
     let rows = codes.chunks_exact(dim).zip(scales.chunks_exact(element.scale_bytes()));
     for (row, (codes, stored)) in rows.enumerate() {
         let scale = read_scale(element, stored);
         let out = &mut dst[row * dst_stride..][..dim * element.bytes()];
         for (code, out) in codes.iter().zip(out.chunks_exact_mut(element.bytes())) {
-            let product = f32::from(code.cast_signed()) * scale;
-            // `min` first: it turns a NaN into `max`, as the vector instructions do.
-            write(element, product.min(max).max(-max), out);
+            write(element, finite(element, f32::from(code.cast_signed()) * scale), out);
         }
     }
 }
 
+/// Saturated to the finite range of the element type.
+pub(super) fn finite(element: ElementType, value: f32) -> f32 {
+    let max = finite_max(element);
+    // `min` first: it turns a NaN into `max`, as the vector instructions do.
+    value.min(max).max(-max)
+}
+
 /// Rounds `ideal` to the stored type, applies the floor, stores it, and returns what was stored.
-fn write_scale(element: ElementType, ideal: f32, stored: &mut [u8]) -> f32 {
+pub(super) fn write_scale(element: ElementType, ideal: f32, stored: &mut [u8]) -> f32 {
     match element {
         ElementType::F16 => {
             let scale = f16::from_f32(ideal).max(SCALE_FLOOR_F16);
@@ -92,7 +96,7 @@ fn write_scale(element: ElementType, ideal: f32, stored: &mut [u8]) -> f32 {
 }
 
 /// The stored scale of one row.
-fn read_scale(element: ElementType, stored: &[u8]) -> f32 {
+pub(super) fn read_scale(element: ElementType, stored: &[u8]) -> f32 {
     match element {
         ElementType::F16 => f16::from_le_bytes([stored[0], stored[1]]).to_f32(),
         ElementType::Bf16 | ElementType::F32 => {
@@ -102,7 +106,7 @@ fn read_scale(element: ElementType, stored: &[u8]) -> f32 {
 }
 
 /// Element `i` of `row`.
-fn read(element: ElementType, row: &[u8], i: usize) -> f32 {
+pub(super) fn read(element: ElementType, row: &[u8], i: usize) -> f32 {
     let at = &row[i * element.bytes()..];
     match element {
         ElementType::F16 => f16::from_le_bytes([at[0], at[1]]).to_f32(),
@@ -112,7 +116,7 @@ fn read(element: ElementType, row: &[u8], i: usize) -> f32 {
 }
 
 /// Rounds `value`, half to even, into `out`.
-fn write(element: ElementType, value: f32, out: &mut [u8]) {
+pub(super) fn write(element: ElementType, value: f32, out: &mut [u8]) {
     match element {
         ElementType::F16 => out.copy_from_slice(&f16::from_f32(value).to_le_bytes()),
         ElementType::Bf16 => out.copy_from_slice(&bf16::from_f32(value).to_le_bytes()),

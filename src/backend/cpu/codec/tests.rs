@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{ElementType, Kernels, SCALE_FLOOR_F32};
+use super::{ElementType, Format, Kernels, SCALE_FLOOR_F32};
 
 const ELEMENTS: [ElementType; 3] = [ElementType::F16, ElementType::Bf16, ElementType::F32];
 const DIMS: [usize; 8] = [1, 3, 8, 64, 80, 128, 129, 256];
@@ -103,7 +103,7 @@ fn encode(kernels: Kernels, element: ElementType, dim: usize, src: &[u8]) -> Enc
     let mut scales = vec![0xEE; rows * element.scale_bytes() + 4];
     let (codes_end, scales_end) = (codes.len() - 1, scales.len() - 1);
     let (codes_out, scales_out) = (&mut codes[3..codes_end], &mut scales[3..scales_end]);
-    let finite = kernels.int8_encode(element, dim, &shifted[1..], codes_out, scales_out);
+    let finite = kernels.encode(Format::Int8, element, dim, &shifted[1..], codes_out, scales_out);
     assert_eq!((&codes[..3], codes[codes_end]), (&[0xEE; 3][..], 0xEE));
     assert_eq!((&scales[..3], scales[scales_end]), (&[0xEE; 3][..], 0xEE));
     Encoded { finite, codes: codes[3..codes_end].to_vec(), scales: scales[3..scales_end].to_vec() }
@@ -113,7 +113,7 @@ fn encode(kernels: Kernels, element: ElementType, dim: usize, src: &[u8]) -> Enc
 fn decode(kernels: Kernels, element: ElementType, dim: usize, codes: &[u8], scales: &[u8]) -> Vec<u8> {
     let stride = (dim + 3) * element.bytes();
     let mut dst = vec![0xEE; codes.len() / dim * stride + 1];
-    kernels.int8_decode(element, dim, codes, scales, &mut dst[1..], stride);
+    kernels.decode(Format::Int8, element, dim, codes, scales, &mut dst[1..], stride);
     for row in dst[1..].chunks(stride) {
         assert!(row[dim * element.bytes()..].iter().all(|byte| *byte == 0xEE), "wrote between rows");
     }
@@ -299,7 +299,7 @@ fn every_pair(element: ElementType, infinity: u16) {
             *code = (factor * q.min(127)) as u8;
         }
         for kernels in &sets {
-            assert!(kernels.int8_encode(element, span, &src, &mut codes, scales));
+            assert!(kernels.encode(Format::Int8, element, span, &src, &mut codes, scales));
             assert!(codes[..count] == expected[..count], "{} {element:?} max {max:#x}", kernels.name());
         }
     }
@@ -375,21 +375,21 @@ fn copies_rows_between_strides() {
 #[test]
 fn no_rows_is_no_work() {
     for kernels in Kernels::candidates() {
-        assert!(kernels.int8_encode(ElementType::F16, 64, &[], &mut [], &mut []));
-        kernels.int8_decode(ElementType::F16, 64, &[], &[], &mut [], 128);
+        assert!(kernels.encode(Format::Int8, ElementType::F16, 64, &[], &mut [], &mut []));
+        kernels.decode(Format::Int8, ElementType::F16, 64, &[], &[], &mut [], 128);
     }
 }
 
 #[test]
 #[should_panic(expected = "a row lies outside dst")]
 fn refuses_a_destination_that_is_too_short() {
-    Kernels::best().int8_decode(ElementType::F16, 64, &[0; 128], &[0; 4], &mut [0; 255], 128);
+    Kernels::best().decode(Format::Int8, ElementType::F16, 64, &[0; 128], &[0; 4], &mut [0; 255], 128);
 }
 
 #[test]
 #[should_panic(expected = "src is not [rows, dim]")]
 fn refuses_lengths_that_do_not_agree() {
-    Kernels::best().int8_encode(ElementType::F16, 4, &[0; 6], &mut [0; 4], &mut [0; 2]);
+    Kernels::best().encode(Format::Int8, ElementType::F16, 4, &[0; 6], &mut [0; 4], &mut [0; 2]);
 }
 
 #[test]

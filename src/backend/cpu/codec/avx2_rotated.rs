@@ -1,0 +1,417 @@
+//! `r4`, `r3` and `r2` with AVX2: 8 rows at a time, one in each lane.
+//!
+//! So a vector is one element of 8 rows: every sum, difference and comparison of the definition is one instruction for 8 rows, in
+//! the order of the definition, with no shuffle but for the transposes at the ends. The codes of 8 elements of a row are one
+//! word of its lane. A batch of fewer rows than 8 does its last row over.
+
+use std::arch::x86_64::*;
+
+use half::bf16;
+
+use super::avx2::{BF16, F16, F32, element_bytes, lanes};
+use super::rotated::{self, BOOK2, BOOK3, BOOK4, flips, group, middle, root};
+use super::{ElementType, finite_max};
+
+/// See [`rotated::encode`].
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn encode(
+    bits: usize,
+    element: ElementType,
+    dim: usize,
+    src: &[u8],
+    codes: &mut [u8],
+    factors: &mut [u8],
+) -> bool {
+    if group(dim) < 8 {
+        return rotated::encode(bits, element, dim, src, codes, factors);
+    }
+    match (bits, element) {
+        (4, ElementType::F16) => encode_rows::<4, F16>(dim, src, codes, factors),
+        (4, ElementType::Bf16) => encode_rows::<4, BF16>(dim, src, codes, factors),
+        (4, ElementType::F32) => encode_rows::<4, F32>(dim, src, codes, factors),
+        (3, ElementType::F16) => encode_rows::<3, F16>(dim, src, codes, factors),
+        (3, ElementType::Bf16) => encode_rows::<3, BF16>(dim, src, codes, factors),
+        (3, ElementType::F32) => encode_rows::<3, F32>(dim, src, codes, factors),
+        (_, ElementType::F16) => encode_rows::<2, F16>(dim, src, codes, factors),
+        (_, ElementType::Bf16) => encode_rows::<2, BF16>(dim, src, codes, factors),
+        (_, ElementType::F32) => encode_rows::<2, F32>(dim, src, codes, factors),
+    }
+}
+
+/// See [`rotated::decode`].
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn decode(
+    bits: usize,
+    element: ElementType,
+    dim: usize,
+    codes: &[u8],
+    factors: &[u8],
+    dst: &mut [u8],
+    dst_stride: usize,
+) {
+    if group(dim) < 8 {
+        return rotated::decode(bits, element, dim, codes, factors, dst, dst_stride);
+    }
+    match (bits, element) {
+        (4, ElementType::F16) => decode_rows::<4, F16>(dim, codes, factors, dst, dst_stride),
+        (4, ElementType::Bf16) => decode_rows::<4, BF16>(dim, codes, factors, dst, dst_stride),
+        (4, ElementType::F32) => decode_rows::<4, F32>(dim, codes, factors, dst, dst_stride),
+        (3, ElementType::F16) => decode_rows::<3, F16>(dim, codes, factors, dst, dst_stride),
+        (3, ElementType::Bf16) => decode_rows::<3, BF16>(dim, codes, factors, dst, dst_stride),
+        (3, ElementType::F32) => decode_rows::<3, F32>(dim, codes, factors, dst, dst_stride),
+        (_, ElementType::F16) => decode_rows::<2, F16>(dim, codes, factors, dst, dst_stride),
+        (_, ElementType::Bf16) => decode_rows::<2, BF16>(dim, codes, factors, dst, dst_stride),
+        (_, ElementType::F32) => decode_rows::<2, F32>(dim, codes, factors, dst, dst_stride),
+    }
+}
+
+/// Rows are done in batches of this many.
+const LANES: usize = 8;
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn encode_rows<const BITS: usize, const E: u8>(
+    dim: usize,
+    src: &[u8],
+    codes: &mut [u8],
+    factors: &mut [u8],
+) -> bool {
+    let (row_bytes, code_bytes) = (dim * element_bytes(E), dim * BITS / 8);
+    let mut y = vec![_mm256_setzero_ps(); dim];
+    let mut finite = true;
+    let batches = src.chunks(LANES * row_bytes).zip(codes.chunks_mut(LANES * code_bytes));
+    for ((src, codes), factors) in batches.zip(factors.chunks_mut(LANES * 2)) {
+        let rows = factors.len() / 2;
+        let row = std::array::from_fn(|lane| &src[lane.min(rows - 1) * row_bytes..][..row_bytes]);
+        let max = load_rows::<E>(row, &mut y);
+        let up = match E {
+            F16 => _mm256_set1_ps(1.0),
+            _ => scale_down(max, &mut y),
+        };
+        y.chunks_exact_mut(group(dim)).for_each(|y| transform(y));
+        let (ideal, zero) = choose::<BITS>(&y, codes, rows);
+        let ideal = lanes(_mm256_mul_ps(ideal, up));
+        let wrong = _mm256_cmpgt_epi32(max, _mm256_set1_epi32(0x7F7F_FFFF));
+        let wrong = _mm256_movemask_ps(_mm256_castsi256_ps(wrong)).cast_unsigned();
+        finite &= wrong & ((1 << rows) - 1) == 0;
+        let nothing = wrong | zero;
+        for (lane, factor) in factors.chunks_exact_mut(2).enumerate() {
+            let none = nothing >> lane & 1 == 1;
+            if none {
+                codes[lane * code_bytes..][..code_bytes].fill(0);
+            }
+            rotated::write_factor(if none { 0.0 } else { ideal[lane] }, factor);
+        }
+    }
+    finite
+}
+
+/// Loads 8 rows, signs changed, one in each lane of `y`; the lanes' largest magnitudes as integers.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load_rows<const E: u8>(rows: [&[u8]; LANES], y: &mut [__m256]) -> __m256i {
+    let magnitude = _mm256_set1_epi32(0x7FFF_FFFF);
+    let mut max = _mm256_setzero_si256();
+    for (eighth, y) in y.chunks_exact_mut(8).enumerate() {
+        let loaded = std::array::from_fn(|lane| load_8::<E>(rows[lane], eighth));
+        for (i, x) in transposed(loaded).into_iter().enumerate() {
+            max = _mm256_max_epu32(max, _mm256_and_si256(_mm256_castps_si256(x), magnitude));
+            y[i] = flip_if(x, flips(8 * eighth + i));
+        }
+    }
+    max
+}
+
+/// Divides each lane by the power of two at or below its largest magnitude, and returns that power.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn scale_down(max: __m256i, y: &mut [__m256]) -> __m256 {
+    let exponent = _mm256_and_si256(max, _mm256_set1_epi32(0x7F80_0000));
+    let exponent = _mm256_min_epi32(exponent, _mm256_set1_epi32(253 << 23));
+    let exponent = _mm256_max_epi32(exponent, _mm256_set1_epi32(1 << 23));
+    let power = _mm256_castsi256_ps(exponent);
+    // Both are powers of two, whose reciprocals are exact.
+    let down = _mm256_div_ps(_mm256_set1_ps(1.0), power);
+    y.iter_mut().for_each(|y| *y = _mm256_mul_ps(*y, down));
+    _mm256_div_ps(_mm256_set1_ps(1.0), down)
+}
+
+/// Chooses the codes of `rows` rows, and returns the factors, and a bit for each row of zeros.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn choose<const BITS: usize>(y: &[__m256], codes: &mut [u8], rows: usize) -> (__m256, u32) {
+    let (dim, group) = (y.len(), group(y.len()));
+    let code_bytes = dim * BITS / 8;
+    let mut square = Sum::new(group);
+    for y in y.chunks_exact(8) {
+        square.add(std::array::from_fn(|i| _mm256_mul_ps(y[i], y[i])));
+    }
+    let square = square.total;
+    let to_unit = _mm256_sqrt_ps(_mm256_div_ps(_mm256_set1_ps(dim as f32), square));
+    let (mut dots, mut squares) = (Sum::new(group), Sum::new(group));
+    for (eighth, y) in y.chunks_exact(8).enumerate() {
+        let mut word = _mm256_setzero_si256();
+        let (mut dot, mut c_square) = ([_mm256_setzero_ps(); 8], [_mm256_setzero_ps(); 8]);
+        for i in 0..8 {
+            let u = _mm256_mul_ps(y[i], to_unit);
+            let (code, c) = nearest::<BITS>(u);
+            word = _mm256_or_si256(word, _mm256_sllv_epi32(code, _mm256_set1_epi32((BITS * i) as i32)));
+            (dot[i], c_square[i]) = (_mm256_mul_ps(y[i], c), _mm256_mul_ps(c, c));
+        }
+        dots.add(dot);
+        squares.add(c_square);
+        let words = lanes(_mm256_castsi256_ps(word));
+        for (lane, word) in words.iter().take(rows).enumerate() {
+            let at = lane * code_bytes + eighth * BITS;
+            codes[at..at + BITS].copy_from_slice(&word.to_bits().to_le_bytes()[..BITS]);
+        }
+    }
+    let factor = _mm256_div_ps(dots.total, squares.total);
+    let factor = _mm256_mul_ps(factor, _mm256_set1_ps(root(group).recip()));
+    let zero = _mm256_cmp_ps::<_CMP_EQ_OQ>(square, _mm256_setzero_ps());
+    (factor, _mm256_movemask_ps(zero).cast_unsigned())
+}
+
+/// Codes of the nearest values, and the values.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn nearest<const BITS: usize>(u: __m256) -> (__m256i, __m256) {
+    let sign = _mm256_and_ps(u, _mm256_set1_ps(-0.0));
+    let size = _mm256_andnot_ps(_mm256_set1_ps(-0.0), u);
+    let above = |middle| _mm256_cmp_ps::<_CMP_GT_OQ>(size, middle);
+    let bit = |mask, bit| _mm256_and_si256(_mm256_castps_si256(mask), _mm256_set1_epi32(bit));
+    let between = |book: &[f32], i| _mm256_set1_ps(middle(book, i));
+    let magnitude = match BITS {
+        4 => {
+            // Halves the book three times; the last middle is looked up.
+            let high = above(between(&BOOK4, 3));
+            let second = above(_mm256_blendv_ps(between(&BOOK4, 1), between(&BOOK4, 5), high));
+            let four = _mm256_or_si256(bit(high, 4), bit(second, 2));
+            let last = |i: usize| middle(&BOOK4, i.min(6));
+            let lasts =
+                _mm256_setr_ps(last(0), last(0), last(2), last(2), last(4), last(4), last(6), last(6));
+            let third = above(_mm256_permutevar8x32_ps(lasts, four));
+            _mm256_or_si256(four, bit(third, 1))
+        }
+        3 => {
+            let high = above(between(&BOOK3, 1));
+            let second = above(_mm256_blendv_ps(between(&BOOK3, 0), between(&BOOK3, 2), high));
+            _mm256_or_si256(bit(high, 2), bit(second, 1))
+        }
+        _ => bit(above(between(&BOOK2, 0)), 1),
+    };
+    let c = _mm256_or_ps(_mm256_permutevar8x32_ps(book::<BITS>(), magnitude), sign);
+    let negative = _mm256_srlv_epi32(_mm256_castps_si256(sign), _mm256_set1_epi32(32 - BITS as i32));
+    (_mm256_or_si256(magnitude, negative), c)
+}
+
+/// The magnitudes of the codebook, over and over.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn book<const BITS: usize>() -> __m256 {
+    let at = |i: usize| rotated::book(BITS)[i % rotated::book(BITS).len()];
+    _mm256_setr_ps(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7))
+}
+
+/// The sum of the definition, 8 elements at a time: one that is complete on a level waits there for its neighbour.
+struct Sum {
+    group: usize,
+    added: usize,
+    waiting: [__m256; 6],
+    total: __m256,
+}
+
+impl Sum {
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn new(group: usize) -> Sum {
+        let zero = _mm256_setzero_ps();
+        Sum { group: group / 8, added: 0, waiting: [zero; 6], total: zero }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    fn add(&mut self, x: [__m256; 8]) {
+        let two = |i: usize| _mm256_add_ps(x[2 * i], x[2 * i + 1]);
+        let mut sum = _mm256_add_ps(_mm256_add_ps(two(0), two(1)), _mm256_add_ps(two(2), two(3)));
+        let at = self.added % self.group;
+        let mut level = 0;
+        while at >> level & 1 == 1 {
+            sum = _mm256_add_ps(self.waiting[level], sum);
+            level += 1;
+        }
+        self.waiting[level] = sum;
+        self.added += 1;
+        if at + 1 == self.group {
+            let first = self.added == self.group;
+            self.total = if first { sum } else { _mm256_add_ps(self.total, sum) };
+        }
+    }
+}
+
+/// The transform of one group: three levels at a time while there are three.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn transform(y: &mut [__m256]) {
+    let mut apart = 1;
+    while apart * 8 <= y.len() {
+        for block in y.chunks_exact_mut(apart * 8) {
+            for at in 0..apart {
+                let mut x: [__m256; 8] = std::array::from_fn(|i| block[at + i * apart]);
+                butterflies(&mut x, 1);
+                butterflies(&mut x, 2);
+                butterflies(&mut x, 4);
+                x.into_iter().enumerate().for_each(|(i, x)| block[at + i * apart] = x);
+            }
+        }
+        apart *= 8;
+    }
+    while apart < y.len() {
+        for pair in y.chunks_exact_mut(2 * apart) {
+            let (low, high) = pair.split_at_mut(apart);
+            for (a, b) in low.iter_mut().zip(high) {
+                (*a, *b) = (_mm256_add_ps(*a, *b), _mm256_sub_ps(*a, *b));
+            }
+        }
+        apart *= 2;
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn butterflies(x: &mut [__m256; 8], apart: usize) {
+    for i in (0..8).filter(|i| i & apart == 0) {
+        let (a, b) = (x[i], x[i + apart]);
+        (x[i], x[i + apart]) = (_mm256_add_ps(a, b), _mm256_sub_ps(a, b));
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn decode_rows<const BITS: usize, const E: u8>(
+    dim: usize,
+    codes: &[u8],
+    factors: &[u8],
+    dst: &mut [u8],
+    dst_stride: usize,
+) {
+    let (row_bytes, code_bytes, group) = (dim * element_bytes(E), dim * BITS / 8, group(dim));
+    let element = [ElementType::F16, ElementType::Bf16, ElementType::F32][E as usize];
+    let max = _mm256_set1_ps(finite_max(element));
+    let min = _mm256_set1_ps(-finite_max(element));
+    let mut y = vec![_mm256_setzero_ps(); dim];
+    let batches = codes.chunks(LANES * code_bytes).zip(factors.chunks(LANES * 2));
+    for (batch, (codes, factors)) in batches.enumerate() {
+        let rows = factors.len() / 2;
+        for (eighth, y) in y.chunks_exact_mut(8).enumerate() {
+            let word = |lane: usize| {
+                let at = lane.min(rows - 1) * code_bytes + eighth * BITS;
+                let mut word = [0; 4];
+                word[..BITS].copy_from_slice(&codes[at..at + BITS]);
+                i32::from_le_bytes(word)
+            };
+            let words =
+                _mm256_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7));
+            for (i, y) in y.iter_mut().enumerate() {
+                // The code's highest bit becomes the sign, the others an index: the look-up minds three bits of it.
+                let code = _mm256_srlv_epi32(words, _mm256_set1_epi32((BITS * i) as i32));
+                let sign = _mm256_sllv_epi32(code, _mm256_set1_epi32(32 - BITS as i32));
+                let sign = _mm256_and_ps(_mm256_castsi256_ps(sign), _mm256_set1_ps(-0.0));
+                let magnitude = _mm256_and_si256(code, _mm256_set1_epi32((1 << (BITS - 1)) - 1));
+                *y = _mm256_or_ps(_mm256_permutevar8x32_ps(book::<BITS>(), magnitude), sign);
+            }
+        }
+        y.chunks_exact_mut(group).for_each(|y| transform(y));
+        let factor = |lane: usize| {
+            let at = 2 * lane.min(rows - 1);
+            bf16::from_le_bytes([factors[at], factors[at + 1]]).to_f32()
+        };
+        let scale = _mm256_setr_ps(
+            factor(0),
+            factor(1),
+            factor(2),
+            factor(3),
+            factor(4),
+            factor(5),
+            factor(6),
+            factor(7),
+        );
+        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(root(group).recip()));
+        let dst = &mut dst[batch * LANES * dst_stride..];
+        for (eighth, y) in y.chunks_exact(8).enumerate() {
+            let x = std::array::from_fn(|i| {
+                let x = flip_if(_mm256_mul_ps(y[i], scale), flips(8 * eighth + i));
+                // `min` answers its second operand for a NaN.
+                _mm256_max_ps(_mm256_min_ps(x, max), min)
+            });
+            for (lane, x) in transposed(x).into_iter().take(rows).enumerate() {
+                store_8::<E>(&mut dst[lane * dst_stride..][..row_bytes], eighth, x);
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn flip_if(x: __m256, flips: bool) -> __m256 {
+    if flips { _mm256_xor_ps(x, _mm256_set1_ps(-0.0)) } else { x }
+}
+
+/// Rows to columns.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn transposed(x: [__m256; 8]) -> [__m256; 8] {
+    let low = |i: usize| _mm256_unpacklo_ps(x[i], x[i + 1]);
+    let high = |i: usize| _mm256_unpackhi_ps(x[i], x[i + 1]);
+    let (l, h) = ([low(0), low(2), low(4), low(6)], [high(0), high(2), high(4), high(6)]);
+    let fours = |two: [__m256; 4], i: usize| {
+        (
+            _mm256_shuffle_ps::<0b01_00_01_00>(two[i], two[i + 1]),
+            _mm256_shuffle_ps::<0b11_10_11_10>(two[i], two[i + 1]),
+        )
+    };
+    let ((a0, a1), (a2, a3)) = (fours(l, 0), fours(h, 0));
+    let ((b0, b1), (b2, b3)) = (fours(l, 2), fours(h, 2));
+    let first = |a, b| _mm256_permute2f128_ps::<0x20>(a, b);
+    let second = |a, b| _mm256_permute2f128_ps::<0x31>(a, b);
+    [
+        first(a0, b0),
+        first(a1, b1),
+        first(a2, b2),
+        first(a3, b3),
+        second(a0, b0),
+        second(a1, b1),
+        second(a2, b2),
+        second(a3, b3),
+    ]
+}
+
+/// The `i`th 8 elements of a row.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn load_8<const E: u8>(row: &[u8], i: usize) -> __m256 {
+    if E == F32 {
+        return _mm256_castsi256_ps(super::avx2::load_full(row, i));
+    }
+    let halves = super::avx2::load_half(row, i);
+    match E {
+        F16 => _mm256_cvtph_ps(halves),
+        _ => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves))),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn store_8<const E: u8>(row: &mut [u8], i: usize, x: __m256) {
+    match E {
+        F32 => super::avx2::store_full(row, i, _mm256_castps_si256(x)),
+        F16 => super::avx2::store_half(row, i, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)),
+        _ => {
+            let bits = _mm256_castps_si256(x);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+            let upper = _mm256_srli_epi32::<16>(rounded);
+            let packed = _mm256_packus_epi32(upper, upper);
+            let packed = _mm256_permute4x64_epi64::<0b10_00>(packed);
+            super::avx2::store_half(row, i, _mm256_castsi256_si128(packed));
+        }
+    }
+}
