@@ -80,4 +80,4 @@ pub use kv_cache_actors::stats::{BatchSizes, CoreCounters, Percentiles};
 pub use kv_cache_actors::supervisor::{ActorName, Exit};
 pub use sequence::{Sequence, SequenceInfo};
 pub use telemetry::{ShardReport, Stats};
-pub use view::{BlockEntry, BlockTable, BlockView, Rows, Scales, SequenceRows, View};
+pub use view::{BlockEntry, BlockTable, BlockView, CommittedView, Rows, Scales, SequenceRows, View};

@@ -10,7 +10,7 @@ use kv_cache_actors::sequence::OpenSequence;
 use crate::batch::{KeysValues, Outcome};
 use crate::element::{Element, tensor};
 use crate::runtime::Runtime;
-use crate::view::View;
+use crate::view::{CommittedView, View};
 use crate::{Error, ExtraIdentity, Format, SequenceId, Tenant, Tier};
 
 /// An open sequence. Dropping it closes it, without waiting; its memory is free once what is in flight has ended.
@@ -205,6 +205,15 @@ impl Sequence {
     /// [`Error::Layer`]; [`Error::ClosedSequence`]; [`Error::ShardLost`].
     pub fn view(&self, layer: u32) -> Result<View, Error> {
         View::new(&self.runtime, self.open.shared(), layer)
+    }
+
+    /// Borrows all layers of the committed tokens in place, with one look at each block: for a model that reads every layer in a step.
+    /// Otherwise as [`Sequence::view`].
+    ///
+    /// # Errors
+    /// [`Error::ClosedSequence`]; [`Error::ShardLost`].
+    pub fn view_committed(&self) -> Result<CommittedView, Error> {
+        CommittedView::new(&self.runtime, self.open.shared())
     }
 
     /// A sequence with the same committed tokens, sharing their blocks until one of the two writes to them.

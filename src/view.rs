@@ -74,12 +74,11 @@ fn check_layer(layout: &BlockLayout, layer: u32) -> Result<(), Error> {
     }
 }
 
-/// One layer of a sequence, borrowed in place. See [`Sequence::view`](crate::Sequence::view).
+/// Blocks of a sequence that stay where they are while this lives.
 #[derive(Debug)]
-pub struct View {
+pub(crate) struct Pinned {
     memory: Memory,
     layout: BlockLayout,
-    layer: usize,
     pieces: Vec<Piece>,
     _pins: Pins,
 }
@@ -94,10 +93,14 @@ struct Piece {
     copy: OnceLock<Result<HostCopy, Error>>,
 }
 
-impl View {
-    pub(crate) fn new(runtime: &Runtime, shared: &SequenceShared, layer: u32) -> Result<View, Error> {
+impl Pinned {
+    /// The blocks of the tokens that `visible` finds.
+    fn new(
+        runtime: &Runtime,
+        shared: &SequenceShared,
+        visible: impl FnOnce(&SequenceState) -> u32,
+    ) -> Result<Pinned, Error> {
         let layout = runtime.layout;
-        check_layer(&layout, layer)?;
         if runtime.submitter.permits.is_closed() {
             return Err(Error::Closed);
         }
@@ -111,26 +114,24 @@ impl View {
         if state.blocks.is_empty() && runtime.directory.get(shared.id()).is_none() {
             return Err(Error::ClosedSequence(shared.id()));
         }
-        let mut view =
-            View { memory, layout, layer: layer as usize, pieces: Vec::new(), _pins: Pins::default() };
-        for range in kept(&state, state.visible(layer as usize)) {
+        let mut pinned = Pinned { memory, layout, pieces: Vec::new(), _pins: Pins::default() };
+        for range in kept(&state, visible(&state)) {
             let mut first_token = range.start;
             for (at, inside) in state.pieces(&layout, range) {
                 let count = inside.len() as u32;
-                let pinned = state.blocks.get(at).and_then(|&block| pin(shard, block));
-                let (place, pin) = pinned.ok_or(Error::ClosedSequence(shared.id()))?;
+                let found = state.blocks.get(at).and_then(|&block| pin(shard, block));
+                let (place, pin) = found.ok_or(Error::ClosedSequence(shared.id()))?;
                 let offset = runtime.pool.offset_bytes(place.class, place.slot);
                 let copy = OnceLock::new();
-                view.pieces.push(Piece { first_token, inside, offset, format: place.format, copy });
-                view._pins.push(shard, pin);
+                pinned.pieces.push(Piece { first_token, inside, offset, format: place.format, copy });
+                pinned._pins.push(shard, pin);
                 first_token += count;
             }
         }
-        Ok(view)
+        Ok(pinned)
     }
 
-    /// Tokens in the view.
-    pub fn tokens(&self) -> u32 {
+    fn tokens(&self) -> u32 {
         self.pieces.iter().map(|piece| piece.inside.len() as u32).sum()
     }
 
@@ -140,16 +141,66 @@ impl View {
         self.memory.pinned(slot, inside, &piece.copy, self)
     }
 
-    /// The blocks in order of their tokens.
-    pub fn blocks(&self) -> impl Iterator<Item = BlockView<'_>> {
-        self.pieces.iter().map(|piece| BlockView { view: self, piece })
+    fn blocks(&self, layer: usize) -> impl Iterator<Item = BlockView<'_>> {
+        self.pieces.iter().map(move |piece| BlockView { pinned: self, layer, piece })
     }
 }
 
-/// One block of a [`View`].
+/// One layer of a sequence, borrowed in place. See [`Sequence::view`](crate::Sequence::view).
+#[derive(Debug)]
+pub struct View {
+    pinned: Pinned,
+    layer: usize,
+}
+
+impl View {
+    pub(crate) fn new(runtime: &Runtime, shared: &SequenceShared, layer: u32) -> Result<View, Error> {
+        check_layer(&runtime.layout, layer)?;
+        let layer = layer as usize;
+        Ok(View { pinned: Pinned::new(runtime, shared, |state| state.visible(layer))?, layer })
+    }
+
+    /// Tokens in the view.
+    pub fn tokens(&self) -> u32 {
+        self.pinned.tokens()
+    }
+
+    /// The blocks in order of their tokens.
+    pub fn blocks(&self) -> impl Iterator<Item = BlockView<'_>> {
+        self.pinned.blocks(self.layer)
+    }
+}
+
+/// All layers of a sequence's committed tokens, borrowed in place: its blocks are looked up and pinned once for a whole step of a
+/// model. See [`Sequence::view_committed`](crate::Sequence::view_committed).
+#[derive(Debug)]
+pub struct CommittedView(Pinned);
+
+impl CommittedView {
+    pub(crate) fn new(runtime: &Runtime, shared: &SequenceShared) -> Result<CommittedView, Error> {
+        Ok(CommittedView(Pinned::new(runtime, shared, |state| state.committed)?))
+    }
+
+    /// Tokens in the view.
+    pub fn tokens(&self) -> u32 {
+        self.0.tokens()
+    }
+
+    /// The blocks of one layer in order of their tokens.
+    ///
+    /// # Errors
+    /// [`Error::Layer`].
+    pub fn blocks(&self, layer: u32) -> Result<impl Iterator<Item = BlockView<'_>>, Error> {
+        check_layer(&self.0.layout, layer)?;
+        Ok(self.0.blocks(layer as usize))
+    }
+}
+
+/// One block of a [`View`] or a [`CommittedView`].
 #[derive(Debug, Clone, Copy)]
 pub struct BlockView<'a> {
-    view: &'a View,
+    pinned: &'a Pinned,
+    layer: usize,
     piece: &'a Piece,
 }
 
@@ -233,7 +284,7 @@ impl<'a> BlockView<'a> {
     }
 
     fn rows<T: Element>(&self, plane: Plane, head: usize) -> Result<Rows<'a, T>, Error> {
-        let (view, layout) = (self.view, &self.view.layout);
+        let (pinned, layer, layout) = (self.pinned, self.layer, &self.pinned.layout);
         check_type::<T>(layout.element)?;
         if head >= layout.kv_heads {
             return Err(Error::Unsupported {
@@ -245,12 +296,12 @@ impl<'a> BlockView<'a> {
         let rows = first..first + self.piece.inside.len();
         let format = self.piece.format;
         let stored = FormatLayout::new(format, layout);
-        let codes = view.bytes(self.piece, stored.codes_of(layout, view.layer, plane, &rows))?;
+        let codes = pinned.bytes(self.piece, stored.codes_of(layout, layer, plane, &rows))?;
         if format == Format::Raw {
             // Slots and planes begin at multiples of the element size, so the cast cannot fail.
             return Ok(Rows::Raw(bytemuck::cast_slice(codes)));
         }
-        let bytes = view.bytes(self.piece, stored.scales_of(layout, view.layer, plane, &rows))?;
+        let bytes = pinned.bytes(self.piece, stored.scales_of(layout, layer, plane, &rows))?;
         // They begin at multiples of 4 bytes.
         let scales = match (format, layout.element) {
             (Format::Int8 | Format::Fp8, ElementType::F16) => Scales::F16(bytemuck::cast_slice(bytes)),
@@ -280,7 +331,7 @@ impl<'a> BlockView<'a> {
     }
 
     fn decode<T: Element>(&self, plane: Plane, head: usize, rows: &mut [T]) -> Result<(), Error> {
-        let dim = self.view.layout.dim(plane);
+        let dim = self.pinned.layout.dim(plane);
         let shape = [1, self.piece.inside.len(), 1, dim];
         let (bytes, expected_bytes) = (size_of_val(rows), shape[1] * dim * size_of::<T>());
         if bytes != expected_bytes {

@@ -14,7 +14,7 @@ use kv_cache_actors::reach::{LentMemory, PlainMemory};
 
 use crate::config::{CacheConfig, Devices};
 use crate::error::{BuildError, Error};
-use crate::view::View;
+use crate::view::Pinned;
 
 /// A device that was chosen, not yet opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,7 +99,7 @@ impl Memory {
         #[cfg_attr(not(feature = "cuda"), expect(unused_variables))] copy: &'a OnceLock<
             Result<HostCopy, Error>,
         >,
-        view: &'a View,
+        view: &'a Pinned,
     ) -> Result<&'a [u8], Error> {
         match self {
             Memory::Cpu(slab) => Ok(slab.pinned(slot.start + inside.start..slot.start + inside.end, view)),

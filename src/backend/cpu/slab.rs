@@ -4,7 +4,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::ops::Range;
 use std::ptr::NonNull;
 
-use crate::view::View;
+use crate::view::Pinned;
 
 /// Pages, so that the system can hand out zero pages without touching them.
 const ALIGN_BYTES: usize = 4096;
@@ -54,7 +54,7 @@ impl Slab {
     }
 
     /// The bytes of `range`, which lies in rows of slots that `view` pins and shows.
-    pub(crate) fn pinned<'a>(&'a self, range: Range<usize>, view: &'a View) -> &'a [u8] {
+    pub(crate) fn pinned<'a>(&'a self, range: Range<usize>, view: &'a Pinned) -> &'a [u8] {
         let _ = view;
         // SAFETY: the view holds pins on its slots for as long as it lives (3) and asks only for rows that were acknowledged
         // when it was made (4).

@@ -60,7 +60,7 @@ use kv_cache_actors::pool::PoolLayout;
 
 use super::HostCopy;
 use crate::error::Error;
-use crate::view::View;
+use crate::view::Pinned;
 
 use self::driver::{DeviceMemory, PinnedMemory};
 pub(crate) use self::driver::{DriverError, Gpu, usable_gpus};
@@ -110,7 +110,7 @@ impl Slab {
     }
 
     /// A copy of the bytes of `range`, a slot that `view` pins. Waits for the copy, on no lane.
-    pub(crate) fn pinned(&self, range: Range<usize>, view: &View) -> Result<HostCopy, Error> {
+    pub(crate) fn pinned(&self, range: Range<usize>, view: &Pinned) -> Result<HostCopy, Error> {
         let _ = view;
         let mut copy = vec![0u64; range.len().div_ceil(size_of::<u64>())];
         let bytes = &mut bytemuck::cast_slice_mut(&mut copy)[..range.len()];

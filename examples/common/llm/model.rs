@@ -1,0 +1,360 @@
+//! The Llama decoder, on the CPU: candle multiplies the matrices, everything between them is written out here.
+//!
+//! What a row computes depends on that row alone, whatever else is in the step, as far as the matrix products do not choose another
+//! order of summation for another number of rows.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use anyhow::{Context, ensure};
+use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
+use candle_core::{Device, Module, Tensor};
+use kv_cache::{ElementType, Geometry, Rope, RopeLayout};
+use rayon::prelude::*;
+
+use super::attention::{Shape, attend};
+use super::{Chunk, KeysValues};
+
+/// How weights are kept in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Weights {
+    /// As 8-bit blocks, and activations are rounded to 8 bits for the products too: fast, for serving. The file's 4-bit blocks are
+    /// of a kind (`Q4_1`) for which candle has no fast product, so they are read into `Q8_0`.
+    Quantised,
+    /// As f32: what rounding to 8 bits would hide shows, for measuring.
+    Single,
+}
+
+/// What a model is shaped like.
+#[derive(Debug, Clone)]
+pub struct ModelConfig {
+    pub name: String,
+    pub layers: usize,
+    pub embedding: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub vocab: usize,
+    pub context_tokens: usize,
+    pub rope_base: f32,
+    pub norm_epsilon: f32,
+}
+
+/// Which rows of logits a step is to give.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wanted {
+    /// Those behind the last token of each chunk.
+    Last,
+    /// Those behind every token.
+    All,
+}
+
+/// Logits: `[rows, vocab]`.
+#[derive(Debug, Clone)]
+pub struct Logits {
+    values: Vec<f32>,
+    vocab: usize,
+}
+
+impl Logits {
+    pub fn row(&self, row: usize) -> &[f32] {
+        &self.values[row * self.vocab..(row + 1) * self.vocab]
+    }
+
+    pub fn rows(&self) -> impl Iterator<Item = &[f32]> {
+        self.values.chunks_exact(self.vocab)
+    }
+}
+
+/// The most likely token.
+pub fn greedy(logits: &[f32]) -> u32 {
+    let best = |best: (usize, f32), (at, x): (usize, &f32)| if *x > best.1 { (at, *x) } else { best };
+    logits.iter().enumerate().fold((0, f32::NEG_INFINITY), best).0 as u32
+}
+
+struct Layer {
+    attention_norm: Vec<f32>,
+    query: QMatMul,
+    key: QMatMul,
+    value: QMatMul,
+    output: QMatMul,
+    mlp_norm: Vec<f32>,
+    gate: QMatMul,
+    up: QMatMul,
+    down: QMatMul,
+}
+
+/// A model that was loaded.
+pub struct Model {
+    config: ModelConfig,
+    embeddings: QTensor,
+    layers: Vec<Layer>,
+    norm: Vec<f32>,
+    head: QMatMul,
+    inv_freq: Vec<f32>,
+}
+
+impl Model {
+    /// Reads a GGUF file of a Llama model, tied or not.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is no such model, or lacks a tensor.
+    pub fn load(path: &Path, weights: Weights) -> anyhow::Result<Model> {
+        let file = File::open(path).with_context(|| format!("cannot open the model {}", path.display()))?;
+        let mut file = BufReader::new(file);
+        let content = Content::read(&mut file)
+            .with_context(|| format!("{} is no GGUF file that can be read", path.display()))?;
+        let config = ModelConfig::read(&content)?;
+        let mut tensor = |name: &str| {
+            content
+                .tensor(&mut file, name, &Device::Cpu)
+                .with_context(|| format!("the model has no tensor {name}"))
+        };
+        let mut layers = Vec::with_capacity(config.layers);
+        for layer in 0..config.layers {
+            let mut named = |name: &str| tensor(&format!("blk.{layer}.{name}.weight"));
+            layers.push(Layer {
+                attention_norm: vector(&named("attn_norm")?)?,
+                query: matrix(named("attn_q")?, weights)?,
+                key: matrix(named("attn_k")?, weights)?,
+                value: matrix(named("attn_v")?, weights)?,
+                output: matrix(named("attn_output")?, weights)?,
+                mlp_norm: vector(&named("ffn_norm")?)?,
+                gate: matrix(named("ffn_gate")?, weights)?,
+                up: matrix(named("ffn_up")?, weights)?,
+                down: matrix(named("ffn_down")?, weights)?,
+            });
+        }
+        let norm = vector(&tensor("output_norm.weight")?)?;
+        // Embeddings and head are often one matrix.
+        let head = tensor("output.weight").or_else(|_| tensor("token_embd.weight"))?;
+        let embeddings = tensor("token_embd.weight")?;
+        let inv_freq = (0..config.head_dim / 2)
+            .map(|i| config.rope_base.powf(-2.0 * i as f32 / config.head_dim as f32))
+            .collect();
+        Ok(Model { embeddings, layers, norm, head: matrix(head, weights)?, inv_freq, config })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// What a cache for it is shaped like.
+    pub fn geometry(&self, element: ElementType) -> Geometry {
+        let config = &self.config;
+        let (layers, kv_heads, dim) = (config.layers as u32, config.kv_heads as u32, config.head_dim as u32);
+        let mut geometry = Geometry::new(layers, kv_heads, dim, element);
+        geometry.groups[0].rope = Some(Rope {
+            inv_freq: self.inv_freq.clone(),
+            rotary_dims: dim,
+            layout: RopeLayout::Interleaved,
+            attention_scale: 1.0,
+        });
+        geometry
+    }
+
+    /// One step: computes the chunks' tokens, all layers, over `kv`.
+    ///
+    /// # Errors
+    /// Those of candle, and whatever `kv` says.
+    pub fn forward(
+        &self,
+        chunks: &[Chunk<'_>],
+        kv: &mut impl KeysValues,
+        wanted: Wanted,
+    ) -> anyhow::Result<Logits> {
+        let config = &self.config;
+        let ids = chunks.iter().flat_map(|chunk| chunk.tokens).copied().collect::<Vec<_>>();
+        ensure!(!ids.is_empty(), "a step of no tokens");
+        if let Some(id) = ids.iter().find(|id| **id as usize >= config.vocab) {
+            anyhow::bail!("token {id} is not one of the model's {}", config.vocab);
+        }
+        let positions =
+            chunks.iter().flat_map(|chunk| (0..chunk.tokens.len() as u32).map(|at| chunk.position + at));
+        let angles = self.angles(positions);
+        let embedded = self.embeddings.embedding(&Tensor::new(ids.as_slice(), &Device::Cpu)?)?;
+        let mut x = embedded.flatten_all()?.to_vec1::<f32>()?;
+        for (at, layer) in self.layers.iter().enumerate() {
+            let normed = self.normed(&x, &layer.attention_norm)?;
+            let mut queries = product(&layer.query, &normed)?;
+            let mut keys = product(&layer.key, &normed)?;
+            let values = product(&layer.value, &normed)?;
+            rotate(&mut queries, &angles, config.heads, config.head_dim);
+            rotate(&mut keys, &angles, config.kv_heads, config.head_dim);
+            kv.put(at, &keys, &values);
+            let attended = self.attention(at, chunks, &queries, kv)?;
+            add(&mut x, &product(&layer.output, &self.tensor(attended, config.heads * config.head_dim)?)?);
+
+            let normed = self.normed(&x, &layer.mlp_norm)?;
+            let mut hidden = product(&layer.gate, &normed)?;
+            let up = product(&layer.up, &normed)?;
+            hidden.iter_mut().zip(&up).for_each(|(gate, up)| *gate = *gate / (1.0 + (-*gate).exp()) * up);
+            let width = hidden.len() / ids.len();
+            add(&mut x, &product(&layer.down, &self.tensor(hidden, width)?)?);
+        }
+        let rows = wanted_rows(chunks, wanted, &x, config.embedding);
+        let values = product(&self.head, &self.normed(&rows, &self.norm)?)?;
+        Ok(Logits { values, vocab: config.vocab })
+    }
+
+    /// `[rows, heads, dim]` of all chunks: a task for each chunk and KV head, if they are worth it.
+    fn attention(
+        &self,
+        layer: usize,
+        chunks: &[Chunk<'_>],
+        queries: &[f32],
+        kv: &impl KeysValues,
+    ) -> anyhow::Result<Vec<f32>> {
+        let config = &self.config;
+        let (heads, dim, group) = (config.heads, config.head_dim, config.heads / config.kv_heads);
+        let mut first = 0;
+        let mut tasks = Vec::with_capacity(chunks.len() * config.kv_heads);
+        for (at, chunk) in chunks.iter().enumerate() {
+            tasks.extend((0..config.kv_heads).map(|head| (at, head, first, chunk.tokens.len())));
+            first += chunk.tokens.len();
+        }
+        let run = |&(chunk, head, first, tokens): &(usize, usize, usize, usize)| {
+            let mut of_head = Vec::with_capacity(tokens * group * dim);
+            for row in first..first + tokens {
+                let at = (row * heads + head * group) * dim;
+                of_head.extend_from_slice(&queries[at..at + group * dim]);
+            }
+            let mut out = vec![0.0; of_head.len()];
+            attend(&kv.runs(layer, chunk, head)?, &of_head, Shape { tokens, group, dim }, &mut out);
+            anyhow::Ok(out)
+        };
+        let work =
+            chunks.iter().map(|chunk| chunk.tokens.len() * (chunk.position as usize + 16)).sum::<usize>();
+        let done = match work < PARALLEL_FROM {
+            true => tasks.iter().map(run).collect::<anyhow::Result<Vec<_>>>()?,
+            false => tasks.par_iter().map(run).collect::<anyhow::Result<Vec<_>>>()?,
+        };
+        let mut out = vec![0.0; queries.len()];
+        for ((_, head, first, tokens), of_head) in tasks.iter().zip(done) {
+            for (row, from) in (*first..first + tokens).zip(of_head.chunks_exact(group * dim)) {
+                let at = (row * heads + head * group) * dim;
+                out[at..at + group * dim].copy_from_slice(from);
+            }
+        }
+        Ok(out)
+    }
+
+    /// Cosines and sines of every row's position: `[rows, dim / 2]` pairs.
+    fn angles(&self, positions: impl Iterator<Item = u32>) -> Vec<(f32, f32)> {
+        let of_row = |position: u32| {
+            let angle = move |inv_freq: &f32| {
+                let angle = position as f32 * inv_freq;
+                (angle.cos(), angle.sin())
+            };
+            self.inv_freq.iter().map(angle)
+        };
+        positions.flat_map(of_row).collect()
+    }
+
+    fn normed(&self, x: &[f32], weight: &[f32]) -> anyhow::Result<Tensor> {
+        let mut out = Vec::with_capacity(x.len());
+        for row in x.chunks_exact(weight.len()) {
+            let mean = row.iter().map(|x| x * x).sum::<f32>() / row.len() as f32;
+            let scale = 1.0 / (mean + self.config.norm_epsilon).sqrt();
+            out.extend(row.iter().zip(weight).map(|(x, weight)| x * scale * weight));
+        }
+        self.tensor(out, weight.len())
+    }
+
+    fn tensor(&self, rows: Vec<f32>, width: usize) -> anyhow::Result<Tensor> {
+        let count = rows.len() / width;
+        Ok(Tensor::from_vec(rows, (count, width), &Device::Cpu)?)
+    }
+}
+
+/// From how many pairs of tokens attention is done by several threads: below, waking them takes longer.
+const PARALLEL_FROM: usize = 256;
+
+impl ModelConfig {
+    fn read(content: &Content) -> anyhow::Result<ModelConfig> {
+        let find = |key: &str| {
+            content.metadata.get(key).with_context(|| format!("the model's metadata has no {key}"))
+        };
+        let number = |key: &str| anyhow::Ok(find(&format!("llama.{key}"))?.to_u32()? as usize);
+        let architecture = find("general.architecture")?.to_string()?;
+        ensure!(
+            architecture == "llama",
+            "the model is of architecture {architecture}; only llama is known here"
+        );
+        let heads = number("attention.head_count")?;
+        let embedding = number("embedding_length")?;
+        let name = content.metadata.get("general.name").and_then(|name| name.to_string().ok());
+        let vocab = find("tokenizer.ggml.tokens").and_then(|tokens| Ok(tokens.to_vec()?.len()))?;
+        let float = |value: &Value| value.to_f32();
+        let config = ModelConfig {
+            name: name.cloned().unwrap_or_else(|| "llama".into()),
+            layers: number("block_count")?,
+            embedding,
+            heads,
+            kv_heads: number("attention.head_count_kv")?,
+            head_dim: number("rope.dimension_count").unwrap_or(embedding / heads.max(1)),
+            vocab,
+            context_tokens: number("context_length")?,
+            rope_base: content.metadata.get("llama.rope.freq_base").map_or(Ok(10_000.0), float)?,
+            norm_epsilon: float(find("llama.attention.layer_norm_rms_epsilon")?)?,
+        };
+        ensure!(
+            config.kv_heads > 0 && heads.is_multiple_of(config.kv_heads) && heads * config.head_dim > 0,
+            "the model has {heads} heads of {} dims over {} KV heads",
+            config.head_dim,
+            config.kv_heads
+        );
+        Ok(config)
+    }
+}
+
+fn vector(tensor: &QTensor) -> anyhow::Result<Vec<f32>> {
+    Ok(tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?)
+}
+
+fn matrix(tensor: QTensor, weights: Weights) -> anyhow::Result<QMatMul> {
+    Ok(match (weights, tensor.dtype()) {
+        (Weights::Single, _) => QMatMul::Tensor(tensor.dequantize(&Device::Cpu)?),
+        (Weights::Quantised, GgmlDType::Q4_1) => {
+            let single = tensor.dequantize(&Device::Cpu)?;
+            QMatMul::from_qtensor(QTensor::quantize(&single, GgmlDType::Q8_0)?)?
+        }
+        (Weights::Quantised, _) => QMatMul::from_qtensor(tensor)?,
+    })
+}
+
+fn product(matrix: &QMatMul, rows: &Tensor) -> anyhow::Result<Vec<f32>> {
+    Ok(matrix.forward(rows)?.flatten_all()?.to_vec1()?)
+}
+
+/// Rotates pairs of neighbours, as Llama weights in GGUF files have them: `[rows, heads, dim]`.
+fn rotate(rows: &mut [f32], angles: &[(f32, f32)], heads: usize, dim: usize) {
+    let of_rows = rows.chunks_exact_mut(heads * dim).zip(angles.chunks_exact(dim / 2));
+    for (row, angles) in of_rows {
+        for head in row.chunks_exact_mut(dim) {
+            for (pair, (cos, sin)) in head.chunks_exact_mut(2).zip(angles) {
+                let (a, b) = (pair[0], pair[1]);
+                (pair[0], pair[1]) = (a * cos - b * sin, a * sin + b * cos);
+            }
+        }
+    }
+}
+
+fn add(x: &mut [f32], y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+}
+
+fn wanted_rows(chunks: &[Chunk<'_>], wanted: Wanted, x: &[f32], width: usize) -> Vec<f32> {
+    if wanted == Wanted::All {
+        return x.to_vec();
+    }
+    let mut end = 0;
+    let mut rows = Vec::with_capacity(chunks.len() * width);
+    for chunk in chunks {
+        end += chunk.tokens.len() * width;
+        rows.extend_from_slice(&x[end - width..end]);
+    }
+    rows
+}
