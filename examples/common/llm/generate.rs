@@ -75,6 +75,13 @@ impl<T: Stored> PlainSequences<T> {
         let sequences = (0..count).map(|_| PlainCache::new(config.layers, config.kv_heads)).collect();
         PlainSequences { dim: config.head_dim, kv_heads: config.kv_heads, sequences }
     }
+
+    /// Makes all of them copies of the first.
+    pub fn fork_first(&mut self) {
+        if let Some((first, others)) = self.sequences.split_first_mut() {
+            others.iter_mut().for_each(|other| other.clone_from(first));
+        }
+    }
 }
 
 impl<T: Stored> Sequences for PlainSequences<T> {

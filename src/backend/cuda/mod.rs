@@ -70,6 +70,11 @@ pub(crate) use self::lender::Lender;
 use self::table::Tables;
 use self::transfer::Traffic;
 
+/// Whether the kernels know a format.
+pub(crate) fn has_kernels(format: Format) -> bool {
+    abi::format_number(format).is_some()
+}
+
 /// Lanes of a device with a ring of page-locked memory each.
 pub(crate) const RINGS: u64 = 3;
 
