@@ -3,12 +3,15 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-use super::{DEADLINE, TestServer, start};
+use super::{DEADLINE, start};
+use crate::client::Client;
 use crate::load::{Load, run};
 use crate::toy::Toy;
 
@@ -48,13 +51,16 @@ fn count(path: &Path, colours: &[[u8; 3]]) -> anyhow::Result<(Vec<usize>, usize)
     Ok((colours.iter().map(count).collect(), pixels().len()))
 }
 
-/// Some history for the plots to show: bursts of clients, samples between them.
-async fn make_history(server: &TestServer) {
-    for clients in [4, 24, 12, 40, 8] {
-        let load = Load { clients, rounds: 2, max_tokens: 60, leaves_every: 7, model: "toy".into() };
-        tokio::time::timeout(DEADLINE, run(&server.client, &load)).await.unwrap().unwrap();
-        server.server.app.history.sample(&server.server.app);
+/// Bursts of clients, until somebody has seen enough.
+async fn make_load(client: Client, enough: Arc<AtomicBool>) -> anyhow::Result<()> {
+    for clients in [4, 24, 12, 40, 8].into_iter().cycle() {
+        let load = Load { clients, rounds: 2, max_tokens: 120, leaves_every: 7, model: "toy".into() };
+        run(&client, &load).await?;
+        if enough.load(Ordering::Relaxed) {
+            break;
+        }
     }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -64,14 +70,18 @@ async fn the_page_shows_live_figures_in_a_browser() {
         return;
     };
     let change = |settings: &mut crate::server::Settings| {
-        settings.memory_bytes_per_device = 1 << 20;
+        // Too little for all, so that there is something to see.
+        settings.memory_bytes_per_device = 256 << 10;
         settings.devices = kv_cache::Devices::cpu(2);
-        settings.sample_every = Duration::from_millis(50);
+        settings.sample_every = Duration::from_millis(100);
     };
     let server = start(Toy::default(), change).await;
-    make_history(&server).await;
-    let status: Value = server.get("/status").await.json().unwrap();
-    assert!(status["samples"].as_array().unwrap().len() >= 5);
+    let enough = Arc::new(AtomicBool::new(false));
+    let load = tokio::spawn(make_load(server.client.clone(), enough.clone()));
+    let mut status = Value::Null;
+    while status["samples"].as_array().map_or(0, Vec::len) < 10 {
+        status = server.get("/status").await.json().unwrap();
+    }
     let generated = status["tokens_generated"].as_u64().unwrap();
 
     // The build's folder is above that of this program.
@@ -114,7 +124,10 @@ async fn the_page_shows_live_figures_in_a_browser() {
         }
         Ok(())
     });
-    browsed.await.unwrap().unwrap();
+    let browsed = browsed.await.unwrap();
+    enough.store(true, Ordering::Relaxed);
+    tokio::time::timeout(DEADLINE, load).await.unwrap().unwrap().unwrap();
+    browsed.unwrap();
     server.end().await;
 }
 
