@@ -18,7 +18,7 @@ struct Row {
     sequence_smaller: f64,
 }
 
-pub async fn run(model: &Model, json: bool) -> anyhow::Result<()> {
+pub(crate) async fn run(model: &Model, json: bool) -> anyhow::Result<()> {
     if !json {
         println!("bytes of a sequence, f16 elements; in brackets how many times smaller than raw");
     }

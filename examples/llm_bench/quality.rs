@@ -18,7 +18,7 @@ struct Row {
     score: Score,
 }
 
-pub async fn run(
+pub(crate) async fn run(
     model: &Model,
     tokenizer: &Tokenizer,
     text: &str,

@@ -29,7 +29,12 @@ struct Row {
     int8_of_plain: f64,
 }
 
-pub async fn run(model: &Model, tokenizer: &Tokenizer, counts: &[usize], json: bool) -> anyhow::Result<()> {
+pub(crate) async fn run(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    counts: &[usize],
+    json: bool,
+) -> anyhow::Result<()> {
     let prompt = tokenizer.encode(PROMPT)?;
     if !json {
         println!(

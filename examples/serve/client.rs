@@ -4,7 +4,6 @@ use anyhow::{Context, bail};
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
-use hyper::header::HeaderMap;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
@@ -20,14 +19,15 @@ pub(crate) struct Client {
 }
 
 /// A whole answer.
+#[cfg(test)]
 #[derive(Debug)]
 pub(crate) struct Reply {
     pub(crate) status: StatusCode,
-    #[cfg_attr(not(test), expect(dead_code))]
-    pub(crate) headers: HeaderMap,
+    pub(crate) headers: hyper::header::HeaderMap,
     pub(crate) body: Bytes,
 }
 
+#[cfg(test)]
 impl Reply {
     /// The body, which has to be JSON.
     pub(crate) fn json(&self) -> anyhow::Result<Value> {
@@ -50,6 +50,7 @@ impl Client {
         Client { addr, key: None }
     }
 
+    #[cfg(test)]
     async fn send(
         &self,
         method: &str,
@@ -80,6 +81,7 @@ impl Client {
     }
 
     /// Sends a request and reads all of its answer.
+    #[cfg(test)]
     pub(crate) async fn ask(
         &self,
         method: &str,
@@ -92,6 +94,7 @@ impl Client {
         Ok(Reply { status: parts.status, headers: parts.headers, body })
     }
 
+    #[cfg(test)]
     pub(crate) async fn get(&self, path: &str) -> anyhow::Result<Reply> {
         self.ask("GET", path, Vec::new()).await
     }

@@ -27,6 +27,9 @@
 //! - **Errors** have the shape and the status of the OpenAI API. Before the first token they are an HTTP status; behind it, the last
 //!   event of the stream.
 
+#[path = "../common/llm/mod.rs"]
+mod llm;
+
 mod api;
 mod app;
 mod client;
@@ -43,6 +46,7 @@ mod runner;
 mod sample;
 mod scheduler;
 mod server;
+mod smollm;
 mod status;
 mod text;
 mod toy;
@@ -51,6 +55,7 @@ mod toy;
 mod tests;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
@@ -69,6 +74,9 @@ struct Flags {
     /// Where to listen.
     #[arg(long, default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
+    /// A GGUF file of SmolLM2, instead of the one that is fetched.
+    #[arg(long)]
+    model: Option<PathBuf>,
     /// A made-up model that needs no weights.
     #[arg(long)]
     toy: bool,
@@ -137,7 +145,12 @@ impl Flags {
     }
 
     async fn model(&self) -> anyhow::Result<Model> {
-        Ok(Toy::default().model())
+        if self.toy {
+            return Ok(Toy::default().model());
+        }
+        let path = self.model.clone();
+        // It may have to be fetched, and takes a while to read.
+        tokio::task::spawn_blocking(move || smollm::load(path.as_deref())).await?
     }
 }
 

@@ -20,7 +20,7 @@ pub trait Sequences {
         model: &Model,
         which: &[usize],
         tokens: &[&[u32]],
-        wanted: Wanted,
+        wanted: Wanted<'_>,
     ) -> impl Future<Output = anyhow::Result<Logits>>;
 }
 
@@ -47,7 +47,7 @@ impl<T: Stored> Sequences for CachedSequences<T> {
         model: &Model,
         which: &[usize],
         tokens: &[&[u32]],
-        wanted: Wanted,
+        wanted: Wanted<'_>,
     ) -> anyhow::Result<Logits> {
         let chunks = chunks(which, tokens, |sequence| self.sequences[sequence].len());
         let sequences = which.iter().map(|at| &self.sequences[*at]).collect::<Vec<_>>();
@@ -94,7 +94,7 @@ impl<T: Stored> Sequences for PlainSequences<T> {
         model: &Model,
         which: &[usize],
         tokens: &[&[u32]],
-        wanted: Wanted,
+        wanted: Wanted<'_>,
     ) -> anyhow::Result<Logits> {
         let chunks = chunks(which, tokens, |sequence| self.sequences[sequence].len(self.dim) as u32);
         // In the order of `which`, which is that of the sequences.

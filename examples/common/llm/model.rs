@@ -44,9 +44,11 @@ pub struct ModelConfig {
 
 /// Which rows of logits a step is to give.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Wanted {
+pub enum Wanted<'a> {
     /// Those behind the last token of each chunk.
     Last,
+    /// Those behind the last token of some of the chunks.
+    LastOf(&'a [bool]),
     /// Those behind every token.
     All,
 }
@@ -163,7 +165,7 @@ impl Model {
         &self,
         chunks: &[Chunk<'_>],
         kv: &mut impl KeysValues,
-        wanted: Wanted,
+        wanted: Wanted<'_>,
     ) -> anyhow::Result<Logits> {
         let config = &self.config;
         let ids = chunks.iter().flat_map(|chunk| chunk.tokens).copied().collect::<Vec<_>>();
@@ -195,6 +197,9 @@ impl Model {
             add(&mut x, &product(&layer.down, &self.tensor(hidden, width)?)?);
         }
         let rows = wanted_rows(chunks, wanted, &x, config.embedding);
+        if rows.is_empty() {
+            return Ok(Logits { values: Vec::new(), vocab: config.vocab });
+        }
         let values = product(&self.head, &self.normed(&rows, &self.norm)?)?;
         Ok(Logits { values, vocab: config.vocab })
     }
@@ -346,15 +351,21 @@ fn add(x: &mut [f32], y: &[f32]) {
     x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
 }
 
-fn wanted_rows(chunks: &[Chunk<'_>], wanted: Wanted, x: &[f32], width: usize) -> Vec<f32> {
+fn wanted_rows(chunks: &[Chunk<'_>], wanted: Wanted<'_>, x: &[f32], width: usize) -> Vec<f32> {
     if wanted == Wanted::All {
         return x.to_vec();
     }
     let mut end = 0;
     let mut rows = Vec::with_capacity(chunks.len() * width);
-    for chunk in chunks {
+    for (at, chunk) in chunks.iter().enumerate() {
         end += chunk.tokens.len() * width;
-        rows.extend_from_slice(&x[end - width..end]);
+        let is_wanted = match wanted {
+            Wanted::LastOf(chunks) => chunks.get(at).copied().unwrap_or_default(),
+            _ => true,
+        };
+        if is_wanted {
+            rows.extend_from_slice(&x[end - width..end]);
+        }
     }
     rows
 }

@@ -24,6 +24,7 @@ const SYSTEM: &str = "You are a helpful AI assistant named SmolLM, trained by Hu
 pub struct Tokenizer {
     bpe: tokenizers::Tokenizer,
     ends: Vec<u32>,
+    bytes: Vec<Vec<u8>>,
 }
 
 impl Tokenizer {
@@ -40,7 +41,13 @@ impl Tokenizer {
         // Chats end with the one, texts with the other.
         let ends =
             ["<|im_end|>", "<|endoftext|>"].iter().filter_map(|token| bpe.token_to_id(token)).collect();
-        Ok(Tokenizer { bpe, ends })
+        let special = bpe.get_added_tokens_decoder();
+        let bytes = |token: u32| match bpe.id_to_token(token) {
+            Some(written) if !special.contains_key(&token) => bytes_of(&written),
+            _ => Vec::new(),
+        };
+        let bytes = (0..bpe.get_vocab_size(true) as u32).map(bytes).collect();
+        Ok(Tokenizer { bpe, ends, bytes })
     }
 
     /// Tokens of a text. What looks like a special token is text.
@@ -95,36 +102,28 @@ impl Tokenizer {
         self.bpe.decode(tokens, true).map_err(|error| anyhow!(error))
     }
 
-    /// For tokens that come one by one.
-    pub fn stream(&self) -> TextStream<'_> {
-        TextStream { tokenizer: self, tokens: Vec::new(), given: 0 }
+    /// The bytes that a token stands for, which may be half a character; none for special tokens.
+    pub fn bytes(&self, token: u32) -> &[u8] {
+        self.bytes.get(token as usize).map_or(&[], Vec::as_slice)
+    }
+
+    /// How many tokens there are.
+    pub fn tokens(&self) -> u32 {
+        self.bytes.len() as u32
     }
 }
 
-/// Text of tokens as they come. A character whose bytes are spread over tokens is held back until it is whole.
-#[derive(Debug)]
-pub struct TextStream<'a> {
-    tokenizer: &'a Tokenizer,
-    tokens: Vec<u32>,
-    /// Bytes of the held tokens' text that were given out.
-    given: usize,
-}
-
-impl TextStream<'_> {
-    /// The text that `token` completes.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::decode`].
-    pub fn push(&mut self, token: u32) -> anyhow::Result<String> {
-        self.tokens.push(token);
-        let text = self.tokenizer.decode(&self.tokens)?;
-        if text.ends_with(char::REPLACEMENT_CHARACTER) && self.tokens.len() < 8 {
-            return Ok(String::new());
+/// Byte-level vocabularies write bytes as characters: the printable ones of Latin-1 as themselves, the others as those from U+0100 on.
+fn bytes_of(written: &str) -> Vec<u8> {
+    let byte = |character: char| {
+        let code = u32::from(character);
+        match code {
+            0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF => code as u8,
+            _ => (0..=255u8)
+                .filter(|byte| !matches!(byte, 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF))
+                .nth(code.wrapping_sub(0x100) as usize)
+                .unwrap_or(b'?'),
         }
-        let new = text.get(self.given..).unwrap_or_default().to_owned();
-        // The last token stays, so that the next is decoded as what follows it.
-        self.tokens.drain(..self.tokens.len() - 1);
-        self.given = self.tokenizer.decode(&self.tokens)?.len();
-        Ok(new)
-    }
+    };
+    written.chars().map(byte).collect()
 }
