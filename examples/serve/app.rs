@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use kv_cache::{Cache, Tenant};
+use kv_cache::{Cache, Format, Tenant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::api::{Ask, Header, Input, Kind};
@@ -26,6 +26,7 @@ pub(crate) struct App {
     /// Longest sequence: what the model was trained for, or what the cache holds if that is less.
     pub(crate) context_tokens: u32,
     pub(crate) cache: Cache,
+    pub(crate) sealed_format: Format,
     pub(crate) figures: Arc<Figures>,
     pub(crate) history: History,
     pub(crate) mail: Sender<Mail>,

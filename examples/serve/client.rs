@@ -23,7 +23,7 @@ pub(crate) struct Client {
 #[derive(Debug)]
 pub(crate) struct Reply {
     pub(crate) status: StatusCode,
-    pub(crate) headers: hyper::header::HeaderMap,
+    pub(crate) headers: hyper::HeaderMap,
     pub(crate) body: Bytes,
 }
 
@@ -50,17 +50,6 @@ impl Client {
         Client { addr, key: None }
     }
 
-    #[cfg(test)]
-    async fn send(
-        &self,
-        method: &str,
-        path: &str,
-        body: Vec<u8>,
-    ) -> anyhow::Result<(Connection, Response<Incoming>)> {
-        let stream = TcpStream::connect(self.addr).await?;
-        self.send_over(stream, method, path, body).await
-    }
-
     async fn send_over(
         &self,
         stream: TcpStream,
@@ -78,25 +67,6 @@ impl Client {
         let request =
             request.header("content-type", "application/json").body(Full::new(Bytes::from(body)))?;
         Ok((connection, sender.send_request(request).await?))
-    }
-
-    /// Sends a request and reads all of its answer.
-    #[cfg(test)]
-    pub(crate) async fn ask(
-        &self,
-        method: &str,
-        path: &str,
-        body: impl Into<Vec<u8>>,
-    ) -> anyhow::Result<Reply> {
-        let (_connection, response) = self.send(method, path, body.into()).await?;
-        let (parts, body) = response.into_parts();
-        let body = body.collect().await?.to_bytes();
-        Ok(Reply { status: parts.status, headers: parts.headers, body })
-    }
-
-    #[cfg(test)]
-    pub(crate) async fn get(&self, path: &str) -> anyhow::Result<Reply> {
-        self.ask("GET", path, Vec::new()).await
     }
 
     /// Sends a request with `stream` set, and returns when its answer begins.
@@ -118,6 +88,27 @@ impl Client {
             bail!("{status}: {}", String::from_utf8_lossy(&body));
         }
         Ok(Events { body: response.into_body(), buffer: String::new(), _connection: connection })
+    }
+}
+
+#[cfg(test)]
+impl Client {
+    /// Sends a request and reads all of its answer.
+    pub(crate) async fn ask(
+        &self,
+        method: &str,
+        path: &str,
+        body: impl Into<Vec<u8>>,
+    ) -> anyhow::Result<Reply> {
+        let stream = TcpStream::connect(self.addr).await?;
+        let (_connection, response) = self.send_over(stream, method, path, body.into()).await?;
+        let (parts, body) = response.into_parts();
+        let body = body.collect().await?.to_bytes();
+        Ok(Reply { status: parts.status, headers: parts.headers, body })
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> anyhow::Result<Reply> {
+        self.ask("GET", path, Vec::new()).await
     }
 }
 

@@ -49,7 +49,6 @@ pub(crate) struct Load {
 pub(crate) struct Seen {
     #[cfg_attr(not(test), expect(dead_code))]
     pub(crate) question: String,
-    #[cfg_attr(not(test), expect(dead_code))]
     pub(crate) text: String,
     /// The client went away by itself.
     pub(crate) left: bool,

@@ -27,9 +27,6 @@
 //! - **Errors** have the shape and the status of the OpenAI API. Before the first token they are an HTTP status; behind it, the last
 //!   event of the stream.
 
-#[path = "../common/llm/mod.rs"]
-mod llm;
-
 mod api;
 mod app;
 mod client;
@@ -37,6 +34,8 @@ mod error;
 mod figures;
 mod history;
 mod http;
+#[path = "../common/llm/mod.rs"]
+mod llm;
 mod load;
 mod model;
 mod occupancy;
@@ -74,11 +73,11 @@ struct Flags {
     /// Where to listen.
     #[arg(long, default_value = "127.0.0.1:8080")]
     listen: SocketAddr,
-    /// A GGUF file of SmolLM2, instead of the one that is fetched.
+    /// A GGUF file of SmolLM2; left out, it is fetched once and kept.
     #[arg(long)]
     model: Option<PathBuf>,
     /// A made-up model that needs no weights.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "model")]
     toy: bool,
     /// MiB of each shard's slab.
     #[arg(long, default_value_t = 1024)]
@@ -145,12 +144,7 @@ impl Flags {
     }
 
     async fn model(&self) -> anyhow::Result<Model> {
-        if self.toy {
-            return Ok(Toy::default().model());
-        }
-        let path = self.model.clone();
-        // It may have to be fetched, and takes a while to read.
-        tokio::task::spawn_blocking(move || smollm::load(path.as_deref())).await?
+        if self.toy { Ok(Toy::default().model()) } else { smollm::load(self.model.clone()).await }
     }
 }
 

@@ -129,6 +129,7 @@ impl Server {
             codec: model.codec,
             context_tokens,
             cache,
+            sealed_format: format,
             figures,
             history: History::default(),
             mail,

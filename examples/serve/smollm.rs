@@ -1,78 +1,108 @@
-//! The real model: `examples/common/llm`, as the server wants it.
+//! SmolLM2 behind the server's two traits: the model that the examples share, over this server's cache.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use anyhow::Context;
 use kv_cache::half::f16;
-use kv_cache::{BlockingCache, Element as _, Error, Format, Sequence};
+use kv_cache::{BlockingCache, ElementType, Format, Sequence};
 
 use crate::api::Role;
 use crate::llm::cached::Step;
-use crate::llm::model::{self, Wanted, Weights};
+use crate::llm::model::{Wanted, Weights};
 use crate::llm::tokenizer::{Message, Tokenizer};
-use crate::llm::{self, CHUNK_TOKENS};
+use crate::llm::{self, CHUNK_TOKENS, fetch};
 use crate::model::{Chunk, Codec, Decoder, Landed, Model};
 
-/// Reads the model's file, or the one that is fetched.
-pub(crate) fn load(given: Option<&Path>) -> anyhow::Result<Model> {
-    let path = llm::fetch::model(given)?;
-    let tokenizer = Tokenizer::from_gguf(&path)?;
-    let decoder = model::Model::load(&path, Weights::Quantised)?;
+/// As requests name it.
+const NAME: &str = "smollm2-135m-instruct";
+
+/// Gets the model, the first time over the network, and loads it.
+///
+/// # Errors
+/// If it cannot be had or read; the error says what to do instead.
+pub(crate) async fn load(given: Option<PathBuf>) -> anyhow::Result<Model> {
+    tokio::task::spawn_blocking(move || {
+        let path = fetch::model(given.as_deref())?;
+        read(&path).with_context(|| format!("cannot use the model {}", path.display()))
+    })
+    .await?
+}
+
+fn read(path: &Path) -> anyhow::Result<Model> {
+    let decoder = llm::model::Model::load(path, Weights::Quantised)?;
     let config = decoder.config();
+    let vocabulary = config.vocab as u32;
     Ok(Model {
-        name: "smollm2-135m-instruct".into(),
+        name: NAME.into(),
         context_tokens: config.context_tokens as u32,
         chunk_tokens: CHUNK_TOKENS as u32,
-        geometry: decoder.geometry(f16::TYPE).model(&config.name),
+        geometry: decoder.geometry(ElementType::F16).model(NAME),
         sealed_format: Format::Int8,
-        codec: Arc::new(tokenizer),
-        decoder: Box::new(decoder),
+        codec: Arc::new(SmolCodec { tokenizer: Tokenizer::from_gguf(path)?, vocabulary }),
+        decoder: Box::new(SmolDecoder(decoder)),
     })
 }
 
-impl Codec for Tokenizer {
+struct SmolCodec {
+    tokenizer: Tokenizer,
+    vocabulary: u32,
+}
+
+impl Codec for SmolCodec {
     fn encode(&self, text: &str) -> anyhow::Result<Vec<u32>> {
-        Tokenizer::encode(self, text)
+        self.tokenizer.encode(text)
     }
 
     fn encode_chat(&self, messages: &[(Role, String)]) -> anyhow::Result<Vec<u32>> {
         let message =
             |(role, content): &(Role, String)| Message { role: role.name().into(), content: content.clone() };
-        Tokenizer::encode_chat(self, &messages.iter().map(message).collect::<Vec<_>>())
+        self.tokenizer.encode_chat(&messages.iter().map(message).collect::<Vec<_>>())
     }
 
     fn decode(&self, token: u32, out: &mut Vec<u8>) {
-        out.extend_from_slice(self.bytes(token));
+        out.extend(self.tokenizer.bytes(token));
     }
 
     fn is_end(&self, token: u32) -> bool {
-        Tokenizer::is_end(self, token)
+        self.tokenizer.is_end(token)
     }
 
     fn vocabulary(&self) -> u32 {
-        self.tokens()
+        self.vocabulary
     }
 }
 
-impl Decoder for model::Model {
+struct SmolDecoder(llm::model::Model);
+
+impl Decoder for SmolDecoder {
     fn step(&mut self, cache: &BlockingCache, chunks: &[Chunk<'_>]) -> anyhow::Result<Vec<Landed>> {
-        let sequences = chunks.iter().map(|chunk| chunk.sequence).collect::<Vec<&Sequence>>();
-        let rows = chunks
-            .iter()
-            .map(|chunk| llm::Chunk { tokens: chunk.tokens, position: chunk.position })
-            .collect::<Vec<_>>();
-        let samples = chunks.iter().map(|chunk| chunk.samples).collect::<Vec<_>>();
-        let config = self.config();
-        let mut step = Step::<f16>::begin(&sequences, &rows, config.kv_heads, config.head_dim)?;
-        let logits = self.forward(&rows, &mut step, Wanted::LastOf(&samples))?;
-        let (batch, order) = step.into_batch();
-        let unanswered = || Landed { committed: Err(Error::Empty), logits: Vec::new() };
-        let mut landed = chunks.iter().map(|_| unanswered()).collect::<Vec<_>>();
-        for (chunk, outcome) in order.into_iter().zip(cache.submit(batch)?) {
-            landed[chunk].committed = outcome.map(drop);
+        // Sequences of a shard that is lost fail by themselves, not the step.
+        let lost = |chunk: &Chunk<'_>| chunk.sequence.view(0).map(drop);
+        let mut landed: Vec<Landed> =
+            chunks.iter().map(|chunk| Landed { committed: lost(chunk), logits: Vec::new() }).collect();
+        let which: Vec<usize> = (0..chunks.len()).filter(|at| landed[*at].committed.is_ok()).collect();
+        if which.is_empty() {
+            return Ok(landed);
         }
-        let sampled = landed.iter_mut().zip(samples).filter(|(_, samples)| *samples);
-        sampled.zip(logits.rows()).for_each(|((landed, _), row)| landed.logits = row.to_vec());
+        let sequences: Vec<&Sequence> = which.iter().map(|at| chunks[*at].sequence).collect();
+        let pieces: Vec<llm::Chunk<'_>> = which
+            .iter()
+            .map(|at| llm::Chunk { tokens: chunks[*at].tokens, position: chunks[*at].position })
+            .collect();
+        let config = self.0.config();
+        let mut step = Step::<f16>::begin(&sequences, &pieces, config.kv_heads, config.head_dim)?;
+        let samples = which.iter().map(|at| chunks[*at].samples).collect::<Vec<_>>();
+        let logits = self.0.forward(&pieces, &mut step, Wanted::LastOf(&samples))?;
+        let sampled = which.iter().filter(|at| chunks[**at].samples);
+        for (&at, row) in sampled.zip(logits.rows()) {
+            landed[at].logits = row.to_vec();
+        }
+        let (batch, of) = step.into_batch();
+        let results = cache.submit(batch)?;
+        for (piece, result) in of.into_iter().zip(results) {
+            landed[which[piece]].committed = result.map(drop);
+        }
         Ok(landed)
     }
 }

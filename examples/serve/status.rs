@@ -35,7 +35,7 @@ pub(crate) fn json(app: &App, since: u64) -> Value {
         "cache": {
             "block_tokens": config.geometry.block_tokens,
             "element": element,
-            "sealed_format": if config.quantisation.enabled { "int8" } else { "raw" },
+            "sealed_format": app.sealed_format.name(),
             "sequences": stats.sequences_open,
             "tokens": stats.tokens,
             "jobs_in_flight": stats.jobs_in_flight,

@@ -6,8 +6,8 @@
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use anyhow::{bail, ensure};
-use kv_cache::{BatchCacheOperations, BlockingCache, ElementType, Format, Geometry, Outcome, Rows, Sequence};
+use anyhow::{Context, bail, ensure};
+use kv_cache::{BatchCacheOperations, BlockingCache, ElementType, Format, Geometry, Rows, View};
 
 use crate::api::Role;
 use crate::model::{Chunk, Codec, Decoder, Landed, Model};
@@ -119,9 +119,16 @@ impl Decoder for Toy {
     fn step(&mut self, cache: &BlockingCache, chunks: &[Chunk<'_>]) -> anyhow::Result<Vec<Landed>> {
         self.gate.pass();
         let mut batch = BatchCacheOperations::new();
-        let mut all_logits = Vec::new();
+        let mut landed = Vec::with_capacity(chunks.len());
         for chunk in chunks {
-            let mut tokens = stored(chunk.sequence)?;
+            let view = match chunk.sequence.view(0) {
+                Ok(view) => view,
+                Err(error) => {
+                    landed.push(Landed { committed: Err(error), logits: Vec::new() });
+                    continue;
+                }
+            };
+            let mut tokens = stored(&view)?;
             ensure!(
                 tokens.len() == chunk.position as usize,
                 "{} tokens stored, {}",
@@ -134,23 +141,22 @@ impl Decoder for Toy {
                 logits = vec![0.0; VOCABULARY as usize];
                 logits[next(&tokens, self.end_every) as usize] = 10.0;
             }
-            all_logits.push(logits);
             let key =
                 |(at, &token): (usize, &u32)| [token as f32, (chunk.position as usize + at) as f32, 0.0, 0.0];
             let keys: Vec<f32> = chunk.tokens.iter().enumerate().flat_map(key).collect();
             batch = batch.append(chunk.sequence, chunk.tokens, &keys, &keys);
+            landed.push(Landed { committed: Ok(()), logits });
         }
-        let landed = cache.submit(batch)?.into_iter().zip(all_logits).map(|(outcome, logits)| {
-            let committed = outcome.map(|outcome| debug_assert!(matches!(outcome, Outcome::Appended { .. })));
-            Landed { committed, logits }
-        });
-        Ok(landed.collect())
+        let mut outcomes = cache.submit(batch)?.into_iter();
+        for landed in landed.iter_mut().filter(|landed| landed.committed.is_ok()) {
+            landed.committed = outcomes.next().context("a result for each append")?.map(drop);
+        }
+        Ok(landed)
     }
 }
 
 /// All tokens of a sequence, by their keys.
-fn stored(sequence: &Sequence) -> anyhow::Result<Vec<u32>> {
-    let view = sequence.view(0)?;
+fn stored(view: &View) -> anyhow::Result<Vec<u32>> {
     let mut tokens = Vec::new();
     for block in view.blocks() {
         let Rows::Raw(rows) = block.keys::<f32>(0)? else { bail!("a block of the toy is not raw") };
