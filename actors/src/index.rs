@@ -5,16 +5,23 @@
 //! key and is let go again. Whoever holds the pin holds a [`Lease`]; a block is evicted only at zero pins, and never before those that
 //! continue it: so the pin of a run's last block holds all of it.
 //!
+//! A look-up writes to nothing that another thread writes to: pins are notes in a [stripe](pins) of the thread's own, and the table stays
+//! alive through that stripe's count. So look-ups of one prompt by many threads do not meet, wherever it ends.
+//!
 //! The table is an array of buckets, one cache line each, with a count of the entries that found their bucket full and
 //! went on to the next (as in Facebook's F14): entries never move, so a look-up beside a change sees each of them or not.
 
+mod pins;
+
+use pins::{Pin, Stripes};
+
 use crate::block::{BlockId, BlockKey};
-use crate::sync::lock_free::{Arc, AtomicU64, Ordering};
+use crate::sync::lock_free::{Arc, AtomicU64, Ordering, fence};
 
 /// Entries of a bucket. With the count they fill a cache line.
 const BUCKET_ENTRIES: usize = 7;
 
-/// Set in a block's word while the block can be found; below it are its pins.
+/// Set in a block's word while the block can be found; below it are the pins for which no stripe had room.
 const PUBLISHED: u64 = 1 << 32;
 const PINS: u64 = PUBLISHED - 1;
 
@@ -27,14 +34,20 @@ struct Bucket {
     passed_on: AtomicU64,
 }
 
-/// A key, in words that can be read while they are written: whoever reads them has pinned the block, and then they are not.
-type KeyWords = [AtomicU64; 4];
+/// What the table knows of a block, in one cache line.
+#[derive(Debug)]
+#[repr(align(64))]
+struct Entry {
+    /// [`PUBLISHED`] and pins.
+    state: AtomicU64,
+    /// Words that can be read while they are written: whoever reads them has pinned the block, and then they are not.
+    key: [AtomicU64; 4],
+}
 
 #[derive(Debug)]
 struct Table {
-    /// By block number: [`PUBLISHED`] and pins.
-    states: Box<[AtomicU64]>,
-    keys: Box<[KeyWords]>,
+    /// By block number.
+    blocks: Box<[Entry]>,
     buckets: Box<[Bucket]>,
     /// Bits of a key that place it. Fewer in tests, where everything shall collide.
     hash_mask: u64,
@@ -54,8 +67,7 @@ impl Table {
         // Filled to two sevenths and up to four: most look-ups end in their first bucket.
         let buckets = (blocks / 4).next_power_of_two();
         Table {
-            states: zeroed(blocks, zero),
-            keys: zeroed(blocks, || std::array::from_fn(|_| zero())),
+            blocks: zeroed(blocks, || Entry { state: zero(), key: std::array::from_fn(|_| zero()) }),
             buckets: zeroed(buckets, || Bucket {
                 entries: std::array::from_fn(|_| zero()),
                 passed_on: zero(),
@@ -96,8 +108,16 @@ impl Table {
         None
     }
 
+    fn state(&self, block: BlockId) -> &AtomicU64 {
+        &self.blocks[block.0 as usize].state
+    }
+
     fn has_key(&self, block: BlockId, key: &[u64; 4]) -> bool {
-        self.keys[block.0 as usize].iter().zip(key).all(|(word, key)| word.load(Ordering::Relaxed) == *key)
+        self.blocks[block.0 as usize]
+            .key
+            .iter()
+            .zip(key)
+            .all(|(word, key)| word.load(Ordering::Relaxed) == *key)
     }
 
     /// A block with this key, as things are.
@@ -105,8 +125,19 @@ impl Table {
         self.search(key, |block| self.has_key(block, key).then_some(block))
     }
 
+    /// False if no block has this key; true may be wrong, once in billions of times.
+    fn may_have(&self, key: &[u64; 4]) -> bool {
+        self.search(key, |_| Some(())).is_some()
+    }
+
+    fn is_published(&self, block: BlockId) -> bool {
+        // Acquire: the key was there before the block was published.
+        self.state(block).load(Ordering::Acquire) & PUBLISHED != 0
+    }
+
+    /// Pins a block in its own word.
     fn try_pin(&self, block: BlockId) -> bool {
-        let state = &self.states[block.0 as usize];
+        let state = self.state(block);
         let mut seen = state.load(Ordering::Relaxed);
         loop {
             // A full counter refuses rather than spilling over.
@@ -122,22 +153,8 @@ impl Table {
     }
 
     fn unpin(&self, block: BlockId) {
-        let before = self.states[block.0 as usize].fetch_sub(1, Ordering::Release);
+        let before = self.state(block).fetch_sub(1, Ordering::Release);
         assert!(before & PINS != 0, "a block was unpinned more often than pinned");
-    }
-
-    fn pin(&self, key: &BlockKey) -> Option<BlockId> {
-        let key = words(key);
-        self.search(&key, |block| {
-            if !self.try_pin(block) {
-                return None;
-            }
-            if self.has_key(block, &key) {
-                return Some(block);
-            }
-            self.unpin(block);
-            None
-        })
     }
 }
 
@@ -146,23 +163,30 @@ impl Table {
 pub struct PrefixIndex {
     shard: u16,
     table: Arc<Table>,
+    stripes: Arc<Stripes>,
 }
 
 impl PrefixIndex {
     /// Finds the longest run of `keys` from the first on that is cached, and pins it.
     ///
     /// A block stays for as long as one that continues it. So where one is found all before it are, which lets the end of the run be searched
-    /// for in steps that halve; and its last block alone is pinned, so that those who want the same blocks do not meet at every one of them.
+    /// for in steps that halve, and its last block alone is pinned and compared.
     pub fn lease(&self, keys: &[BlockKey]) -> Lease {
-        let mut run = keys.partition_point(|key| self.table.find(&words(key)).is_some());
-        // What was found a moment ago may have gone.
+        let mut run = keys.partition_point(|key| self.table.may_have(&words(key)));
+        // What was found a moment ago may have gone, or had but the fingerprint.
         while run > 0 {
-            if let Some(last) = self.table.pin(&keys[run - 1]) {
-                return Lease { index: self.clone(), last: Some(last), blocks: run };
+            let last = self.pin(&words(&keys[run - 1]));
+            if last.is_some() {
+                return Lease { shard: self.shard, last, blocks: run };
             }
             run -= 1;
         }
-        Lease { index: self.clone(), last: None, blocks: 0 }
+        Lease { shard: self.shard, last: None, blocks: 0 }
+    }
+
+    fn pin(&self, key: &[u64; 4]) -> Option<Pin> {
+        let stripe = self.stripes.own();
+        self.table.search(key, |block| Pin::new(stripe, block).filter(|_| self.table.has_key(block, key)))
     }
 }
 
@@ -170,16 +194,16 @@ impl PrefixIndex {
 #[derive(Debug)]
 #[must_use]
 pub struct Lease {
-    index: PrefixIndex,
+    shard: u16,
     /// Its last block. Those before it cannot go before it.
-    last: Option<BlockId>,
+    last: Option<Pin>,
     blocks: usize,
 }
 
 impl Lease {
     /// The shard that the blocks are on.
     pub fn shard(&self) -> u16 {
-        self.index.shard
+        self.shard
     }
 
     /// How many blocks they are.
@@ -189,15 +213,7 @@ impl Lease {
 
     /// The last of them.
     pub fn last(&self) -> Option<BlockId> {
-        self.last
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        if let Some(last) = self.last {
-            self.index.table.unpin(last);
-        }
+        self.last.as_ref().map(Pin::block)
     }
 }
 
@@ -208,8 +224,8 @@ pub struct IndexWriter(PrefixIndex);
 impl Drop for IndexWriter {
     /// Nothing is found on a shard that is gone.
     fn drop(&mut self) {
-        for state in &self.0.table.states {
-            state.fetch_and(!PUBLISHED, Ordering::AcqRel);
+        for block in &self.0.table.blocks {
+            block.state.fetch_and(!PUBLISHED, Ordering::AcqRel);
         }
     }
 }
@@ -217,7 +233,9 @@ impl Drop for IndexWriter {
 impl IndexWriter {
     /// An empty index for blocks numbered below `blocks`. Keys are placed by `hash_bits` of their bits: 64, but for tests.
     pub fn new(shard: u16, blocks: usize, hash_bits: u32) -> Self {
-        IndexWriter(PrefixIndex { shard, table: Arc::new(Table::new(blocks, hash_bits)) })
+        let table = Arc::new(Table::new(blocks, hash_bits));
+        let stripes = Arc::new(Stripes::new(&table));
+        IndexWriter(PrefixIndex { shard, table, stripes })
     }
 
     /// For those who look up.
@@ -232,8 +250,9 @@ impl IndexWriter {
 
     /// Gives a block its key. The block is not found, and nobody has it pinned.
     pub fn set_key(&mut self, block: BlockId, key: &BlockKey) {
-        debug_assert_eq!(self.0.table.states[block.0 as usize].load(Ordering::Relaxed), 0);
-        for (word, key) in self.0.table.keys[block.0 as usize].iter().zip(words(key)) {
+        let entry = &self.0.table.blocks[block.0 as usize];
+        debug_assert_eq!(entry.state.load(Ordering::Relaxed), 0);
+        for (word, key) in entry.key.iter().zip(words(key)) {
             word.store(key, Ordering::Relaxed);
         }
     }
@@ -244,7 +263,7 @@ impl IndexWriter {
     }
 
     fn key_words(&self, block: BlockId) -> [u64; 4] {
-        let words = &self.0.table.keys[block.0 as usize];
+        let words = &self.0.table.blocks[block.0 as usize].key;
         std::array::from_fn(|at| words[at].load(Ordering::Relaxed))
     }
 
@@ -252,7 +271,7 @@ impl IndexWriter {
     pub fn insert(&mut self, block: BlockId) {
         let key = self.key_words(block);
         let table = &*self.0.table;
-        let before = table.states[block.0 as usize].swap(PUBLISHED, Ordering::Release);
+        let before = table.state(block).swap(PUBLISHED, Ordering::Release);
         debug_assert_eq!(before, 0, "a block is published while it is pinned or in the index");
         let (mut bucket, fingerprint) = table.place(&key);
         // Twice as many places as blocks, so one is vacant.
@@ -266,25 +285,33 @@ impl IndexWriter {
         }
     }
 
-    /// Whether somebody holds a lease on the block.
+    /// Whether somebody holds a lease on the block, which is not found any more or never was.
     pub fn is_pinned(&self, block: BlockId) -> bool {
-        self.0.table.states[block.0 as usize].load(Ordering::Acquire) & PINS != 0
+        // Acquire pairs with the Release of those who let go.
+        self.0.table.state(block).load(Ordering::Acquire) & PINS != 0 || self.0.stripes.have(block)
     }
 
     /// Removes a block that nobody has pinned. False, with nothing changed, if somebody has.
     pub fn try_remove(&mut self, block: BlockId) -> bool {
-        let state = &self.0.table.states[block.0 as usize];
+        let state = self.0.table.state(block);
         // Acquire pairs with the Release in `unpin`.
-        let free = state.compare_exchange(PUBLISHED, 0, Ordering::Acquire, Ordering::Relaxed).is_ok();
-        if free {
-            self.remove_entry(block);
+        if state.compare_exchange(PUBLISHED, 0, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            return false;
         }
-        free
+        // Whoever has noted the block before is seen now, and whoever does so from now on sees that it is gone.
+        fence(Ordering::SeqCst);
+        if self.0.stripes.have(block) {
+            state.store(PUBLISHED, Ordering::Release);
+            return false;
+        }
+        self.remove_entry(block);
+        true
     }
 
     /// Removes a block whoever has it pinned: nobody finds it any more. Its number stays taken until [`IndexWriter::is_pinned`] says no.
     pub fn hide(&mut self, block: BlockId) {
-        self.0.table.states[block.0 as usize].fetch_and(!PUBLISHED, Ordering::AcqRel);
+        self.0.table.state(block).fetch_and(!PUBLISHED, Ordering::AcqRel);
+        fence(Ordering::SeqCst);
         self.remove_entry(block);
     }
 
@@ -389,6 +416,32 @@ mod tests {
         assert_eq!(index.find(&key(2)), Some(BlockId(5)));
     }
 
+    /// More leases than a stripe has room for, let go of in any order: the block stays until the last of them has gone.
+    #[test]
+    fn every_lease_counts_however_many_there_are() {
+        let mut rng = Rng::new(3);
+        let mut index = IndexWriter::new(0, 2, 64);
+        for block in [0, 1] {
+            index.set_key(BlockId(block), &key(u64::from(block)));
+            index.insert(BlockId(block));
+        }
+        for leases in [1, 8, 9, 40] {
+            let lease = |block: u64| index.reader().lease(&[key(block)]);
+            let mut held: Vec<Lease> = (0..leases).map(|at| lease(at % 2)).collect();
+            while let Some(last) = held.len().checked_sub(1) {
+                for block in [0, 1].map(BlockId) {
+                    let is_held = held.iter().any(|lease| lease.last() == Some(block));
+                    assert_eq!(index.is_pinned(block), is_held);
+                    assert_eq!(index.try_remove(block), !is_held);
+                    if !is_held {
+                        index.insert(block);
+                    }
+                }
+                drop(held.swap_remove(rng.below(last + 1)));
+            }
+        }
+    }
+
     /// Readers beside a writer that keeps changing what is where: whatever they find has the key that they asked for.
     #[test]
     fn what_is_pinned_has_the_key() {
@@ -449,33 +502,45 @@ mod loom_tests {
     use loom::thread;
 
     /// A reader looks for a key while the writer gives the block another: whatever it has pinned has the key that it asked for, and no pin is
-    /// lost.
-    ///
+    /// lost. The one note that there is in this build may be taken by another lease: then the pin is in the block's word.
+    fn reader_beside_writer(is_note_taken: bool) {
+        let (first, second, other) = (BlockKey([1; 32]), BlockKey([3; 32]), BlockKey([5; 32]));
+        let block = BlockId(0);
+        // No bits of hash: all keys are looked for in the same place.
+        let mut index = IndexWriter::new(0, 2, 1);
+        index.set_key(block, &first);
+        index.insert(block);
+        let taken = is_note_taken.then(|| {
+            index.set_key(BlockId(1), &other);
+            index.insert(BlockId(1));
+            index.reader().lease(&[other])
+        });
+        assert_eq!(taken.is_some(), taken.as_ref().is_some_and(|lease| lease.last() == Some(BlockId(1))));
+        let reader = index.reader().clone();
+        let looking = thread::spawn(move || {
+            let lease = reader.lease(&[first]);
+            if let Some(block) = lease.last() {
+                assert!(reader.table.has_key(block, &words(&first)));
+            }
+        });
+        if index.try_remove(block) {
+            index.set_key(block, &second);
+            index.insert(block);
+            assert_eq!(index.find(&second), Some(block));
+        }
+        looking.join().unwrap();
+        assert!(!index.is_pinned(block));
+        assert!(index.try_remove(block));
+    }
+
     /// `RUSTFLAGS="--cfg loom" cargo test -p kv-cache-actors --lib --release loom`
     #[test]
-    fn what_is_pinned_keeps_its_key() {
-        loom::model(|| {
-            let (first, second) = (BlockKey([1; 32]), BlockKey([3; 32]));
-            let block = BlockId(0);
-            // No bits of hash: both keys are looked for in the same place.
-            let mut index = IndexWriter::new(0, 1, 1);
-            index.set_key(block, &first);
-            index.insert(block);
-            let reader = index.reader().clone();
-            let looking = thread::spawn(move || {
-                let lease = reader.lease(&[first]);
-                if let Some(block) = lease.last() {
-                    assert!(reader.table.has_key(block, &words(&first)));
-                }
-            });
-            if index.try_remove(block) {
-                index.set_key(block, &second);
-                index.insert(block);
-                assert_eq!(index.find(&second), Some(block));
-            }
-            looking.join().unwrap();
-            assert!(!index.is_pinned(block));
-            assert!(index.try_remove(block));
-        });
+    fn what_is_noted_keeps_its_key() {
+        loom::model(|| reader_beside_writer(false));
+    }
+
+    #[test]
+    fn what_is_counted_keeps_its_key() {
+        loom::model(|| reader_beside_writer(true));
     }
 }

@@ -22,8 +22,12 @@ pub(crate) mod lock_free {
     #[cfg(loom)]
     pub(crate) use loom::sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering, fence},
     };
+    #[cfg(shuttle)]
+    pub(crate) use shuttle::sync::atomic::fence;
+    #[cfg(not(any(loom, shuttle)))]
+    pub(crate) use std::sync::atomic::fence;
 }
 
 /// Locks `mutex`, also after a holder panicked.
