@@ -168,7 +168,7 @@ impl Evictor {
     pub fn touch(&mut self, block: BlockId, touch: Touch) {
         debug_assert!(self.contains(block));
         self.advance(touch.now_ms);
-        self.ranking.touched(&self.nodes, block.0, touch);
+        self.ranking.touched(block.0, touch);
     }
 
     /// Nobody held the block, now somebody does.

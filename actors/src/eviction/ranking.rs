@@ -50,9 +50,9 @@ impl Ranking {
     }
 
     /// A request has matched a block. If it is a candidate, it keeps its place: it is about to be held.
-    pub(super) fn touched(&mut self, nodes: &[Node], block: u32, touch: Touch) {
+    pub(super) fn touched(&mut self, block: u32, touch: Touch) {
         match self {
-            Ranking::Auto(auto) => auto.touched(nodes, block, touch),
+            Ranking::Auto(auto) => auto.touched(block, touch),
             Ranking::Lru(_) => (),
             Ranking::Lfu(lfu) => lfu.touched(block),
             Ranking::Slru(slru) => slru.touched(block),

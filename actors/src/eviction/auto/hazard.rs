@@ -16,7 +16,7 @@ use super::rank::CELLS;
 /// The most uses that are followed at a time: this many…
 const LOG_MAX: usize = 16_384;
 /// …and so many for each block that the cache holds.
-const LOG_PER_BLOCK: usize = 2;
+const LOG_PER_BLOCK: usize = 8;
 /// How far back the log has to reach, in uses: as many uses are left out as that takes. Never less than twice the cache.
 const REACH: usize = 16_384;
 /// One use in `2^bits` is followed.
@@ -30,11 +30,11 @@ const KEEP: f32 = 0.9;
 /// Before anything is seen, a step of ages has this chance…
 const FIRST_CHANCE: f32 = 0.01;
 /// …and a step has that of the step before it, as if seen so often.
-const STEP_PRIOR: f32 = 50.0;
+const STEP_PRIOR: f32 = 10.0;
 /// A class is like all others, as if it had been seen in so many uses.
 const CLASS_PRIOR: f32 = 3.0;
 /// A cell is as its class and its step say, as if seen in so many uses.
-const CELL_PRIOR: f32 = 40.0;
+const CELL_PRIOR: f32 = 20.0;
 
 /// Keeps chances away from certainty.
 const CHANCE_MAX: f32 = 0.97;

@@ -25,7 +25,7 @@ use rank::Order;
 use super::{NONE, Node, Touch};
 use age::Ages;
 
-/// Classes of uses: `count (4) × count of the parent (3) × last block of its request or not (2) × length of the request (4)`.
+/// Classes of uses: `count (4) × known share of the request (3) × last block of its request or not (2) × length of the request (4)`.
 const CLASSES: usize = 96;
 
 /// Of a chain, one in so many blocks is remembered when it is evicted; those that follow it are taken to be like it.
@@ -50,6 +50,8 @@ struct Info {
     /// Its uses before it was last evicted, as far as remembered.
     before: u8,
     flags: u8,
+    /// Blocks of the request up to here that had been used before, as far as remembered.
+    known: u16,
 }
 
 /// The learner and the candidates.
@@ -105,37 +107,36 @@ impl Auto {
         let print = fingerprint(identity);
         self.hazard.used_again(print, self.now, &self.ages);
         let remembered = touch.depth.is_multiple_of(GHOST_EVERY);
-        let before = match (remembered, nodes[block as usize].parent) {
-            (true, _) => self.ghosts.take(print),
-            (false, NONE) => 0,
-            (false, parent) => self.info[parent as usize].before,
+        let parent = match nodes[block as usize].parent {
+            NONE => Info::default(),
+            parent => self.info[parent as usize],
         };
+        let before = if remembered { self.ghosts.take(print) } else { parent.before };
+        let known = parent.known.saturating_add(u16::from(before > 0));
         let count = (before + 1).min(4);
         let flags = if remembered { REMEMBERED } else { 0 };
-        self.info[block as usize] = Info { print, count, before, flags, ..Info::default() };
-        self.used(nodes, block, touch);
+        self.info[block as usize] = Info { print, count, before, flags, known, ..Info::default() };
+        self.used(block, touch);
     }
 
-    pub(super) fn touched(&mut self, nodes: &[Node], block: u32, touch: Touch) {
+    pub(super) fn touched(&mut self, block: u32, touch: Touch) {
         self.now = self.now.wrapping_add(1);
         let info = &mut self.info[block as usize];
         info.count = (info.count + 1).min(4);
         // What comes after a block that is still here is not known to have been here.
         info.before = 0;
+        // It was found, and so were those before it.
+        info.known = u16::try_from(touch.depth).unwrap_or(u16::MAX).saturating_add(1);
         if info.flags & OPEN != 0 {
             info.flags &= !OPEN;
             self.hazard.used_again(info.print, self.now, &self.ages);
         }
-        self.used(nodes, block, touch);
+        self.used(block, touch);
     }
 
-    fn used(&mut self, nodes: &[Node], block: u32, touch: Touch) {
-        let parent = match nodes[block as usize].parent {
-            NONE => 0,
-            parent => self.info[parent as usize].count,
-        };
+    fn used(&mut self, block: u32, touch: Touch) {
         let info = &mut self.info[block as usize];
-        let class = class(info.count, parent, touch);
+        let class = class(info.count, info.known, touch);
         info.class = class;
         info.used = self.now;
         if self.hazard.is_sampled(self.now) {
@@ -180,7 +181,9 @@ fn fingerprint(identity: u64) -> u32 {
 }
 
 /// What a use says about the next one. All of it is known when the block is used.
-fn class(count: u8, parent: u8, touch: Touch) -> u8 {
+///
+/// What share of the request was used before tells a conversation that goes on, and is about to do so again, from one that begins.
+fn class(count: u8, known: u16, touch: Touch) -> u8 {
     let last = touch.depth.saturating_add(1) >= touch.request_blocks;
     let length = match touch.request_blocks {
         0..=8 => 0,
@@ -188,6 +191,8 @@ fn class(count: u8, parent: u8, touch: Touch) -> u8 {
         33..=64 => 2,
         _ => 3,
     };
-    let (count, parent) = (count.clamp(1, 4) - 1, parent.clamp(1, 3) - 1);
-    count + 4 * parent + 12 * u8::from(!last) + 24 * length
+    let (known, all) = (u64::from(known), u64::from(touch.request_blocks));
+    // Up to a half, up to four fifths, more.
+    let share = u8::from(known * 2 > all) + u8::from(known * 5 > all * 4);
+    (count.clamp(1, 4) - 1) + 4 * share + 12 * u8::from(!last) + 24 * length
 }
