@@ -227,8 +227,10 @@ pub(crate) struct Allocated {
 #[derive(Debug)]
 pub struct Pool {
     layout: PoolLayout,
-    /// Of the layout: every write divides by it, and working it out takes divisions of its own.
+    /// Of the layout: every block asks for them, and working them out takes divisions.
     slot_ids_per_chunk: u32,
+    /// Slots of a chunk, by class.
+    slots_per_chunk: [u32; 3],
     table: SlotTable,
     chunks: Vec<Chunk>,
     stock: Vec<u32>,
@@ -266,6 +268,8 @@ impl Pool {
             reserved_raw: 0,
             draining: None,
             slot_ids_per_chunk: layout.slot_ids_per_chunk() as u32,
+            slots_per_chunk: [SizeClass::Raw, SizeClass::Sealed, SizeClass::Host]
+                .map(|class| layout.slots_per_chunk(class) as u32),
             layout,
             table,
         };
@@ -296,16 +300,14 @@ impl Pool {
 
     /// Raw slots that can be taken without touching reservations or the moving room.
     pub fn raw_available(&self) -> usize {
-        self.raw_vacant().saturating_sub(self.reserved_raw + self.layout.moving_room())
+        self.raw_vacant().saturating_sub(self.reserved_raw + self.moving_room())
     }
 
     /// No fewer than could be taken if blocks that take `bytes` bytes of slots were gone, and chunks made raw of them.
     pub(crate) fn raw_available_without(&self, bytes: u64) -> usize {
         let sealed = bytes.div_ceil(self.layout.sealed_slot_bytes as u64) as usize + self.vacant_sealed;
         let (raw_slots, sealed_slots) = match self.layout.has_sealed_class {
-            true => {
-                (self.layout.slots_per_chunk(SizeClass::Raw), self.layout.slots_per_chunk(SizeClass::Sealed))
-            }
+            true => (self.slots_per_chunk(SizeClass::Raw), self.slots_per_chunk(SizeClass::Sealed)),
             false => (1, 1),
         };
         // And a chunk that is being emptied, which counts for neither class.
@@ -314,11 +316,19 @@ impl Pool {
 
     /// Whether a chunk's worth of raw slots can be given up to sealed ones without breaking a reservation.
     fn can_give_up_chunk(&self) -> bool {
-        self.raw_vacant() >= self.reserved_raw + self.layout.slots_per_chunk(SizeClass::Raw)
+        self.raw_vacant() >= self.reserved_raw + self.slots_per_chunk(SizeClass::Raw)
+    }
+
+    fn slots_per_chunk(&self, class: SizeClass) -> usize {
+        self.slots_per_chunk[class as usize] as usize
+    }
+
+    fn moving_room(&self) -> usize {
+        if self.layout.has_sealed_class { self.slots_per_chunk(SizeClass::Raw) } else { 0 }
     }
 
     fn raw_vacant(&self) -> usize {
-        self.vacant_raw + self.stock.len() * self.layout.slots_per_chunk(SizeClass::Raw)
+        self.vacant_raw + self.stock.len() * self.slots_per_chunk(SizeClass::Raw)
     }
 
     /// Slots of `class` in use, quarantined ones included.
@@ -370,7 +380,7 @@ impl Pool {
     /// leaves the moving room alone.
     pub(crate) fn take_sealed_spare(&mut self, tenant: u32) -> Option<FilledSlot> {
         let needs_chunk = self.with_vacancy[SizeClass::Sealed as usize].is_empty();
-        if needs_chunk && self.raw_available() < self.layout.slots_per_chunk(SizeClass::Raw) {
+        if needs_chunk && self.raw_available() < self.slots_per_chunk(SizeClass::Raw) {
             return None;
         }
         self.take(SizeClass::Sealed, tenant).map(|taken| taken.slot)
@@ -419,7 +429,7 @@ impl Pool {
             chunk.listed_at = None;
             self.with_vacancy[class as usize].pop();
         }
-        let id = chunk_index as usize * self.layout.slot_ids_per_chunk() + bit;
+        let id = chunk_index as usize * self.slot_ids_per_chunk as usize + bit;
         let slot = self.vacant[id].take()?.fill();
         let must_zero = match self.residue[id] {
             Residue::Fresh => false,
@@ -449,9 +459,9 @@ impl Pool {
 
     /// Makes a chunk whose slots are all vacant serve `class`.
     fn assign(&mut self, index: u32, class: SizeClass) {
-        let slots = self.layout.slots_per_chunk(class);
-        let first = index as usize * self.layout.slot_ids_per_chunk();
-        let residue = &mut self.residue[first..first + self.layout.slot_ids_per_chunk()];
+        let slots = self.slots_per_chunk(class);
+        let first = index as usize * self.slot_ids_per_chunk as usize;
+        let residue = &mut self.residue[first..first + self.slot_ids_per_chunk as usize];
         if residue.iter().any(|r| *r != Residue::Fresh) {
             residue.fill(Residue::Mixed);
         }
@@ -470,7 +480,7 @@ impl Pool {
     /// Chooses the chunk of `class` with the fewest blocks to be emptied for the other class, if the other chunks have room for what
     /// is in it. One at a time.
     pub(crate) fn start_draining(&mut self, class: SizeClass) -> bool {
-        let slots = self.layout.slots_per_chunk(class);
+        let slots = self.slots_per_chunk(class);
         let possible = match class {
             SizeClass::Raw => self.can_give_up_chunk(),
             _ => self.layout.has_sealed_class && self.vacant_sealed >= slots,
@@ -480,7 +490,7 @@ impl Pool {
         }
         // A slot that somebody looks at may stay for long.
         let looked_at = |index: &u32| {
-            let ids = self.layout.slot_ids_per_chunk();
+            let ids = self.slot_ids_per_chunk as usize;
             self.quarantine.iter().any(|(_, slot)| slot.id().0 as usize / ids == *index as usize)
         };
         let vacancies = |index: u32| self.chunks[index as usize].vacant.count_ones() as usize;
@@ -562,12 +572,12 @@ impl Pool {
     /// The slots of the chunk that is being emptied that are not vacant.
     pub(crate) fn draining(&self) -> impl Iterator<Item = SlotId> + use<> {
         let class = self.draining_class().unwrap_or(SizeClass::Raw);
-        let slots = self.layout.slots_per_chunk(class);
+        let slots = self.slots_per_chunk(class);
         let (first, taken) = match self.draining {
             None => (0, 0),
             Some(index) => {
                 let all = if slots == 64 { u64::MAX } else { (1 << slots) - 1 };
-                (index as usize * self.layout.slot_ids_per_chunk(), all & !self.chunks[index as usize].vacant)
+                (index as usize * self.slot_ids_per_chunk as usize, all & !self.chunks[index as usize].vacant)
             }
         };
         (0..slots).filter(move |bit| taken >> bit & 1 == 1).map(move |bit| SlotId((first + bit) as u32))
@@ -616,10 +626,12 @@ impl Pool {
             let at = id - self.layout.slot_ids();
             return self.host.give_back(at..at + 1);
         }
-        let (index, bit) = (id / self.layout.slot_ids_per_chunk(), id % self.layout.slot_ids_per_chunk());
+        let number = vacant.id().0;
+        let (index, bit) =
+            ((number / self.slot_ids_per_chunk) as usize, (number % self.slot_ids_per_chunk) as usize);
         self.vacant[id] = Some(vacant);
         self.used[class as usize] -= 1;
-        let slots = self.layout.slots_per_chunk(class);
+        let slots = self.slots_per_chunk(class);
         let chunk = &mut self.chunks[index];
         chunk.vacant |= 1 << bit;
         let all_vacant = chunk.vacant.count_ones() as usize == slots;

@@ -255,7 +255,7 @@ impl BlockStore {
     pub(super) fn create(&mut self, tenant: u32, private: bool) -> NewBlock {
         let taken =
             self.pool.take_raw(tenant).expect("a raw slot is vacant: the operation counted them first");
-        let offset = self.pool.layout().offset_bytes(SizeClass::Raw, taken.slot.id());
+        let offset = self.pool.offset_bytes(SizeClass::Raw, taken.slot.id());
         let id = BlockId(self.blocks.insert(Block {
             slot: taken.slot,
             class: SizeClass::Raw,
