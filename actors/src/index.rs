@@ -16,14 +16,13 @@ mod pins;
 use pins::{Pin, Stripes};
 
 use crate::block::{BlockId, BlockKey};
-use crate::sync::lock_free::{Arc, AtomicU64, Ordering, fence};
+use crate::sync::lock_free::{Arc, AtomicU64, Ordering, loom_fence};
 
 /// Entries of a bucket. With the count they fill a cache line.
 const BUCKET_ENTRIES: usize = 7;
 
-/// Set in a block's word while the block can be found; below it are the pins for which no stripe had room.
-const PUBLISHED: u64 = 1 << 32;
-const PINS: u64 = PUBLISHED - 1;
+/// The part of an entry that names a block.
+const BLOCK: u64 = (1 << 32) - 1;
 
 /// `fingerprint << 32 | block + 1`; 0 is vacant.
 #[derive(Debug)]
@@ -38,8 +37,10 @@ struct Bucket {
 #[derive(Debug)]
 #[repr(align(64))]
 struct Entry {
-    /// [`PUBLISHED`] and pins.
-    state: AtomicU64,
+    /// 1 while the block can be found.
+    published: AtomicU64,
+    /// Pins for which no stripe had room.
+    pins: AtomicU64,
     /// Words that can be read while they are written: whoever reads them has pinned the block, and then they are not.
     key: [AtomicU64; 4],
 }
@@ -67,7 +68,11 @@ impl Table {
         // Filled to two sevenths and up to four: most look-ups end in their first bucket.
         let buckets = (blocks / 4).next_power_of_two();
         Table {
-            blocks: zeroed(blocks, || Entry { state: zero(), key: std::array::from_fn(|_| zero()) }),
+            blocks: zeroed(blocks, || Entry {
+                published: zero(),
+                pins: zero(),
+                key: std::array::from_fn(|_| zero()),
+            }),
             buckets: zeroed(buckets, || Bucket {
                 entries: std::array::from_fn(|_| zero()),
                 passed_on: zero(),
@@ -94,7 +99,7 @@ impl Table {
             for entry in entries {
                 let entry = entry.load(Ordering::Relaxed);
                 if entry != 0
-                    && entry & !PINS == fingerprint
+                    && entry & !BLOCK == fingerprint
                     && let Some(answer) = found(BlockId(entry as u32 - 1))
                 {
                     return Some(answer);
@@ -108,8 +113,8 @@ impl Table {
         None
     }
 
-    fn state(&self, block: BlockId) -> &AtomicU64 {
-        &self.blocks[block.0 as usize].state
+    fn entry(&self, block: BlockId) -> &Entry {
+        &self.blocks[block.0 as usize]
     }
 
     fn has_key(&self, block: BlockId, key: &[u64; 4]) -> bool {
@@ -128,33 +133,6 @@ impl Table {
     /// False if no block has this key; true may be wrong, once in billions of times.
     fn may_have(&self, key: &[u64; 4]) -> bool {
         self.search(key, |_| Some(())).is_some()
-    }
-
-    fn is_published(&self, block: BlockId) -> bool {
-        // Acquire: the key was there before the block was published.
-        self.state(block).load(Ordering::Acquire) & PUBLISHED != 0
-    }
-
-    /// Pins a block in its own word.
-    fn try_pin(&self, block: BlockId) -> bool {
-        let state = self.state(block);
-        let mut seen = state.load(Ordering::Relaxed);
-        loop {
-            // A full counter refuses rather than spilling over.
-            if seen & PUBLISHED == 0 || seen & PINS == PINS {
-                return false;
-            }
-            // Acquire: the key was there before the block was published.
-            match state.compare_exchange_weak(seen, seen + 1, Ordering::Acquire, Ordering::Relaxed) {
-                Ok(_) => return true,
-                Err(now) => seen = now,
-            }
-        }
-    }
-
-    fn unpin(&self, block: BlockId) {
-        let before = self.state(block).fetch_sub(1, Ordering::Release);
-        assert!(before & PINS != 0, "a block was unpinned more often than pinned");
     }
 }
 
@@ -225,7 +203,7 @@ impl Drop for IndexWriter {
     /// Nothing is found on a shard that is gone.
     fn drop(&mut self) {
         for block in &self.0.table.blocks {
-            block.state.fetch_and(!PUBLISHED, Ordering::AcqRel);
+            block.published.store(0, Ordering::Release);
         }
     }
 }
@@ -250,8 +228,8 @@ impl IndexWriter {
 
     /// Gives a block its key. The block is not found, and nobody has it pinned.
     pub fn set_key(&mut self, block: BlockId, key: &BlockKey) {
-        let entry = &self.0.table.blocks[block.0 as usize];
-        debug_assert_eq!(entry.state.load(Ordering::Relaxed), 0);
+        let entry = self.0.table.entry(block);
+        debug_assert_eq!(entry.published.load(Ordering::Relaxed), 0);
         for (word, key) in entry.key.iter().zip(words(key)) {
             word.store(key, Ordering::Relaxed);
         }
@@ -263,7 +241,7 @@ impl IndexWriter {
     }
 
     fn key_words(&self, block: BlockId) -> [u64; 4] {
-        let words = &self.0.table.blocks[block.0 as usize].key;
+        let words = &self.0.table.entry(block).key;
         std::array::from_fn(|at| words[at].load(Ordering::Relaxed))
     }
 
@@ -271,8 +249,8 @@ impl IndexWriter {
     pub fn insert(&mut self, block: BlockId) {
         let key = self.key_words(block);
         let table = &*self.0.table;
-        let before = table.state(block).swap(PUBLISHED, Ordering::Release);
-        debug_assert_eq!(before, 0, "a block is published while it is pinned or in the index");
+        // Release: whoever sees this sees the key.
+        table.entry(block).published.store(1, Ordering::Release);
         let (mut bucket, fingerprint) = table.place(&key);
         // Twice as many places as blocks, so one is vacant.
         loop {
@@ -287,21 +265,15 @@ impl IndexWriter {
 
     /// Whether somebody holds a lease on the block, which is not found any more or never was.
     pub fn is_pinned(&self, block: BlockId) -> bool {
-        // Acquire pairs with the Release of those who let go.
-        self.0.table.state(block).load(Ordering::Acquire) & PINS != 0 || self.0.stripes.have(block)
+        // In the order of all accesses, as everything here; and whoever let go of it has read what he wanted.
+        self.0.table.entry(block).pins.load(Ordering::SeqCst) != 0 || self.0.stripes.have(block)
     }
 
     /// Removes a block that nobody has pinned. False, with nothing changed, if somebody has.
     pub fn try_remove(&mut self, block: BlockId) -> bool {
-        let state = self.0.table.state(block);
-        // Acquire pairs with the Release in `unpin`.
-        if state.compare_exchange(PUBLISHED, 0, Ordering::Acquire, Ordering::Relaxed).is_err() {
-            return false;
-        }
-        // Whoever has noted the block before is seen now, and whoever does so from now on sees that it is gone.
-        fence(Ordering::SeqCst);
-        if self.0.stripes.have(block) {
-            state.store(PUBLISHED, Ordering::Release);
+        self.withdraw(block);
+        if self.is_pinned(block) {
+            self.0.table.entry(block).published.store(1, Ordering::Release);
             return false;
         }
         self.remove_entry(block);
@@ -310,9 +282,28 @@ impl IndexWriter {
 
     /// Removes a block whoever has it pinned: nobody finds it any more. Its number stays taken until [`IndexWriter::is_pinned`] says no.
     pub fn hide(&mut self, block: BlockId) {
-        self.0.table.state(block).fetch_and(!PUBLISHED, Ordering::AcqRel);
-        fence(Ordering::SeqCst);
+        self.withdraw(block);
         self.remove_entry(block);
+    }
+
+    /// Whoever has pinned the block before is seen from now on, and whoever pins it from now on sees that it is gone.
+    fn withdraw(&self, block: BlockId) {
+        self.0.table.entry(block).published.store(0, Ordering::SeqCst);
+        loom_fence();
+    }
+
+    /// Loads what finding or inserting the key will need. For many keys in a row, so that the waits for memory are one.
+    pub fn warm(&self, key: &BlockKey) {
+        let table = &*self.0.table;
+        let (bucket, _) = table.place(&words(key));
+        std::hint::black_box(table.buckets[bucket].passed_on.load(Ordering::Relaxed));
+    }
+
+    /// Loads what removing the block will need.
+    pub fn warm_removal(&self, block: BlockId) {
+        let table = &*self.0.table;
+        let (bucket, _) = table.place(&self.key_words(block));
+        std::hint::black_box(table.buckets[bucket].passed_on.load(Ordering::Relaxed));
     }
 
     fn remove_entry(&mut self, block: BlockId) {

@@ -22,12 +22,15 @@ pub(crate) mod lock_free {
     #[cfg(loom)]
     pub(crate) use loom::sync::{
         Arc,
-        atomic::{AtomicU64, Ordering, fence},
+        atomic::{AtomicU64, Ordering},
     };
-    #[cfg(shuttle)]
-    pub(crate) use shuttle::sync::atomic::fence;
-    #[cfg(not(any(loom, shuttle)))]
-    pub(crate) use std::sync::atomic::fence;
+
+    /// Between a `SeqCst` store and a `SeqCst` load that follows it. Loom takes such accesses for weaker ones and knows the order of all
+    /// threads from fences only; everywhere else the accesses are enough.
+    pub(crate) fn loom_fence() {
+        #[cfg(loom)]
+        loom::sync::atomic::fence(Ordering::SeqCst);
+    }
 }
 
 /// Locks `mutex`, also after a holder panicked.

@@ -87,6 +87,7 @@ impl Bookkeeping {
         (0..).zip(held.iter()).for_each(|(depth, &block)| blocks.hold_found(block, (depth, request_blocks)));
         let hits = held.len();
         drop(lease);
+        blocks.warm(&keys[hits..]);
         for (depth, key) in (0..).zip(keys).skip(hits) {
             let room = blocks.raw_available(1) > 0 || blocks.evict_one(counters);
             debug_assert!(room, "what the request does not hold can go");

@@ -86,9 +86,11 @@ impl BlockStore {
             self.evictor.insert(id, parent, identity, self.blocks[id.0 as usize].tenant, touch);
             self.lineage.insert(id, parent, root);
             self.get_mut(id).published = true;
-            let parent = parent.and_then(|parent| self.key(parent));
-            let (shard, key, tier) = (self.shard, *key, self.get(id).class.tier());
-            self.tell(BlockEvent::Stored { shard, key, parent, tier });
+            if self.is_heard {
+                let parent = parent.and_then(|parent| self.key(parent));
+                let (shard, key, tier) = (self.shard, *key, self.get(id).class.tier());
+                self.tell(BlockEvent::Stored { shard, key, parent, tier });
+            }
         }
         Published::Itself
     }
@@ -202,7 +204,9 @@ impl BlockStore {
     }
 
     fn tell_removed(&mut self, block: BlockId) {
-        if let Some(key) = self.key(block) {
+        if self.is_heard
+            && let Some(key) = self.key(block)
+        {
             self.tell(BlockEvent::Removed { shard: self.shard, key });
         }
     }
@@ -241,8 +245,17 @@ impl BlockStore {
         }
     }
 
+    /// Loads what publishing blocks under these keys will need.
+    pub(super) fn warm(&self, keys: &[BlockKey]) {
+        keys.iter().for_each(|key| self.index.warm(key));
+    }
+
     /// Evicts a victim, unless somebody has just pinned it.
     fn try_evict(&mut self, victim: BlockId, counters: &mut CoreCounters) -> bool {
+        // They come one after the other: what the next will need is on its way by then.
+        for next in self.evictor.likely_next(victim).into_iter().flatten() {
+            self.index.warm_removal(next);
+        }
         let free = self.index.try_remove(victim);
         if free {
             self.tell_removed(victim);

@@ -231,6 +231,12 @@ impl Evictor {
         victim.map(BlockId)
     }
 
+    /// Blocks that may come up as victims when this one has gone: its parent, and the candidate behind it.
+    pub fn likely_next(&self, victim: BlockId) -> [Option<BlockId>; 2] {
+        let Node { parent, next, .. } = self.nodes[victim.0 as usize];
+        [parent, next].map(|block| (block != NONE).then_some(BlockId(block)))
+    }
+
     /// The block of the tenant to evict next, protected or not: the one that was let go of longest ago.
     pub fn victim_of(&mut self, tenant: u32, now_ms: u64) -> Option<BlockId> {
         self.advance(now_ms);

@@ -2,14 +2,14 @@
 //!
 //! Counting pins in the block's own word would make threads that find the same block write to one cache line, and so would counting
 //! them all to keep the table alive. A thread notes the block in its stripe instead, and *then* looks whether the block can still be found;
-//! the writer hides a block and *then* looks through the notes. With a fence in between on both sides one of them sees the other (as
-//! hazard pointers work; Michael, "Safe memory reclamation for lock-free objects", 2004). Leases that wait in a queue can be more than a
-//! stripe has room for: those are counted in the block's word after all.
+//! the writer hides a block and *then* looks through the notes. These accesses are in one order for all threads (`SeqCst`), so one of
+//! the two sees the other (as hazard pointers work; Michael, "Safe memory reclamation for lock-free objects", 2004). Leases that wait in a
+//! queue can be more than a stripe has room for: those are counted in the block's word after all.
 
 use std::sync::atomic::AtomicUsize;
 
 use super::{BlockId, Table};
-use crate::sync::lock_free::{Arc, AtomicU64, Ordering, fence};
+use crate::sync::lock_free::{Arc, AtomicU64, Ordering, loom_fence};
 
 /// More threads share stripes. The writer looks through all that were ever used.
 const STRIPES: usize = if cfg!(loom) { 1 } else { 32 };
@@ -50,20 +50,18 @@ impl Stripes {
             static OWN: usize = THREADS.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % STRIPES;
         }
         let own = OWN.with(|own| *own);
-        // Before the note, and so before the fence behind it.
-        if self.used.load(Ordering::Relaxed) >> own & 1 == 0 {
-            self.used.fetch_or(1 << own, Ordering::Relaxed);
+        if self.used.load(Ordering::SeqCst) >> own & 1 == 0 {
+            self.used.fetch_or(1 << own, Ordering::SeqCst);
         }
         &self.stripes[own]
     }
 
     /// Whether a block that is hidden is noted anywhere.
     pub(super) fn have(&self, block: BlockId) -> bool {
-        let mut left = self.used.load(Ordering::Relaxed);
+        let mut left = self.used.load(Ordering::SeqCst);
         while left != 0 {
             let Stripe { notes, .. } = &*self.stripes[left.trailing_zeros() as usize];
-            // Acquire pairs with the Release of those who let go.
-            if notes.iter().any(|note| note.load(Ordering::Acquire) == note_of(block)) {
+            if notes.iter().any(|note| note.load(Ordering::SeqCst) == note_of(block)) {
                 return true;
             }
             left &= left - 1;
@@ -88,16 +86,18 @@ pub(super) struct Pin {
 impl Pin {
     /// Pins a block if it can be found. Its key has to be compared afterwards.
     pub(super) fn new(stripe: &Arc<Stripe>, block: BlockId) -> Option<Pin> {
-        let table = &stripe.table;
-        let Some(note) = stripe.note(block) else {
-            return table.try_pin(block).then(|| Pin { stripe: stripe.clone(), block, note: None });
-        };
-        fence(Ordering::SeqCst);
-        if table.is_published(block) {
-            return Some(Pin { stripe: stripe.clone(), block, note: Some(note) });
+        let note = stripe.note(block);
+        let entry = stripe.table.entry(block);
+        if note.is_none() {
+            entry.pins.fetch_add(1, Ordering::SeqCst);
         }
-        stripe.forget(note);
-        None
+        loom_fence();
+        // The key was there before the block was published.
+        let is_published = entry.published.load(Ordering::SeqCst) != 0;
+        if !is_published {
+            stripe.unpin(block, note);
+        }
+        is_published.then(|| Pin { stripe: stripe.clone(), block, note })
     }
 
     pub(super) fn block(&self) -> BlockId {
@@ -107,10 +107,7 @@ impl Pin {
 
 impl Drop for Pin {
     fn drop(&mut self) {
-        match self.note {
-            Some(note) => self.stripe.forget(note),
-            None => self.stripe.table.unpin(self.block),
-        }
+        self.stripe.unpin(self.block, self.note);
     }
 }
 
@@ -119,12 +116,19 @@ impl Stripe {
     fn note(&self, block: BlockId) -> Option<u8> {
         let free = |note: &AtomicU64| {
             note.load(Ordering::Relaxed) == 0
-                && note.compare_exchange(0, note_of(block), Ordering::Relaxed, Ordering::Relaxed).is_ok()
+                && note.compare_exchange(0, note_of(block), Ordering::SeqCst, Ordering::Relaxed).is_ok()
         };
         self.notes.iter().position(free).map(|note| note as u8)
     }
 
-    fn forget(&self, note: u8) {
-        self.notes[usize::from(note)].store(0, Ordering::Release);
+    /// Release: the writer may change what the block holds when it sees this.
+    fn unpin(&self, block: BlockId, note: Option<u8>) {
+        match note {
+            Some(note) => self.notes[usize::from(note)].store(0, Ordering::Release),
+            None => {
+                let before = self.table.entry(block).pins.fetch_sub(1, Ordering::Release);
+                assert!(before != 0, "a block was unpinned more often than pinned");
+            }
+        }
     }
 }
