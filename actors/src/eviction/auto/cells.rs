@@ -6,9 +6,11 @@ use super::{Info, Node};
 use crate::eviction::queue::List;
 
 /// Cells that are looked at for blocks that have got older, per victim. Blocks get older slowly.
-const LOOKS: usize = 8;
+const LOOKS: usize = 4;
 
+/// Of bits of cells. There is a bit for each of them in turn.
 const WORDS: usize = CELLS.div_ceil(64);
+const _: () = assert!(WORDS <= 64);
 
 #[derive(Debug, Default)]
 struct Cell {
@@ -23,6 +25,8 @@ pub(super) struct Cells {
     cells: Vec<Cell>,
     /// A bit for each cell that is not empty, by place in the order.
     filled: [u64; WORDS],
+    /// A bit for each of these words that is not zero.
+    words: u64,
     /// The place where each cell stands.
     place: Vec<u16>,
     look: usize,
@@ -33,6 +37,7 @@ impl Cells {
         Cells {
             cells: (0..CELLS).map(|_| Cell::default()).collect(),
             filled: [0; WORDS],
+            words: 0,
             place: (0..CELLS as u16).collect(),
             look: 0,
         }
@@ -50,13 +55,46 @@ impl Cells {
 
     /// Takes over a new order.
     pub(super) fn reorder(&mut self, order: &Order) {
-        self.filled = [0; WORDS];
-        for (cell, place) in self.place.iter_mut().enumerate() {
-            *place = order.place(cell) as u16;
+        (self.filled, self.words) = ([0; WORDS], 0);
+        for cell in 0..CELLS {
+            self.place[cell] = order.place(cell) as u16;
             if self.cells[cell].list.front().is_some() {
-                self.filled[usize::from(*place) / 64] |= 1 << (*place % 64);
+                self.fill(cell);
             }
         }
+    }
+
+    fn fill(&mut self, cell: usize) {
+        let (word, bit) = (self.place[cell] / 64, self.place[cell] % 64);
+        self.filled[usize::from(word)] |= 1 << bit;
+        self.words |= 1 << word;
+    }
+
+    fn clear(&mut self, cell: usize) {
+        let (word, bit) = (self.place[cell] / 64, self.place[cell] % 64);
+        self.filled[usize::from(word)] &= !(1 << bit);
+        if self.filled[usize::from(word)] == 0 {
+            self.words &= !(1 << word);
+        }
+    }
+
+    /// The first place from `place` on whose cell is not empty.
+    fn filled_from(&self, place: usize) -> Option<usize> {
+        let (word, bit) = (place / 64, place % 64);
+        let here = self.filled.get(word)? & (!0 << bit);
+        if here != 0 {
+            return Some(word * 64 + here.trailing_zeros() as usize);
+        }
+        // Shifted twice: a shift by 64 is none.
+        let after = self.words & (!0 << word << 1);
+        let word = after.trailing_zeros() as usize;
+        (after != 0).then(|| word * 64 + self.filled[word].trailing_zeros() as usize)
+    }
+
+    /// Whether the first block of a cell is too old for it.
+    fn is_due(&self, number: usize, now: u32) -> bool {
+        // Not yet due: less than half of the counter's range ahead. The last step has no end.
+        (self.cells[number].due.wrapping_sub(now).wrapping_sub(1) as i32) < 0 && number % STEPS + 1 < STEPS
     }
 
     /// Takes all candidates out.
@@ -67,7 +105,7 @@ impl Cells {
                 all.push(block);
             }
         }
-        self.filled = [0; WORDS];
+        (self.filled, self.words) = ([0; WORDS], 0);
         all
     }
 
@@ -85,8 +123,7 @@ impl Cells {
         }
         cell.list.push_front(nodes, block);
         cell.due = used.wrapping_add(ages.end(step));
-        let place = usize::from(self.place[number]);
-        self.filled[place / 64] |= 1 << (place % 64);
+        self.fill(number);
     }
 
     pub(super) fn leave(&mut self, nodes: &mut [Node], info: &[Info], block: u32, ages: &Ages) {
@@ -99,10 +136,7 @@ impl Cells {
         }
         match cell.list.front() {
             Some(front) => cell.due = info[front as usize].used.wrapping_add(ages.end(number % STEPS)),
-            None => {
-                let place = usize::from(self.place[number]);
-                self.filled[place / 64] &= !(1 << (place % 64));
-            }
+            None => self.clear(number),
         }
     }
 
@@ -117,8 +151,7 @@ impl Cells {
     ) -> Option<u32> {
         self.look_around(nodes, info, now, order, ages);
         loop {
-            let word = self.filled.iter().position(|word| *word != 0)?;
-            let number = order.cell(word * 64 + self.filled[word].trailing_zeros() as usize);
+            let number = order.cell(self.filled_from(0)?);
             if !self.grow_older(nodes, info, number, now, ages) {
                 let list = &self.cells[number].list;
                 return if order.rises(number) { list.back() } else { list.front() };
@@ -128,19 +161,10 @@ impl Cells {
 
     /// Lets blocks of the next few cells get older.
     fn look_around(&mut self, nodes: &mut [Node], info: &mut [Info], now: u32, order: &Order, ages: &Ages) {
-        let (mut looks, mut words) = (0, 0);
-        while looks < LOOKS && words <= WORDS {
-            let (word, bit) = (self.look / 64, self.look % 64);
-            let ahead = self.filled[word] & (!0 << bit);
-            if ahead == 0 {
-                self.look = (word + 1) % WORDS * 64;
-                words += 1;
-                continue;
-            }
-            let place = word * 64 + ahead.trailing_zeros() as usize;
+        for _ in 0..LOOKS {
+            let Some(place) = self.filled_from(self.look).or_else(|| self.filled_from(0)) else { return };
             self.grow_older(nodes, info, order.cell(place), now, ages);
-            self.look = (place + 1) % (WORDS * 64);
-            looks += 1;
+            self.look = place + 1;
         }
     }
 
@@ -153,15 +177,10 @@ impl Cells {
         now: u32,
         ages: &Ages,
     ) -> bool {
-        if number % STEPS + 1 == STEPS {
-            return false;
-        }
         let mut any = false;
-        while let Some(front) = self.cells[number].list.front() {
-            // Not yet due: less than half of the counter's range ahead.
-            if (self.cells[number].due.wrapping_sub(now).wrapping_sub(1) as i32) >= 0 {
-                break;
-            }
+        while self.is_due(number, now)
+            && let Some(front) = self.cells[number].list.front()
+        {
             self.leave(nodes, info, front, ages);
             self.enter(nodes, info, front, now, ages);
             any = true;
