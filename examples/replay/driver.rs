@@ -171,7 +171,7 @@ mod tests {
     fn each_request_runs_once_however_many_threads_there_are() {
         static REQUESTS: AtomicUsize = AtomicUsize::new(0);
         let workload =
-            Workload::read(Path::new("tests/data/mooncake_small.jsonl"), Selection::All, 1).unwrap();
+            Workload::read(Path::new("tests/data/mooncake_small.jsonl"), Selection::All, 1, 0).unwrap();
         let cases = [1, 3, 64].into_iter().flat_map(|n| [(n, Deal::RoundRobin), (n, Deal::Next)]);
         for (threads, deal) in cases {
             REQUESTS.store(0, Relaxed);

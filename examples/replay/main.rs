@@ -82,6 +82,9 @@ struct Options {
     /// Only each N-th request (of the half).
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     every: u32,
+    /// Other keys for the same blocks: `auto` learns from a sample of uses, and keys decide who is in it.
+    #[arg(long, default_value_t = 0)]
+    label: u8,
     /// One JSON object per line on standard output instead of a table.
     #[arg(long)]
     json: bool,
@@ -110,7 +113,7 @@ fn run(options: &Options) -> anyhow::Result<()> {
         (_, true) => Selection::SecondHalf,
         _ => Selection::All,
     };
-    let workload = Workload::read(&options.trace, selection, options.every as usize)?;
+    let workload = Workload::read(&options.trace, selection, options.every as usize, options.label)?;
     let mut capacities = options.capacity_blocks.clone();
     capacities.sort_unstable();
     capacities.dedup();

@@ -42,11 +42,11 @@ pub(crate) struct Workload {
 }
 
 impl Workload {
-    /// Reads a trace and keeps each `every`-th request of the part that `selection` names.
+    /// Reads a trace and keeps each `every`-th request of the part that `selection` names. Another `label` gives all blocks other keys.
     ///
     /// # Errors
     /// When the file cannot be read, a line is not a request, or no request is left.
-    pub(crate) fn read(path: &Path, selection: Selection, every: usize) -> anyhow::Result<Self> {
+    pub(crate) fn read(path: &Path, selection: Selection, every: usize, label: u8) -> anyhow::Result<Self> {
         let name = path.display().to_string();
         let opened = File::open(path).with_context(|| format!("cannot open {name}"))?;
         let requests = trace::parse(BufReader::new(opened), usize::MAX).with_context(|| name.clone())?;
@@ -58,7 +58,7 @@ impl Workload {
         };
         let mut hashing = Duration::ZERO;
         let requests: Vec<_> =
-            part.iter().step_by(every).map(|request| plan(request, &mut hashing)).collect();
+            part.iter().step_by(every).map(|request| plan(request, label, &mut hashing)).collect();
         ensure!(!requests.is_empty(), "{name}: no requests");
         Ok(Workload { name, requests, hashing })
     }
@@ -81,7 +81,7 @@ impl Workload {
 
 /// Chains the keys of the blocks. A hash id stands for the same 512 made-up tokens wherever it appears, also where it names
 /// the partial last block, so blocks have equal keys where the ids up to them are equal.
-fn plan(request: &Request, hashing: &mut Duration) -> Planned {
+fn plan(request: &Request, label: u8, hashing: &mut Duration) -> Planned {
     let tokens: Vec<Vec<u32>> = request
         .hash_ids
         .iter()
@@ -90,7 +90,7 @@ fn plan(request: &Request, hashing: &mut Duration) -> Planned {
     let mut keys = Vec::with_capacity(tokens.len());
     // All requests have one tenant, model and adapter; what the keys begin with does not matter here.
     let geometry = Geometry::new(1, 1, 1, ElementType::F16).block_tokens(HASH_TOKENS);
-    let scheme = KeyScheme::new(HashSecret([0; 32]), &geometry, None);
+    let scheme = KeyScheme::new(HashSecret([label; 32]), &geometry, None);
     let mut parent = scheme.root(&OpenOptions::default());
     let begun = Instant::now();
     for block in &tokens {
@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     fn small(selection: Selection, every: usize) -> Workload {
-        Workload::read(Path::new("tests/data/mooncake_small.jsonl"), selection, every).unwrap()
+        Workload::read(Path::new("tests/data/mooncake_small.jsonl"), selection, every, 0).unwrap()
     }
 
     #[test]
@@ -127,7 +127,7 @@ mod tests {
                 512 * hash_ids.len()
             );
             let mut hashing = Duration::ZERO;
-            plan(&trace::parse(line.as_bytes(), 1).unwrap()[0], &mut hashing).keys
+            plan(&trace::parse(line.as_bytes(), 1).unwrap()[0], 0, &mut hashing).keys
         };
         let (a, b, c) = (keys(&[1, 2, 3]), keys(&[1, 2, 4]), keys(&[5, 2, 3]));
         assert_eq!(a[..2], b[..2]);
