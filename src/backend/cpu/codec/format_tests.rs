@@ -73,11 +73,11 @@ fn rotation(dim: usize, i: usize, j: usize) -> f64 {
     if i / group != j / group {
         return 0.0;
     }
-    let negative = (i % group & j % group).count_ones() % 2 == 1;
+    let negative = ((i % group) & (j % group)).count_ones() % 2 == 1;
     // The fraction of π in hexadecimal.
     const PI: [u32; 8] =
         [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0, 0x082EFA98, 0xEC4E6C89];
-    let flipped = PI[j / 32 % 8] >> (j % 32) & 1 == 1;
+    let flipped = (PI[j / 32 % 8] >> (j % 32)) & 1 == 1;
     let sign = if negative ^ flipped { -1.0 } else { 1.0 };
     sign / (group as f64).sqrt()
 }
