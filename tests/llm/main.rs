@@ -62,7 +62,7 @@ const PROMPTS: [&str; 8] = [
     "Q: Why is the sky blue?\nA:",
 ];
 
-const NEW_TOKENS: usize = 40;
+const NEW_TOKENS: usize = 24;
 
 async fn says_the_same<T: Stored>() {
     let Some((model, tokenizer)) = &*LOADED else { return };
