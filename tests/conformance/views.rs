@@ -205,6 +205,7 @@ async fn a_block_table_agrees_with_the_view<E: Number>(rig: Rig<E>) {
                             assert_eq!(v.as_ptr() as usize, values + rows * rig.layout.value_dim * element);
                         }
                         (Rows::Int8 { codes, .. }, _) => assert_eq!(codes.as_ptr() as usize, keys),
+                        (Rows::Coded { codes, .. }, _) => assert_eq!(codes.as_ptr() as usize, keys),
                         other => panic!("{other:?}"),
                     }
                 }

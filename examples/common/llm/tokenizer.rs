@@ -7,6 +7,9 @@ use std::path::Path;
 use anyhow::{Context, anyhow};
 use candle_core::quantized::gguf_file::Content;
 use candle_core::quantized::tokenizer::TokenizerFromGguf;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence;
 
 /// One message of a chat.
 #[derive(Debug, Clone)]
@@ -36,6 +39,10 @@ impl Tokenizer {
         let file = File::open(path).with_context(|| format!("cannot open the model {}", path.display()))?;
         let content = Content::read(&mut BufReader::new(file))?;
         let mut bpe = tokenizers::Tokenizer::from_gguf(&content)?;
+        // SmolLM2 splits digits, and puts no space before a text.
+        let split: [tokenizers::PreTokenizerWrapper; 2] =
+            [Digits::new(true).into(), ByteLevel::new(false, true, true).into()];
+        bpe.with_pre_tokenizer(Some(Sequence::new(split.to_vec())));
         // What a user writes never becomes a special token.
         bpe.set_encode_special_tokens(true);
         // Chats end with the one, texts with the other.

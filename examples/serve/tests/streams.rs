@@ -220,6 +220,13 @@ async fn a_client_that_does_not_read_is_parked_and_goes_on_where_it_was() {
     let server = start(Toy::default(), |settings| settings.send_buffer_bytes = 4096).await;
     let stream = silent(&server).await;
     serve_until(&server, |state| state.parked == 1).await;
+    // The others have their answers a moment before their sequences are closed.
+    let alone = async {
+        while server.server.app.requests() > 1 {
+            assert_eq!(server.get("/health").await.status, 200);
+        }
+    };
+    tokio::time::timeout(DEADLINE, alone).await.expect("the others leave");
     assert_eq!(server.server.app.cache.stats().sequences_open, 0, "who is parked holds nothing");
     // Then it reads after all, and nothing is missing.
     let answer = tokio::time::timeout(DEADLINE, read_raw(stream)).await.unwrap();
