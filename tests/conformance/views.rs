@@ -196,8 +196,8 @@ async fn a_block_table_agrees_with_the_view<E: Number>(rig: Rig<E>) {
                 }
                 for head in 0..rig.layout.kv_heads {
                     let rows = head * rig.layout.block_tokens;
-                    let keys =
-                        base + entry.keys_offset_bytes + rows * rig.layout.key_dim * row_unit(entry, element);
+                    let row_bytes = (rig.layout.key_dim * code_bits(entry.format, element)).div_ceil(8);
+                    let keys = base + entry.keys_offset_bytes + rows * row_bytes;
                     match (block.keys::<E>(head).unwrap(), block.values::<E>(head).unwrap()) {
                         (Rows::Raw(k), Rows::Raw(v)) => {
                             assert_eq!(k.as_ptr() as usize, keys);
@@ -219,8 +219,14 @@ async fn a_block_table_agrees_with_the_view<E: Number>(rig: Rig<E>) {
     rig.finish().await;
 }
 
-fn row_unit(entry: &BlockEntry, element: usize) -> usize {
-    if entry.format == Format::Int8 { 1 } else { element }
+fn code_bits(format: Format, element_bytes: usize) -> usize {
+    match format {
+        Format::Int8 | Format::Fp8 => 8,
+        Format::R4 => 4,
+        Format::R3 => 3,
+        Format::R2 => 2,
+        _ => 8 * element_bytes,
+    }
 }
 
 async fn a_block_table_keeps_its_blocks_in_place<E: Number>(rig: Rig<E>) {
