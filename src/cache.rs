@@ -232,7 +232,7 @@ impl Cache {
             .collect()
     }
 
-    #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
+    #[cfg_attr(not(any(feature = "candle", feature = "cuda")), expect(dead_code))]
     pub(crate) fn runtime(&self) -> &Runtime {
         &self.runtime
     }

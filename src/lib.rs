@@ -6,6 +6,7 @@ mod blocking;
 mod cache;
 #[cfg(feature = "candle")]
 pub mod candle;
+#[cfg(any(feature = "candle", feature = "cuda"))]
 mod columns;
 mod config;
 mod element;

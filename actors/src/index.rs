@@ -5,7 +5,7 @@
 //! key and is let go again. Whoever holds the pin holds a [`Lease`]; a block is evicted only at zero pins, and never before those that
 //! continue it: so the pin of a run's last block holds all of it.
 //!
-//! A look-up writes to nothing that another thread writes to: pins are notes in a [stripe](pins) of the thread's own, and the table stays
+//! A look-up writes to nothing that another thread writes to: pins are notes in a stripe (`pins`) of the thread's own, and the table stays
 //! alive through that stripe's count. So look-ups of one prompt by many threads do not meet, wherever it ends.
 //!
 //! The table is an array of buckets, one cache line each, with a count of the entries that found their bucket full and
