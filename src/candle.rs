@@ -333,9 +333,8 @@ impl Cache {
         let columns = Columns::new(layout, layer as usize, &host);
         let slots = slot_mapping(layout, &columns);
         let (rows, blocks) = (host.sequences.len(), columns.max_blocks);
-        let addresses = |addresses: Vec<u64>| addresses.into_iter().map(|address| address as i64).collect();
         let wide = |column: Vec<u64>, shape: &[usize]| {
-            let column: Vec<i64> = addresses(column);
+            let column: Vec<i64> = bytemuck::allocation::cast_vec(column);
             Tensor::from_vec(column, shape, device).map_err(failed)
         };
         let of_blocks = [rows, blocks];

@@ -307,11 +307,6 @@ impl Sequence {
         self.runtime.memories[self.id().shard() as usize].device()
     }
 
-    #[cfg(feature = "candle-cuda")]
-    pub(crate) fn cache(&self) -> crate::Cache {
-        crate::Cache::of(self.runtime.clone())
-    }
-
     /// How the cache stores sealed blocks.
     pub fn sealed_format(&self) -> Format {
         self.runtime.config.sealed_format()

@@ -295,13 +295,13 @@ impl<'a> BlockView<'a> {
         let first = head * layout.block_tokens + self.piece.inside.start;
         let rows = first..first + self.piece.inside.len();
         let format = self.piece.format;
-        let stored = FormatLayout::new(format, layout);
-        let codes = pinned.bytes(self.piece, stored.codes_of(layout, layer, plane, &rows))?;
+        let (codes, scales) = FormatLayout::new(format, layout).places(layout, layer, plane, &rows);
+        let codes = pinned.bytes(self.piece, codes)?;
         if format == Format::Raw {
             // Slots and planes begin at multiples of the element size, so the cast cannot fail.
             return Ok(Rows::Raw(bytemuck::cast_slice(codes)));
         }
-        let bytes = pinned.bytes(self.piece, stored.scales_of(layout, layer, plane, &rows))?;
+        let bytes = pinned.bytes(self.piece, scales)?;
         // They begin at multiples of 4 bytes.
         let scales = match (format, layout.element) {
             (Format::Int8 | Format::Fp8, ElementType::F16) => Scales::F16(bytemuck::cast_slice(bytes)),

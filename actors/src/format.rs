@@ -143,28 +143,20 @@ impl FormatLayout {
         self.scales_offset + plane_index * layout.rows_per_plane() * self.format.scale_bytes(layout.element)
     }
 
-    /// Where the codes of some rows of a plane lie.
-    pub const fn codes_of(
+    /// Where the codes, and where the scales, of some rows of a plane lie.
+    pub const fn places(
         &self,
         layout: &BlockLayout,
         layer: usize,
         plane: Plane,
         rows: &Range<usize>,
-    ) -> Range<usize> {
-        let (at, row) = (self.codes_at(layout, layer, plane), self.row_bytes(layout, plane));
-        at + rows.start * row..at + rows.end * row
-    }
-
-    /// Where the scales of some rows of a plane lie.
-    pub const fn scales_of(
-        &self,
-        layout: &BlockLayout,
-        layer: usize,
-        plane: Plane,
-        rows: &Range<usize>,
-    ) -> Range<usize> {
-        let (at, scale) = (self.scales_at(layout, layer, plane), self.format.scale_bytes(layout.element));
-        at + rows.start * scale..at + rows.end * scale
+    ) -> (Range<usize>, Range<usize>) {
+        let (codes, row) = (self.codes_at(layout, layer, plane), self.row_bytes(layout, plane));
+        let (scales, scale) = (self.scales_at(layout, layer, plane), self.format.scale_bytes(layout.element));
+        (
+            codes + rows.start * row..codes + rows.end * row,
+            scales + rows.start * scale..scales + rows.end * scale,
+        )
     }
 }
 
@@ -191,10 +183,7 @@ mod tests {
                     let rows = 0..layout.rows_per_plane();
                     let (mut codes, mut scales) = (0, place.scales_offset);
                     for (layer, plane) in planes {
-                        let (of_codes, of_scales) = (
-                            place.codes_of(&layout, layer, plane, &rows),
-                            place.scales_of(&layout, layer, plane, &rows),
-                        );
+                        let (of_codes, of_scales) = place.places(&layout, layer, plane, &rows);
                         assert_eq!((of_codes.start, of_scales.start), (codes, scales), "{format} {layer}");
                         (codes, scales) = (of_codes.end, of_scales.end);
                     }

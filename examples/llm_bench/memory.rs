@@ -5,6 +5,7 @@ use kv_cache::half::f16;
 use kv_cache::{Element as _, Format, OpenOptions};
 use serde::Serialize;
 
+use crate::llm::generate::until_sealed;
 use crate::llm::model::Model;
 
 #[derive(Serialize)]
@@ -56,10 +57,7 @@ async fn sequence_bytes(model: &Model, format: Format, tokens: usize) -> anyhow:
     let rows = (0..elements).map(|at| f16::from_f32((at % 61) as f32 / 61.0 - 0.5)).collect::<Vec<_>>();
     let ids = (0..tokens as u32).collect::<Vec<_>>();
     sequence.append(&ids, &rows, &rows).await?;
-    let full = tokens as u32 / cache.config().geometry.block_tokens;
-    while format != Format::Raw && sequence.info().sealed_blocks < full {
-        tokio::task::yield_now().await;
-    }
+    until_sealed(&cache, &sequence).await;
     // Statistics are as of the shard's last batch.
     sequence.truncate(tokens as u32).await?;
     let bytes = cache.stats().total.bytes_used;

@@ -82,11 +82,12 @@ impl History {
     /// Takes a sample.
     pub(crate) fn sample(&self, app: &App) {
         let stats = app.cache.stats();
-        let mut state = {
+        // The latencies are taken, not copied: the runner waits.
+        let (state, first_token_ms, between_tokens_ms) = {
             let mut state = app.figures.lock();
-            let fresh = state.clone();
-            (state.first_token_ms, state.between_tokens_ms) = Default::default();
-            fresh
+            let (first, between) =
+                (std::mem::take(&mut state.first_token_ms), std::mem::take(&mut state.between_tokens_ms));
+            (state.clone(), first, between)
         };
         let now = Before {
             at_s: app.started.elapsed().as_secs_f32(),
@@ -120,8 +121,8 @@ impl History {
             occupancy: occupancies.fold(Occupancy::default(), Occupancy::add),
             // A shard that is lost takes nothing back of what it has counted; saturating all the same.
             hit_rate: per(now.hit.saturating_sub(before.hit), now.asked.saturating_sub(before.asked)),
-            first_token_ms: Quantiles::of(std::mem::take(&mut state.first_token_ms)),
-            between_tokens_ms: Quantiles::of(std::mem::take(&mut state.between_tokens_ms)),
+            first_token_ms: Quantiles::of(first_token_ms),
+            between_tokens_ms: Quantiles::of(between_tokens_ms),
             step_sequences: per(now.chunks - before.chunks, steps),
             step_tokens: per(tokens, steps),
             preemptions: now.preemptions - before.preemptions,

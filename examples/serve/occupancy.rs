@@ -1,7 +1,18 @@
-//! What the bytes of a slab are used for, by the state of the blocks in them.
+//! What states the blocks are in, and what the bytes of a slab are used for by them.
 
 use kv_cache::{CacheConfig, CoreCounters};
 use serde::Serialize;
+
+/// Blocks of a shard by their state.
+pub(crate) fn blocks(counters: &CoreCounters) -> [(&'static str, u64); 5] {
+    [
+        ("raw", counters.blocks_used.saturating_sub(counters.blocks_sealed)),
+        ("sealed", counters.blocks_sealed.saturating_sub(counters.blocks_cached)),
+        ("cached", counters.blocks_cached),
+        ("free", counters.blocks_free),
+        ("host", counters.blocks_host),
+    ]
+}
 
 /// Bytes of a shard's slab, or of all together.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]

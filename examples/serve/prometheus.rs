@@ -6,7 +6,7 @@ use kv_cache::{Cache, CoreCounters};
 use metrics::{counter, gauge};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
-use crate::figures;
+use crate::{figures, occupancy};
 
 /// From half a millisecond to a minute.
 const SECONDS: &[f64] =
@@ -58,15 +58,7 @@ pub(crate) fn render(cache: &Cache) -> String {
 }
 
 fn copy_counters(shard: &str, counters: &CoreCounters) {
-    let sealed = counters.blocks_sealed.saturating_sub(counters.blocks_cached);
-    let states = [
-        ("raw", counters.blocks_used.saturating_sub(counters.blocks_sealed)),
-        ("sealed", sealed),
-        ("cached", counters.blocks_cached),
-        ("free", counters.blocks_free),
-        ("host", counters.blocks_host),
-    ];
-    for (state, blocks) in states {
+    for (state, blocks) in occupancy::blocks(counters) {
         gauge!("kv_cache_blocks", "shard" => shard.to_owned(), "state" => state).set(blocks as f64);
     }
     gauge!("kv_cache_bytes_used", "shard" => shard.to_owned()).set(counters.bytes_used as f64);

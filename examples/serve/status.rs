@@ -1,10 +1,10 @@
 //! `GET /status`: what the page shows, as JSON.
 
 use kv_cache::ShardReport;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::app::App;
-use crate::occupancy::Occupancy;
+use crate::occupancy::{self, Occupancy};
 
 /// Everything as of now, and the samples that came after number `since`.
 pub(crate) fn json(app: &App, since: u64) -> Value {
@@ -58,17 +58,15 @@ pub(crate) fn json(app: &App, since: u64) -> Value {
 
 fn shard(app: &App, report: &ShardReport) -> Value {
     let counters = &report.counters;
+    let blocks: Map<String, Value> = occupancy::blocks(counters)
+        .into_iter()
+        .map(|(state, blocks)| (state.into(), blocks.into()))
+        .collect();
     json!({
         "shard": report.shard,
         "lost": report.lost,
         "occupancy": Occupancy::of(counters, app.cache.config()),
-        "blocks": {
-            "raw": counters.blocks_used.saturating_sub(counters.blocks_sealed),
-            "sealed": counters.blocks_sealed.saturating_sub(counters.blocks_cached),
-            "cached": counters.blocks_cached,
-            "free": counters.blocks_free,
-            "host": counters.blocks_host,
-        },
+        "blocks": blocks,
         "sequences": counters.sequences,
         "operations": counters.operations,
         "seals": counters.seals,

@@ -1,8 +1,7 @@
 //! Whole steps and whole answers, for those who want nothing in between: tests, benches, measurements of quality.
 
 use anyhow::Context;
-use kv_cache::Cache;
-use kv_cache::Sequence;
+use kv_cache::{Cache, Format, Sequence};
 
 use super::cached::Step;
 use super::model::{Logits, Model, Wanted, greedy};
@@ -35,6 +34,11 @@ impl<T: Stored> CachedSequences<T> {
     pub fn new(cache: &Cache, sequences: Vec<Sequence>) -> Self {
         CachedSequences { cache: cache.clone(), sequences, element: std::marker::PhantomData }
     }
+
+    /// Waits until the full blocks of a sequence are sealed.
+    pub async fn until_sealed(&self, sequence: usize) {
+        until_sealed(&self.cache, &self.sequences[sequence]).await;
+    }
 }
 
 impl<T: Stored> Sequences for CachedSequences<T> {
@@ -59,6 +63,14 @@ impl<T: Stored> Sequences for CachedSequences<T> {
             result.context("a step was not stored")?;
         }
         Ok(logits)
+    }
+}
+
+/// Waits until the full blocks of `sequence` are sealed: at once, if they stay raw.
+pub async fn until_sealed(cache: &Cache, sequence: &Sequence) {
+    let full = sequence.len() / cache.config().geometry.block_tokens;
+    while sequence.sealed_format() != Format::Raw && sequence.info().sealed_blocks < full {
+        tokio::task::yield_now().await;
     }
 }
 

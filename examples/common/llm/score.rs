@@ -53,7 +53,7 @@ pub async fn score<T: Stored>(
         let mut logits = Vec::new();
         for sequences in &mut both {
             logits.push(sequences.step(model, &[0], &[chunk], Wanted::All).await?);
-            sealed(sequences).await;
+            sequences.until_sealed(0).await;
         }
         for (row, (expected, got)) in logits[0].rows().zip(logits[1].rows()).enumerate() {
             divergences.push(divergence(expected, got));
@@ -74,17 +74,4 @@ pub async fn score<T: Stored>(
         delta_ppl_percent: (per_token.exp() - 1.0) * 100.0,
         tokens_scored: count,
     })
-}
-
-/// Waits until the full blocks of the first sequence are sealed.
-async fn sealed<T: Stored>(sequences: &CachedSequences<T>) {
-    let sequence = &sequences.sequences[0];
-    if sequence.sealed_format() == kv_cache::Format::Raw {
-        return;
-    }
-    let full = sequence.len() / CHUNK_TOKENS as u32;
-    while sequence.info().sealed_blocks < full {
-        tokio::task::yield_now().await;
-        std::thread::yield_now();
-    }
 }

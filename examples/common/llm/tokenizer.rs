@@ -113,11 +113,6 @@ impl Tokenizer {
     pub fn bytes(&self, token: u32) -> &[u8] {
         self.bytes.get(token as usize).map_or(&[], Vec::as_slice)
     }
-
-    /// How many tokens there are.
-    pub fn tokens(&self) -> u32 {
-        self.bytes.len() as u32
-    }
 }
 
 /// Byte-level vocabularies write bytes as characters: the printable ones of Latin-1 as themselves, the others as those from U+0100 on.

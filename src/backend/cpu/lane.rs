@@ -142,8 +142,7 @@ impl CpuLane {
         for layer in 0..layout.layers {
             for plane in Plane::BOTH {
                 let raw = from + layout.plane_offset(layer, plane);
-                let codes = sealed.codes_of(layout, layer, plane, &all);
-                let scales = sealed.scales_of(layout, layer, plane, &all);
+                let (codes, scales) = sealed.places(layout, layer, plane, &all);
                 // SAFETY: the source is a full block held by the flight, which nobody writes to; the target is a new slot of
                 // the flight's own (2), and codes and scales lie apart in it.
                 let (raw, codes, scales) = unsafe {
@@ -213,9 +212,7 @@ impl CpuLane {
     ) {
         let layout = &self.layout;
         let (element, dim, row) = (layout.element, layout.dim(plane), layout.row_bytes(plane));
-        let stored = FormatLayout::new(format, layout);
-        let codes = stored.codes_of(layout, layer, plane, &rows);
-        let scales = stored.scales_of(layout, layer, plane, &rows);
+        let (codes, scales) = FormatLayout::new(format, layout).places(layout, layer, plane, &rows);
         // SAFETY: acknowledged rows (4) of a slot that the flight has pinned (3); nobody writes to sealed blocks.
         let (codes, scales) = unsafe {
             (

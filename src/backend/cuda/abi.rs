@@ -4,6 +4,8 @@ use bytemuck::{Pod, Zeroable};
 use kv_cache_actors::format::{Format, FormatLayout};
 use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
 
+use crate::columns;
+
 /// Where everything lies in a block.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
@@ -92,11 +94,7 @@ pub(super) struct Move {
     pub(super) bytes: u64,
 }
 
-/// The number of a format, where kernels know it.
+/// The number of a format, where kernels know it: that of block tables.
 pub(super) fn format_number(format: Format) -> Option<u32> {
-    match format {
-        Format::Raw => Some(0),
-        Format::Int8 => Some(1),
-        _ => None,
-    }
+    matches!(format, Format::Raw | Format::Int8).then(|| columns::number(format).into())
 }

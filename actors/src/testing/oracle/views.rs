@@ -131,8 +131,8 @@ fn row_bytes(
     plane: Plane,
     rows: std::ops::Range<usize>,
 ) -> impl Iterator<Item = std::ops::Range<usize>> {
-    let sealed = FormatLayout::new(place.format, layout);
-    [sealed.codes_of(layout, layer, plane, &rows), sealed.scales_of(layout, layer, plane, &rows)]
+    let (codes, scales) = FormatLayout::new(place.format, layout).places(layout, layer, plane, &rows);
+    [codes, scales]
         .into_iter()
         .filter(|range| !range.is_empty())
         .map(move |range| slot + range.start..slot + range.end)

@@ -426,7 +426,7 @@ fn decode_32<const E: u8, const SATURATE: bool>(from: &[u8; 32], s: __m256, to: 
     }
 }
 
-const fn saturation<const E: u8>() -> f32 {
+pub(super) const fn saturation<const E: u8>() -> f32 {
     finite_max(match E {
         F16 => ElementType::F16,
         BF16 => ElementType::Bf16,

@@ -8,9 +8,11 @@ use std::arch::x86_64::*;
 
 use half::bf16;
 
-use super::avx2::{BF16, F16, F32, element_bytes, lanes};
+use super::ElementType;
+use super::avx2::{
+    BF16, F16, F32, element_bytes, lanes, load_full, load_half, saturation, store_full, store_half,
+};
 use super::rotated::{self, BOOK2, BOOK3, BOOK4, flips, group, middle, root};
-use super::{ElementType, finite_max};
 
 /// See [`rotated::encode`].
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -294,9 +296,7 @@ fn decode_rows<const BITS: usize, const E: u8>(
     dst_stride: usize,
 ) {
     let (row_bytes, code_bytes, group) = (dim * element_bytes(E), dim * BITS / 8, group(dim));
-    let element = [ElementType::F16, ElementType::Bf16, ElementType::F32][E as usize];
-    let max = _mm256_set1_ps(finite_max(element));
-    let min = _mm256_set1_ps(-finite_max(element));
+    let (max, min) = (_mm256_set1_ps(saturation::<E>()), _mm256_set1_ps(-saturation::<E>()));
     let mut y = vec![_mm256_setzero_ps(); dim];
     let batches = codes.chunks(LANES * code_bytes).zip(factors.chunks(LANES * 2));
     for (batch, (codes, factors)) in batches.enumerate() {
@@ -389,9 +389,9 @@ fn transposed(x: [__m256; 8]) -> [__m256; 8] {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn load_8<const E: u8>(row: &[u8], i: usize) -> __m256 {
     if E == F32 {
-        return _mm256_castsi256_ps(super::avx2::load_full(row, i));
+        return _mm256_castsi256_ps(load_full(row, i));
     }
-    let halves = super::avx2::load_half(row, i);
+    let halves = load_half(row, i);
     match E {
         F16 => _mm256_cvtph_ps(halves),
         _ => _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves))),
@@ -402,8 +402,8 @@ fn load_8<const E: u8>(row: &[u8], i: usize) -> __m256 {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn store_8<const E: u8>(row: &mut [u8], i: usize, x: __m256) {
     match E {
-        F32 => super::avx2::store_full(row, i, _mm256_castps_si256(x)),
-        F16 => super::avx2::store_half(row, i, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)),
+        F32 => store_full(row, i, _mm256_castps_si256(x)),
+        F16 => store_half(row, i, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)),
         _ => {
             let bits = _mm256_castps_si256(x);
             let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
@@ -411,7 +411,7 @@ fn store_8<const E: u8>(row: &mut [u8], i: usize, x: __m256) {
             let upper = _mm256_srli_epi32::<16>(rounded);
             let packed = _mm256_packus_epi32(upper, upper);
             let packed = _mm256_permute4x64_epi64::<0b10_00>(packed);
-            super::avx2::store_half(row, i, _mm256_castsi256_si128(packed));
+            store_half(row, i, _mm256_castsi256_si128(packed));
         }
     }
 }

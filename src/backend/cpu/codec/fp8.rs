@@ -1,10 +1,10 @@
 //! `fp8`: e4m3 floats under one scale a row. The definition; see the [module documentation](super).
 
 use super::ElementType;
-use super::scalar::{all_finite, finite, read, read_scale, write, write_scale};
+use super::scalar::{decode_scaled, encode_scaled};
 
 /// The largest e4m3 number.
-pub(super) const MAX: f32 = 448.0;
+const MAX: f32 = 448.0;
 /// Below it e4m3 numbers are multiples of [`STEP`].
 const NORMAL: f32 = 1.0 / 64.0;
 const STEP: f32 = 1.0 / 512.0;
@@ -16,22 +16,11 @@ pub(super) fn encode(
     codes: &mut [u8],
     scales: &mut [u8],
 ) -> bool {
-    let rows = src.chunks_exact(dim * element.bytes()).zip(codes.chunks_exact_mut(dim));
-    let mut finite = true;
-    for ((row, codes), stored) in rows.zip(scales.chunks_exact_mut(element.scale_bytes())) {
-        if !all_finite(element, row) {
-            finite = false;
-            write_scale(element, 0.0, stored);
-            codes.fill(0);
-            continue;
-        }
-        let abs_max = (0..dim).fold(0.0f32, |max, i| max.max(read(element, row, i).abs()));
-        let inverse = 1.0 / write_scale(element, abs_max / MAX, stored);
-        for (i, code) in codes.iter_mut().enumerate() {
-            *code = to_e4m3(read(element, row, i) * inverse);
-        }
-    }
-    finite
+    let coder = |scale: f32| {
+        let inverse = 1.0 / scale;
+        move |x: f32| to_e4m3(x * inverse)
+    };
+    encode_scaled(element, dim, src, codes, scales, MAX, coder)
 }
 
 pub(super) fn decode(
@@ -42,14 +31,7 @@ pub(super) fn decode(
     dst: &mut [u8],
     dst_stride: usize,
 ) {
-    let rows = codes.chunks_exact(dim).zip(scales.chunks_exact(element.scale_bytes()));
-    for (row, (codes, stored)) in rows.enumerate() {
-        let scale = read_scale(element, stored);
-        let out = &mut dst[row * dst_stride..][..dim * element.bytes()];
-        for (code, out) in codes.iter().zip(out.chunks_exact_mut(element.bytes())) {
-            write(element, finite(element, from_e4m3(*code) * scale), out);
-        }
-    }
+    decode_scaled(element, dim, codes, scales, dst, dst_stride, from_e4m3);
 }
 
 /// The nearest e4m3 number, ties to even, at most 448.

@@ -26,13 +26,41 @@ pub(super) fn copy_rows(
     finite
 }
 
-/// See [`Kernels::int8_encode`](super::Kernels::int8_encode).
+/// `int8` by its definition: see [`Kernels::encode`](super::Kernels::encode).
 pub(super) fn int8_encode(
     element: ElementType,
     dim: usize,
     src: &[u8],
     codes: &mut [u8],
     scales: &mut [u8],
+) -> bool {
+    let coder =
+        |scale: f32| move |x: f32| ((x / scale).round_ties_even().clamp(-127.0, 127.0) as i8).cast_unsigned();
+    encode_scaled(element, dim, src, codes, scales, 127.0, coder)
+}
+
+/// See [`Kernels::decode`](super::Kernels::decode).
+pub(super) fn int8_decode(
+    element: ElementType,
+    dim: usize,
+    codes: &[u8],
+    scales: &[u8],
+    dst: &mut [u8],
+    dst_stride: usize,
+) {
+    decode_scaled(element, dim, codes, scales, dst, dst_stride, |code| f32::from(code.cast_signed()));
+}
+
+/// Rows as a byte an element under one scale a row, which brings the largest magnitude to `most`. `coder` makes of a stored scale
+/// what gives an element its code.
+pub(super) fn encode_scaled<C: Fn(f32) -> u8>(
+    element: ElementType,
+    dim: usize,
+    src: &[u8],
+    codes: &mut [u8],
+    scales: &mut [u8],
+    most: f32,
+    coder: impl Fn(f32) -> C,
 ) -> bool {
     let rows = src.chunks_exact(dim * element.bytes()).zip(codes.chunks_exact_mut(dim));
     let mut finite = true;
@@ -44,30 +72,30 @@ pub(super) fn int8_encode(
             continue;
         }
         let abs_max = (0..dim).fold(0.0f32, |max, i| max.max(read(element, row, i).abs()));
-        let scale = write_scale(element, abs_max / 127.0, stored);
+        let code_of = coder(write_scale(element, abs_max / most, stored));
         for (i, code) in codes.iter_mut().enumerate() {
-            let q = (read(element, row, i) / scale).round_ties_even();
-            *code = (q.clamp(-127.0, 127.0) as i8).cast_unsigned();
+            *code = code_of(read(element, row, i));
         }
     }
     finite
 }
 
-/// See [`Kernels::int8_decode`](super::Kernels::int8_decode).
-pub(super) fn int8_decode(
+/// The inverse of [`encode_scaled`]: `value` of each code, times the scale.
+pub(super) fn decode_scaled(
     element: ElementType,
     dim: usize,
     codes: &[u8],
     scales: &[u8],
     dst: &mut [u8],
     dst_stride: usize,
+    value: impl Fn(u8) -> f32,
 ) {
     let rows = codes.chunks_exact(dim).zip(scales.chunks_exact(element.scale_bytes()));
     for (row, (codes, stored)) in rows.enumerate() {
         let scale = read_scale(element, stored);
         let out = &mut dst[row * dst_stride..][..dim * element.bytes()];
         for (code, out) in codes.iter().zip(out.chunks_exact_mut(element.bytes())) {
-            write(element, finite(element, f32::from(code.cast_signed()) * scale), out);
+            write(element, finite(element, value(*code) * scale), out);
         }
     }
 }
@@ -80,7 +108,7 @@ pub(super) fn finite(element: ElementType, value: f32) -> f32 {
 }
 
 /// Rounds `ideal` to the stored type, applies the floor, stores it, and returns what was stored.
-pub(super) fn write_scale(element: ElementType, ideal: f32, stored: &mut [u8]) -> f32 {
+fn write_scale(element: ElementType, ideal: f32, stored: &mut [u8]) -> f32 {
     match element {
         ElementType::F16 => {
             let scale = f16::from_f32(ideal).max(SCALE_FLOOR_F16);
@@ -96,7 +124,7 @@ pub(super) fn write_scale(element: ElementType, ideal: f32, stored: &mut [u8]) -
 }
 
 /// The stored scale of one row.
-pub(super) fn read_scale(element: ElementType, stored: &[u8]) -> f32 {
+fn read_scale(element: ElementType, stored: &[u8]) -> f32 {
     match element {
         ElementType::F16 => f16::from_le_bytes([stored[0], stored[1]]).to_f32(),
         ElementType::Bf16 | ElementType::F32 => {
