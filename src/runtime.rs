@@ -55,8 +55,6 @@ pub(crate) fn open(
 ) -> Result<(Runtime, impl Future<Output = ()> + Send + 'static), BuildError> {
     let (layout, pool) = config.plan()?;
     let devices = backend::choose(config.devices)?;
-    let format = config.sealed_format();
-    devices.iter().try_for_each(|device| device.check_format(format))?;
     let memories = backend::allocate(&devices, &pool)?;
     let lender = Lender::new(&devices, &memories, config.lent_memory_bytes)?;
     let secret = match config.hash_secret.take() {

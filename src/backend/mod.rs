@@ -9,12 +9,11 @@ use std::sync::{Arc, OnceLock};
 
 use kv_cache_actors::assembly::Assembler;
 use kv_cache_actors::device::CoreConfig;
-use kv_cache_actors::format::Format;
 use kv_cache_actors::pool::PoolLayout;
 use kv_cache_actors::reach::{LentMemory, PlainMemory};
 
 use crate::config::{CacheConfig, Devices};
-use crate::error::{BuildError, ConfigError, Error};
+use crate::error::{BuildError, Error};
 use crate::view::Pinned;
 
 /// A device that was chosen, not yet opened.
@@ -152,24 +151,6 @@ pub(crate) fn gpus() -> Result<Vec<Device>, String> {
 #[cfg(not(feature = "cuda"))]
 pub(crate) fn gpus() -> Result<Vec<Device>, String> {
     Err("built without the `cuda` feature".into())
-}
-
-impl Device {
-    /// Whether it seals blocks in `format`.
-    ///
-    /// # Errors
-    /// [`ConfigError::NotBuilt`] for a format that has no kernels on a GPU yet.
-    pub(crate) fn check_format(&self, format: Format) -> Result<(), ConfigError> {
-        match (self, format) {
-            #[cfg(feature = "cuda")]
-            (Device::Cuda(_), format) if !cuda::has_kernels(format) => Err(ConfigError::NotBuilt {
-                field: "quantisation.format",
-                value: format!("{format} on a GPU"),
-                instead: "int8 or raw there, or CPU devices (`devices = { cpu = 1 }`)",
-            }),
-            _ => Ok(()),
-        }
-    }
 }
 
 /// Allocates the slabs of all devices.

@@ -206,11 +206,6 @@ impl Combo {
         let block = self.geometry.layout().unwrap();
         let bytes = (block.raw_bytes() as u64).next_multiple_of(128);
         let blocks = (ROOM_TOKENS / u64::from(self.geometry.block_tokens)).max(64);
-        let on_gpu = !self.setup.host_memory;
-        if on_gpu && !matches!(self.format, Format::Raw | Format::Int8) {
-            println!("skipped {self}: the format has no kernels on a GPU yet");
-            return None;
-        }
         match (self.setup.builder)(self.geometry.clone()) {
             // Some chunks are kept for sealed blocks.
             Ok(builder) => {

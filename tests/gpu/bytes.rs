@@ -9,7 +9,7 @@ use crate::common::{Combo, Number, Rig, SETUPS, Tokens, geometry};
 use crate::device::OnDevice;
 
 /// `(block_tokens, layers, kv_heads, key_dim, value_dim)`: every width that a kernel treats on its own, and odd ones.
-const SHAPES: [(u32, u32, u32, u32, u32); 10] = [
+const SHAPES: [(u32, u32, u32, u32, u32); 11] = [
     (32, 2, 2, 16, 16),
     (32, 2, 2, 64, 80),
     (32, 1, 2, 128, 128),
@@ -20,6 +20,7 @@ const SHAPES: [(u32, u32, u32, u32, u32); 10] = [
     (1, 1, 1, 1, 2),
     (3, 1, 1, 520, 1000),
     (64, 1, 1, 96, 192),
+    (32, 1, 3, 32, 256),
 ];
 
 /// One more or less than the bits of `x`: its neighbours, if it is not zero.
@@ -105,10 +106,10 @@ async fn rig<E: Number>(setup: &str, format: Format, geometry: Geometry) -> Opti
     Some(Rig::new(&combo, builder).await)
 }
 
-async fn same_bytes<E: OnDevice>(shape: (u32, u32, u32, u32, u32), seed: u64) {
+async fn same_bytes<E: OnDevice>(format: Format, shape: (u32, u32, u32, u32, u32), seed: u64) {
     let geometry = geometry(shape, E::TYPE);
-    let Some(gpu) = rig::<E>("cuda", Format::Int8, geometry.clone()).await else { return };
-    let cpu = rig::<E>("cpu", Format::Int8, geometry).await.unwrap();
+    let Some(gpu) = rig::<E>("cuda", format, geometry.clone()).await else { return };
+    let cpu = rig::<E>("cpu", format, geometry).await.unwrap();
     let what = format!("{}, seed {seed}", gpu.combo);
     let count = (3 * shape.0).max(40) + 1;
     let new = tokens::<E>(gpu.layout, count as usize, seed);
@@ -155,8 +156,10 @@ macro_rules! same_bytes {
             #[tokio::test]
             async fn $name() {
                 for (at, shape) in SHAPES.into_iter().enumerate() {
-                    for seed in 0..3 {
-                        same_bytes::<$element>(shape, 100 * at as u64 + 10 * seed).await;
+                    for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
+                        for seed in 0..2 {
+                            same_bytes::<$element>(format, shape, 100 * at as u64 + 10 * seed).await;
+                        }
                     }
                 }
             }

@@ -1,4 +1,4 @@
-//! What kernels are handed, byte for byte as in `kernels/cache.cu`.
+//! What kernels are handed, byte for byte as in `kernels/common.cuh`.
 
 use bytemuck::{Pod, Zeroable};
 use kv_cache_actors::format::{Format, FormatLayout};
@@ -16,6 +16,7 @@ pub(super) struct Layout {
     element: u32,
     dim: [u32; 2],
     row_bytes: [u32; 2],
+    code_bytes: [u32; 2],
     element_bytes: u32,
     scale_bytes: u32,
     plane_bytes: [u64; 2],
@@ -24,7 +25,9 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    pub(super) fn new(block: &BlockLayout) -> Self {
+    /// For blocks that are sealed in `sealed`.
+    pub(super) fn new(block: &BlockLayout, sealed: Format) -> Self {
+        let place = FormatLayout::new(sealed, block);
         let of = |f: &dyn Fn(Plane) -> usize| Plane::BOTH.map(f);
         Layout {
             layers: block.layers as u32,
@@ -37,11 +40,12 @@ impl Layout {
             },
             dim: of(&|plane| block.dim(plane)).map(|n| n as u32),
             row_bytes: of(&|plane| block.row_bytes(plane)).map(|n| n as u32),
+            code_bytes: of(&|plane| place.row_bytes(block, plane)).map(|n| n as u32),
             element_bytes: block.element.bytes() as u32,
-            scale_bytes: block.element.scale_bytes() as u32,
+            scale_bytes: sealed.scale_bytes(block.element) as u32,
             plane_bytes: of(&|plane| block.plane_bytes(plane)).map(|n| n as u64),
             layer_bytes: block.layer_bytes() as u64,
-            scales_offset: FormatLayout::new(Format::Int8, block).scales_offset as u64,
+            scales_offset: place.scales_offset as u64,
         }
     }
 }
@@ -94,7 +98,7 @@ pub(super) struct Move {
     pub(super) bytes: u64,
 }
 
-/// The number of a format, where kernels know it: that of block tables.
-pub(super) fn format_number(format: Format) -> Option<u32> {
-    matches!(format, Format::Raw | Format::Int8).then(|| columns::number(format).into())
+/// The number of a format: that of block tables.
+pub(super) fn format_number(format: Format) -> u32 {
+    columns::number(format).into()
 }

@@ -5,13 +5,41 @@
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use kv_cache_actors::format::Format;
 use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
 
 use super::abi;
 use super::driver::{DriverError, Function, Gpu, Module, Stream};
 
-/// Made from `kernels/cache.cu` by `kernels/build.py`.
-const PTX: &str = include_str!("kernels/cache.ptx");
+/// Made by `kernels/build.py` from the sources beside them: what knows no format, and a module for each format.
+const CACHE: &str = include_str!("kernels/cache.ptx");
+const INT8: &str = include_str!("kernels/int8.ptx");
+const FP8: &str = include_str!("kernels/fp8.ptx");
+const R4: &str = include_str!("kernels/r4.ptx");
+const R3: &str = include_str!("kernels/r3.ptx");
+const R2: &str = include_str!("kernels/r2.ptx");
+
+/// The module of a format, if it has any kernels: blocks that stay raw are read by `CACHE`.
+///
+/// # Errors
+/// A format of a newer core, which has none yet.
+fn source(format: Format) -> Result<Option<&'static str>, DriverError> {
+    Ok(Some(match format {
+        Format::Raw => return Ok(None),
+        Format::Int8 => INT8,
+        Format::Fp8 => FP8,
+        Format::R4 => R4,
+        Format::R3 => R3,
+        Format::R2 => R2,
+        other => {
+            return Err(DriverError::Call {
+                call: "loading kernels",
+                name: "no module".into(),
+                text: format!("{other} has no kernels"),
+            });
+        }
+    }))
+}
 
 /// Threads of a block of the kernels that convert whole planes.
 const CONVERT_THREADS: u32 = 256;
@@ -24,21 +52,23 @@ const CARRY_BYTES: usize = 4096;
 /// More thread blocks than this keep every GPU busy.
 const ENOUGH_BLOCKS: u32 = 1024;
 
-/// The kernels for one element type.
+/// The kernels for one element type, and for one format of sealed blocks.
 pub(super) struct Kernels {
     layout: abi::Layout,
+    sealed: Format,
     row_bytes_max: usize,
     kv_heads: usize,
     layers: u32,
     append: Function,
-    seal: Function,
-    reopen: Function,
+    /// None if blocks stay raw.
+    seal: Option<Function>,
+    reopen: Option<Function>,
     read: Function,
     move_blocks: Function,
     carry_blocks: Function,
     signal: Function,
     /// The functions are its.
-    _module: Arc<Module>,
+    _modules: Vec<Arc<Module>>,
 }
 
 /// `count` descriptors of type `T` at `address`, which the device reaches.
@@ -49,53 +79,64 @@ pub(super) struct Descriptors {
 }
 
 impl Kernels {
-    /// Loads the kernels for blocks of `block`.
-    pub(super) fn load(gpu: &Arc<Gpu>, block: &BlockLayout) -> Result<Kernels, DriverError> {
-        Self::of(Self::module(gpu)?, block)
+    /// Loads the kernels for blocks of `block` that are sealed in `sealed`.
+    pub(super) fn load(gpu: &Arc<Gpu>, block: &BlockLayout, sealed: Format) -> Result<Kernels, DriverError> {
+        let format = source(sealed)?.map(|source| Self::module(gpu, source)).transpose()?;
+        Self::of(Self::module(gpu, CACHE)?, format, block, sealed)
     }
 
-    /// The module of a GPU, loaded once for all caches that are on it at a time.
-    fn module(gpu: &Arc<Gpu>) -> Result<Arc<Module>, DriverError> {
-        static LOADED: Mutex<Vec<(usize, Weak<Module>)>> = Mutex::new(Vec::new());
+    /// A module on a GPU, loaded once for all caches that are on it at a time.
+    fn module(gpu: &Arc<Gpu>, source: &'static str) -> Result<Arc<Module>, DriverError> {
+        /// By the GPU's number and the source's address.
+        type Loaded = ((usize, usize), Weak<Module>);
+        static LOADED: Mutex<Vec<Loaded>> = Mutex::new(Vec::new());
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-        let of_gpu = |(ordinal, module): &(usize, Weak<Module>)| {
-            module.upgrade().filter(|_| *ordinal == gpu.ordinal())
-        };
-        if let Some(module) = loaded.iter().find_map(of_gpu) {
+        let key = (gpu.ordinal(), source.as_ptr().addr());
+        let found = loaded.iter().find(|(of, _)| *of == key);
+        if let Some(module) = found.and_then(|(_, module)| module.upgrade()) {
             return Ok(module);
         }
-        let module = Arc::new(Module::load(gpu, PTX)?);
+        let module = Arc::new(Module::load(gpu, source)?);
         loaded.retain(|(_, module)| module.strong_count() > 0);
-        loaded.push((gpu.ordinal(), Arc::downgrade(&module)));
+        loaded.push((key, Arc::downgrade(&module)));
         Ok(module)
     }
 
-    fn of(module: Arc<Module>, block: &BlockLayout) -> Result<Kernels, DriverError> {
+    fn of(
+        cache: Arc<Module>,
+        format: Option<Arc<Module>>,
+        block: &BlockLayout,
+        sealed: Format,
+    ) -> Result<Kernels, DriverError> {
         let element = match block.element {
             ElementType::F16 => "_f16",
             ElementType::Bf16 => "_bf16",
             ElementType::F32 => "_f32",
         };
-        let pick = |name: &str, element: &str| {
+        let pick = |module: &Module, name: &str, element: &str| {
             let name = format!("{name}{element}");
             module.function(&name).or_else(|error| {
-                tracing::warn!(target: "kv_cache::cuda", kernel = name, %error, "a kernel cannot be loaded: the plain one runs instead");
+                tracing::warn!(target: "kv_cache::cuda", kernel = name, format = %sealed, %error, "a kernel cannot be loaded: the plain one runs instead");
                 module.function(&format!("plain_{name}"))
             })
         };
         Ok(Kernels {
-            layout: abi::Layout::new(block),
+            layout: abi::Layout::new(block, sealed),
+            sealed,
             row_bytes_max: block.row_bytes(Plane::Key).max(block.row_bytes(Plane::Value)),
             kv_heads: block.kv_heads,
             layers: block.layers as u32,
-            append: pick("append", "")?,
-            seal: pick("seal", element)?,
-            reopen: pick("reopen", element)?,
-            read: pick("read", element)?,
-            move_blocks: pick("move_blocks", "")?,
-            carry_blocks: pick("carry_blocks", "")?,
-            signal: module.function("signal")?,
-            _module: module,
+            append: pick(&cache, "append", "")?,
+            seal: format.as_ref().map(|module| pick(module, "seal", element)).transpose()?,
+            reopen: format.as_ref().map(|module| pick(module, "reopen", element)).transpose()?,
+            read: match &format {
+                Some(module) => pick(module, "read", element)?,
+                None => pick(&cache, "read_raw", "")?,
+            },
+            move_blocks: pick(&cache, "move_blocks", "")?,
+            carry_blocks: pick(&cache, "carry_blocks", "")?,
+            signal: cache.function("signal")?,
+            _modules: format.into_iter().chain([cache]).collect(),
         })
     }
 
@@ -122,14 +163,20 @@ impl Kernels {
         }
     }
 
+    /// The format of sealed blocks.
+    pub(super) fn sealed(&self) -> Format {
+        self.sealed
+    }
+
     /// Encodes whole blocks.
     ///
     /// # Safety
     /// The descriptors are [`abi::Convert`]s, raw to sealed, that keep to invariants 3 and 4.
     pub(super) unsafe fn seal(&self, stream: &Stream, steps: Descriptors) -> Result<(), DriverError> {
         let grid = (steps.count as u32, 2 * self.layers, 1);
+        let seal = self.seal.ok_or_else(Self::nothing_to_convert)?;
         // SAFETY: passed on.
-        unsafe { self.with_layout(self.seal, stream, grid, CONVERT_THREADS, steps) }
+        unsafe { self.with_layout(seal, stream, grid, CONVERT_THREADS, steps) }
     }
 
     /// Decodes whole blocks.
@@ -138,8 +185,17 @@ impl Kernels {
     /// The descriptors are [`abi::Convert`]s, sealed to raw, that keep to invariants 3 and 4.
     pub(super) unsafe fn reopen(&self, stream: &Stream, steps: Descriptors) -> Result<(), DriverError> {
         let grid = (steps.count as u32, 2 * self.layers, 1);
+        let reopen = self.reopen.ok_or_else(Self::nothing_to_convert)?;
         // SAFETY: passed on.
-        unsafe { self.with_layout(self.reopen, stream, grid, CONVERT_THREADS, steps) }
+        unsafe { self.with_layout(reopen, stream, grid, CONVERT_THREADS, steps) }
+    }
+
+    fn nothing_to_convert() -> DriverError {
+        DriverError::Call {
+            call: "converting a block",
+            name: "no kernel".into(),
+            text: "blocks of this cache stay raw".into(),
+        }
     }
 
     /// Gathers and decodes tokens; `tokens` is the most of any descriptor.
@@ -268,10 +324,10 @@ mod tests {
         }
     }
 
-    /// The PTX without its fast kernels. Plain ones, and `signal`, stay.
-    fn without_fast_kernels() -> String {
+    /// A source without its fast kernels. Plain ones, and `signal`, stay.
+    fn without_fast_kernels(source: &str) -> String {
         let mut lines: Vec<String> = Vec::new();
-        for line in PTX.lines() {
+        for line in source.lines() {
             let fast = line.contains(".entry ")
                 && !line.contains(".entry plain_")
                 && !line.contains(".entry signal");
@@ -282,18 +338,21 @@ mod tests {
 
     #[test]
     fn every_fast_kernel_has_a_plain_twin() {
-        let text = without_fast_kernels();
         let names = |text: &str| -> Vec<String> {
             let entries = text.lines().filter_map(|line| line.split(".entry ").nth(1));
             entries.filter_map(|entry| entry.split(['(', ' ']).next()).map(str::to_owned).collect()
         };
-        let left = names(&text);
-        let fast: Vec<String> =
-            names(PTX).into_iter().filter(|name| !name.starts_with("plain_") && name != "signal").collect();
-        assert!(fast.len() >= 11, "{fast:?}");
-        for name in fast {
-            assert!(left.contains(&format!("plain_{name}")), "{name}");
-            assert!(left.contains(&format!("gone_{name}")) && !left.contains(&name), "{name}");
+        for source in Format::ALL.map(|format| source(format).unwrap().unwrap_or(CACHE)) {
+            let left = names(&without_fast_kernels(source));
+            let fast: Vec<String> = names(source)
+                .into_iter()
+                .filter(|name| !name.starts_with("plain_") && name != "signal")
+                .collect();
+            assert!(fast.len() == if source == CACHE { 4 } else { 9 }, "{fast:?}");
+            for name in fast {
+                assert!(left.contains(&format!("plain_{name}")), "{name}");
+                assert!(left.contains(&format!("gone_{name}")) && !left.contains(&name), "{name}");
+            }
         }
     }
 
@@ -332,9 +391,9 @@ mod tests {
     }
 
     impl Bench {
-        fn new(gpu: &Arc<Gpu>, layout: BlockLayout) -> Bench {
+        fn new(gpu: &Arc<Gpu>, layout: BlockLayout, sealed: Format) -> Bench {
             let zeroed = |bytes| DeviceMemory::zeroed(gpu, bytes).unwrap();
-            let (raw, sealed) = (layout.raw_bytes(), Format::Int8.block_bytes(&layout));
+            let (raw, sealed) = (layout.raw_bytes(), sealed.block_bytes(&layout));
             Bench {
                 stream: Stream::new(gpu).unwrap(),
                 layout,
@@ -405,7 +464,8 @@ mod tests {
             // SAFETY: as above.
             unsafe { kernels.reopen(stream, reopen) }.unwrap();
             written.push(self.bytes(&self.reopened));
-            for (format, slot) in [(0, &self.raw), (1, &self.sealed)] {
+            for (format, slot) in [(Format::Raw, &self.raw), (kernels.sealed(), &self.sealed)] {
+                let format = abi::format_number(format);
                 for layer in 0..layout.layers {
                     let output = self.output.address();
                     let read = self.step(abi::Read {
@@ -461,10 +521,22 @@ mod tests {
             return;
         }
         let gpu = Gpu::shared(0).unwrap();
-        let fast = Arc::new(Module::load(&gpu, PTX).unwrap());
-        let plain = Arc::new(Module::load(&gpu, &without_fast_kernels()).unwrap());
-        for name in ["append", "move_blocks", "seal_f16", "reopen_bf16", "read_f32"] {
+        for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
+            plain_kernels_of(&gpu, format);
+        }
+    }
+
+    fn plain_kernels_of(gpu: &Arc<Gpu>, format: Format) {
+        let twins = |source: &str| {
+            [source, &without_fast_kernels(source)].map(|source| Arc::new(Module::load(gpu, source).unwrap()))
+        };
+        let ([fast, plain], [fast_format, plain_format]) =
+            (twins(CACHE), twins(source(format).unwrap().unwrap()));
+        for name in ["append", "move_blocks", "read_raw"] {
             assert!(fast.function(name).is_ok() && plain.function(name).is_err(), "{name}");
+        }
+        for name in ["seal_f16", "reopen_bf16", "read_f32"] {
+            assert!(fast_format.function(name).is_ok() && plain_format.function(name).is_err(), "{name}");
         }
         for element in [ElementType::F16, ElementType::Bf16, ElementType::F32] {
             for shape in SHAPES {
@@ -472,15 +544,18 @@ mod tests {
                 let mut geometry = Geometry::new(layers, heads, key_dim, element).block_tokens(block_tokens);
                 geometry.groups[0].value_dim = value_dim;
                 let layout = geometry.layout().unwrap();
-                let bench = Bench::new(&gpu, layout);
-                let kernels = [&fast, &plain].map(|module| Kernels::of(module.clone(), &layout).unwrap());
+                let bench = Bench::new(gpu, layout, format);
+                let kernels = [(&fast, &fast_format), (&plain, &plain_format)].map(|(cache, of_format)| {
+                    Kernels::of(cache.clone(), Some(of_format.clone()), &layout, format).unwrap()
+                });
                 let block = layout.block_tokens;
                 let parts = [0..1, 0..block, block - 1..block, block / 3..(2 * block).div_ceil(3)];
                 for tokens in parts.into_iter().filter(|tokens| !tokens.is_empty()) {
                     for bad in [false, true] {
                         let [fast, plain] =
                             kernels.each_ref().map(|kernels| bench.run(kernels, tokens.clone(), bad));
-                        let what = format!("{element:?}, {shape:?}, tokens {tokens:?}, not finite: {bad}");
+                        let what =
+                            format!("{format}, {element:?}, {shape:?}, tokens {tokens:?}, not finite: {bad}");
                         assert_eq!(fast[1][0] != 0, bad, "{what}: the flag of the append");
                         assert_eq!(fast[3][0] != 0, bad, "{what}: the flag of the seal");
                         for (part, (fast, plain)) in fast.iter().zip(&plain).enumerate() {

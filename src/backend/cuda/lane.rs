@@ -147,7 +147,8 @@ impl CudaLane {
         let address = self.ring.address(range.start);
         // SAFETY: just taken; the device does not know of it yet.
         let bytes = unsafe { self.ring.bytes_mut(range.clone()) };
-        let mut unit = Unit::new(&self.layout, launch, plan, &self.slab, bytes, address);
+        let mut unit =
+            Unit::new(&self.layout, self.kernels.sealed(), launch, plan, &self.slab, bytes, address);
         let data_at = range.start + plan.data_at();
         let steps = self.next_step..self.next_step + plan.steps;
         let written = launch.steps[steps.clone()].iter().try_for_each(|step| {

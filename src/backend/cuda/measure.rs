@@ -18,7 +18,7 @@ use crate::error::BuildError;
 #[non_exhaustive]
 pub struct Figure {
     /// What was done.
-    pub what: &'static str,
+    pub what: String,
     /// Bytes read and written.
     pub bytes: u64,
     /// Median over the rounds.
@@ -28,10 +28,10 @@ pub struct Figure {
 }
 
 impl Figure {
-    pub(super) fn new(what: &'static str, bytes: u64, mut times_us: Vec<f64>) -> Self {
+    pub(super) fn new(what: impl Into<String>, bytes: u64, mut times_us: Vec<f64>) -> Self {
         times_us.sort_by(f64::total_cmp);
         let median_us = times_us[times_us.len() / 2];
-        Figure { what, bytes, median_us, gb_per_s: bytes as f64 / median_us / 1e3 }
+        Figure { what: what.into(), bytes, median_us, gb_per_s: bytes as f64 / median_us / 1e3 }
     }
 }
 
@@ -97,9 +97,8 @@ fn measure(
 ) -> Result<Vec<Figure>, DriverError> {
     let gpu = Gpu::shared(ordinal)?;
     let stream = Stream::new(&gpu)?;
-    let kernels = Kernels::load(&gpu, layout)?;
     let clock = Clock::new()?;
-    let repeat = |what, bytes, work: &dyn Fn() -> Result<(), DriverError>| {
+    let repeat = |what: String, bytes, work: &dyn Fn() -> Result<(), DriverError>| {
         work()?;
         let times: Result<Vec<f64>, DriverError> =
             (0..rounds).map(|_| clock.time_us(&stream, work)).collect();
@@ -109,61 +108,66 @@ fn measure(
     {
         const COPY_BYTES: usize = 512 << 20;
         let (from, to) = (random(&gpu, layout.element, COPY_BYTES)?, DeviceMemory::zeroed(&gpu, COPY_BYTES)?);
-        figures.push(repeat("device copy", 2 * COPY_BYTES as u64, &|| {
+        figures.push(repeat("device copy".into(), 2 * COPY_BYTES as u64, &|| {
             // SAFETY: two allocations of that size, which outlive the copy.
             unsafe { stream.copy(to.address(), from.address(), COPY_BYTES) }
         })?);
     }
     let blocks = tokens.div_ceil(layout.block_tokens);
-    let (raw_bytes, sealed_bytes) =
-        (layout.raw_bytes(), Format::Int8.block_bytes(layout).next_multiple_of(128));
+    let raw_bytes = layout.raw_bytes();
     let raw = random(&gpu, layout.element, blocks * raw_bytes)?;
-    let sealed = DeviceMemory::zeroed(&gpu, blocks * sealed_bytes)?;
     let decoded = DeviceMemory::zeroed(&gpu, blocks * raw_bytes)?;
     let flag = PinnedMemory::zeroed(&gpu, 64)?;
     let at = |memory: &DeviceMemory, block: usize, bytes: usize| memory.address() + (block * bytes) as u64;
-    let seals: Vec<abi::Convert> = (0..blocks)
-        .map(|block| abi::Convert {
-            from: at(&raw, block, raw_bytes),
-            to: at(&sealed, block, sealed_bytes),
-            flag: flag.address(),
-        })
-        .collect();
-    let reopens: Vec<abi::Convert> = (0..blocks)
-        .map(|block| abi::Convert {
-            from: at(&sealed, block, sealed_bytes),
-            to: at(&decoded, block, raw_bytes),
-            flag: 0,
-        })
-        .collect();
-    let reads: Vec<abi::Read> = (0..blocks * layout.layers)
-        .map(|at_layer| {
-            let (block, layer) = (at_layer / layout.layers, at_layer % layout.layers);
-            let to = at(&decoded, block, raw_bytes) + (layer * layout.layer_bytes()) as u64;
-            abi::Read {
-                slot: at(&sealed, block, sealed_bytes),
-                output: [to, to + (layout.layer_bytes() / 2) as u64],
-                layer: layer as u32,
-                first_token: 0,
-                tokens: layout.block_tokens as u32,
-                format: 1,
-            }
-        })
-        .collect();
-    let (seals, reopens, reads) = (upload(&gpu, &seals)?, upload(&gpu, &reopens)?, upload(&gpu, &reads)?);
-    let of = |memory: &DeviceMemory, count| Descriptors { address: memory.address(), count };
-    let moved = (blocks * (raw_bytes + Format::Int8.block_bytes(layout))) as u64;
-    // SAFETY: descriptors of allocations that outlive the kernels, as sized above (3).
-    figures.push(repeat("seal int8", moved, &|| unsafe { kernels.seal(&stream, of(&seals, blocks)) })?);
-    // SAFETY: as above.
-    figures.push(repeat("decode int8, whole blocks", moved, &|| unsafe {
-        kernels.reopen(&stream, of(&reopens, blocks))
-    })?);
-    if layout.key_dim == layout.value_dim {
-        let count = blocks * layout.layers;
-        // SAFETY: as above; keys and values take half of a layer each.
-        let work = || unsafe { kernels.read(&stream, of(&reads, count), layout.block_tokens) };
-        figures.push(repeat("decode int8 and gather to [tokens, heads, dim]", moved, &work)?);
+    for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
+        let kernels = Kernels::load(&gpu, layout, format)?;
+        let sealed_bytes = format.block_bytes(layout).next_multiple_of(128);
+        let sealed = DeviceMemory::zeroed(&gpu, blocks * sealed_bytes)?;
+        let converts = |from: (&DeviceMemory, usize), to: (&DeviceMemory, usize), flag| {
+            let steps: Vec<abi::Convert> = (0..blocks)
+                .map(|block| abi::Convert {
+                    from: at(from.0, block, from.1),
+                    to: at(to.0, block, to.1),
+                    flag,
+                })
+                .collect();
+            upload(&gpu, &steps)
+        };
+        let seals = converts((&raw, raw_bytes), (&sealed, sealed_bytes), flag.address())?;
+        let reopens = converts((&sealed, sealed_bytes), (&decoded, raw_bytes), 0)?;
+        let reads: Vec<abi::Read> = (0..blocks * layout.layers)
+            .map(|at_layer| {
+                let (block, layer) = (at_layer / layout.layers, at_layer % layout.layers);
+                let to = at(&decoded, block, raw_bytes) + (layer * layout.layer_bytes()) as u64;
+                abi::Read {
+                    slot: at(&sealed, block, sealed_bytes),
+                    output: [to, to + (layout.layer_bytes() / 2) as u64],
+                    layer: layer as u32,
+                    first_token: 0,
+                    tokens: layout.block_tokens as u32,
+                    format: abi::format_number(format),
+                }
+            })
+            .collect();
+        let reads = upload(&gpu, &reads)?;
+        let of = |memory: &DeviceMemory, count| Descriptors { address: memory.address(), count };
+        let moved = (blocks * (raw_bytes + format.block_bytes(layout))) as u64;
+        // SAFETY: descriptors of allocations that outlive the kernels, as sized above (3).
+        let seal = || unsafe { kernels.seal(&stream, of(&seals, blocks)) };
+        figures.push(repeat(format!("seal {format}"), moved, &seal)?);
+        // SAFETY: as above.
+        let reopen = || unsafe { kernels.reopen(&stream, of(&reopens, blocks)) };
+        figures.push(repeat(format!("decode {format}, whole blocks"), moved, &reopen)?);
+        if layout.key_dim == layout.value_dim {
+            let count = blocks * layout.layers;
+            // SAFETY: as above; keys and values take half of a layer each.
+            let work = || unsafe { kernels.read(&stream, of(&reads, count), layout.block_tokens) };
+            figures.push(repeat(
+                format!("decode {format} and gather to [tokens, heads, dim]"),
+                moved,
+                &work,
+            )?);
+        }
     }
     Ok(figures)
 }
@@ -186,7 +190,7 @@ fn call_costs(ordinal: usize) -> Result<Vec<(&'static str, f64)>, DriverError> {
         name: "the geometry".into(),
         text: error.to_string(),
     })?;
-    let kernels = Kernels::load(&gpu, &layout)?;
+    let kernels = Kernels::load(&gpu, &layout, Format::Raw)?;
     let mut fence = super::fence::Fence::new(&stream, &kernels)?;
     let word = PinnedMemory::zeroed(&gpu, 64)?;
     let event = super::driver::Event::new(&gpu)?;

@@ -70,11 +70,6 @@ pub(crate) use self::lender::Lender;
 use self::table::Tables;
 use self::transfer::Traffic;
 
-/// Whether the kernels know a format.
-pub(crate) fn has_kernels(format: Format) -> bool {
-    abi::format_number(format).is_some()
-}
-
 /// Lanes of a device with a ring of page-locked memory each.
 pub(crate) const RINGS: u64 = 3;
 
@@ -155,10 +150,10 @@ impl CudaBackend {
 impl Backend for CudaBackend {
     type Lane = CudaLane;
 
-    fn open(self, block: &BlockLayout, _: &PoolLayout, _: Format) -> Result<Lanes<CudaLane>, String> {
+    fn open(self, block: &BlockLayout, _: &PoolLayout, sealed: Format) -> Result<Lanes<CudaLane>, String> {
         let gpu = self.slab.gpu().clone();
         let open = || -> Result<Lanes<CudaLane>, DriverError> {
-            let kernels = Arc::new(Kernels::load(&gpu, block)?);
+            let kernels = Arc::new(Kernels::load(&gpu, block, sealed)?);
             let lane = |kind| {
                 CudaLane::open(
                     kind,

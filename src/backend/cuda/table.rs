@@ -84,6 +84,14 @@ impl DeviceBlockTable {
     pub const RAW: u8 = 0;
     /// The number of `int8` blocks in the `formats` array.
     pub const INT8: u8 = 1;
+    /// The number of `fp8` blocks in the `formats` array.
+    pub const FP8: u8 = 2;
+    /// The number of `r4` blocks in the `formats` array.
+    pub const R4: u8 = 3;
+    /// The number of `r3` blocks in the `formats` array.
+    pub const R3: u8 = 4;
+    /// The number of `r2` blocks in the `formats` array.
+    pub const R2: u8 = 5;
 
     /// The same table on the host, and which sequence each row is.
     pub fn host(&self) -> &BlockTable {
@@ -140,23 +148,15 @@ impl DeviceBlockTable {
         self.arrays.dropped
     }
 
-    /// Strides of elements in `raw` blocks.
-    pub fn raw_strides(&self) -> BlockStrides {
-        BlockStrides::new(
-            &self.layout,
-            self.layout.row_bytes(Plane::Key),
-            self.layout.row_bytes(Plane::Value),
-        )
+    /// Strides of codes in blocks of `format`, or of elements for `raw`.
+    pub fn strides(&self, format: Format) -> BlockStrides {
+        let row = |plane| format.row_bytes(self.layout.element, self.layout.dim(plane));
+        BlockStrides::new(&self.layout, row(Plane::Key), row(Plane::Value))
     }
 
-    /// Strides of codes in `int8` blocks.
-    pub fn code_strides(&self) -> BlockStrides {
-        BlockStrides::new(&self.layout, self.layout.key_dim, self.layout.value_dim)
-    }
-
-    /// Strides of scales in `int8` blocks.
-    pub fn scale_strides(&self) -> BlockStrides {
-        let scale = self.layout.element.scale_bytes();
+    /// Strides of scales in blocks of `format`; all 0 for `raw`, which has none.
+    pub fn scale_strides(&self, format: Format) -> BlockStrides {
+        let scale = format.scale_bytes(self.layout.element);
         BlockStrides::new(&self.layout, scale, scale)
     }
 }

@@ -191,6 +191,8 @@ impl<T> Section<'_, T> {
 /// A unit that is being written into its bytes of the ring.
 pub(super) struct Unit<'a> {
     layout: &'a BlockLayout,
+    /// The only format that the kernels know besides `raw`.
+    sealed: Format,
     launch: &'a Launch,
     slab: &'a Slab,
     flags: u64,
@@ -233,6 +235,7 @@ impl<'a> Unit<'a> {
     /// Lays the unit out over `bytes`, which the device sees at `address`.
     pub(super) fn new(
         layout: &'a BlockLayout,
+        sealed: Format,
         launch: &'a Launch,
         plan: &Plan,
         slab: &'a Slab,
@@ -253,6 +256,7 @@ impl<'a> Unit<'a> {
         let most = (1, 1, 1, 0);
         Unit {
             layout,
+            sealed,
             launch,
             slab,
             flags,
@@ -293,18 +297,20 @@ impl<'a> Unit<'a> {
                 self.moves.put(abi::Move { from, to, bytes: *bytes as u64 });
                 self.most.3 = self.most.3.max(*bytes);
             }
-            Step::Reopen { format: Format::Int8, from_offset, to_offset } => {
+            Step::Reopen { format, from_offset, to_offset } if *format == self.sealed => {
                 let (from, to) = (at(from_offset), at(to_offset));
                 self.reopens.put(abi::Convert { from, to, flag: 0 });
             }
-            Step::Seal { flight, format: Format::Int8, from_offset, to_offset } => {
+            Step::Seal { flight, format, from_offset, to_offset } if *format == self.sealed => {
                 let (from, to, flag) = (at(from_offset), at(to_offset), self.flag(*flight));
                 self.seals.put(abi::Convert { from, to, flag });
             }
             Step::Append(append) => self.append(append, self.flag(append.flight)),
             Step::AppendRows(rows) => self.append_rows(rows),
-            Step::Read(read) if abi::format_number(read.format).is_some() => return Ok(self.read(read)),
-            // Steps and formats of a newer core: failing loudly beats leaving bytes out.
+            Step::Read(read) if [Format::Raw, self.sealed].contains(&read.format) => {
+                return Ok(self.read(read));
+            }
+            // Steps of a newer core, formats of another cache: failing loudly beats leaving bytes out.
             other => return Err(format!("the CUDA device does not know {other:?}").into()),
         }
         Ok(None)
@@ -419,7 +425,7 @@ impl<'a> Unit<'a> {
             layer: read.layer as u32,
             first_token: read.tokens.start as u32,
             tokens: read.tokens.len() as u32,
-            format: abi::format_number(read.format).unwrap_or_default(),
+            format: abi::format_number(read.format),
         });
         planes
     }

@@ -42,7 +42,7 @@ def compile_ptx(source):
     program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(
         ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
-    options = [*OPTIONS, f"--include-path={include}"]
+    options = [*OPTIONS, f"--include-path={include}", f"--include-path={source.parent}"]
     array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
     result = nvrtc.nvrtcCompileProgram(program, len(options), array)
     size = ctypes.c_size_t()

@@ -19,6 +19,7 @@ use super::calibrate;
 use super::engine::{Engine, Region, Traffic};
 use super::paths::Config;
 use super::plan::{Calibration, Direction, Method, Move};
+use crate::Format;
 use crate::error::BuildError;
 
 /// One figure of [`transfer_figures`].
@@ -81,7 +82,7 @@ impl<'a> Bench<'a> {
         report: &'a mut dyn FnMut(TransferFigure),
     ) -> Result<Bench<'a>, DriverError> {
         let gpu = Gpu::shared(ordinal)?;
-        let kernels = Arc::new(Kernels::load(&gpu, layout)?);
+        let kernels = Arc::new(Kernels::load(&gpu, layout, Format::Int8)?);
         let device = Arc::new(DeviceMemory::zeroed(&gpu, MEMORY)?);
         let host = Arc::new(PinnedMemory::zeroed(&gpu, MEMORY)?);
         // SAFETY: nobody else knows this memory yet, and it holds plain bytes (8).

@@ -1,0 +1,269 @@
+// What all kernels share: descriptors, elements, vectors of 16 bytes, and reads of raw rows.
+//
+// One launch carries out any number of steps of one kind: each step is a descriptor, each thread block takes one descriptor and
+// one plane (keys or values of one layer) of it. Descriptors, payloads and outputs may lie in device memory or in page-locked host
+// memory: kernels see addresses only. All arithmetic is IEEE f32 without contraction (compiled with --fmad=false), so the bytes
+// are those of the CPU codecs. Kernels named `plain_*` make no assumption on sizes or alignment; the others need rows
+// of whole 16-byte vectors and fall back per descriptor where an address is not aligned.
+//
+// A format is a source file of its own, and a module: it has `seal_*`, `reopen_*` and `read_*` for each element type, of which the
+// last takes raw blocks too. NVRTC gets one file at a time, so those with more than one user are headers.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+enum Element { F16 = 0, BF16 = 1, F32 = 2 };
+// The number of raw blocks in descriptors. Every other number is the format of the module.
+enum { RAW = 0 };
+
+// Mirrors `abi::Layout`. A raw block is [layer][K|V][kv_head][token][dim], `row_bytes` a row; a sealed one has `code_bytes` a row in
+// the same order, and behind them all scales in the order of the rows.
+struct Layout {
+    u32 layers, kv_heads, block_tokens, element;
+    u32 dim[2], row_bytes[2], code_bytes[2];
+    u32 element_bytes, scale_bytes;
+    u64 plane_bytes[2];
+    u64 layer_bytes;
+    u64 scales_offset;
+};
+
+// Mirrors `abi::Append`: tokens of payload tensors [layers, source_tokens, kv_heads, dim] go to one raw slot.
+struct Append {
+    u64 source[2];
+    u64 slot, flag;
+    u32 source_tokens, first_layer, layers, first_token, tokens, padding;
+};
+
+// Mirrors `abi::Convert`: a whole block from one format to another. `flag` is set if an element is not finite.
+struct Convert {
+    u64 from, to, flag;
+};
+
+// Mirrors `abi::Read`: tokens of one layer of a slot go to [tokens, kv_heads, dim].
+struct Read {
+    u64 slot;
+    u64 output[2];
+    u32 layer, first_token, tokens, format;
+};
+
+// Mirrors `abi::Move`: bytes from one place to another, or zeros if `from` is 0.
+struct Move {
+    u64 from, to, bytes;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Finiteness by exponent: adding one to an exponent of all ones carries into the (masked out) sign bit.
+
+__device__ __forceinline__ u32 exponent_mask(u32 element) {
+    return element == F16 ? 0x7c007c00u : element == BF16 ? 0x7f807f80u : 0x7f800000u;
+}
+
+__device__ __forceinline__ u32 exponent_one(u32 element) {
+    return element == F16 ? 0x04000400u : element == BF16 ? 0x00800080u : 0x00800000u;
+}
+
+struct Finite {
+    u32 mask, one, seen;
+    __device__ __forceinline__ explicit Finite(u32 element)
+        : mask(exponent_mask(element)), one(exponent_one(element)), seen(0) {}
+    __device__ __forceinline__ void word(u32 w) { seen |= (w & mask) + one; }
+    __device__ __forceinline__ void vector(const uint4& v) { word(v.x), word(v.y), word(v.z), word(v.w); }
+    __device__ __forceinline__ bool bad() const { return (seen & 0x80008000u) != 0; }
+};
+
+__device__ __forceinline__ void raise(u64 flag) { *(volatile u32*)flag = 1u; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Elements
+
+template <u32 E> __device__ __forceinline__ float load(const u8* at) {
+    if (E == F16) return __half2float(*(const __half*)at);
+    if (E == BF16) return __bfloat162float(*(const __nv_bfloat16*)at);
+    return *(const float*)at;
+}
+
+template <u32 E> __device__ __forceinline__ void store(u8* at, float value) {
+    if (E == F16) *(__half*)at = __float2half_rn(value);
+    else if (E == BF16) *(__nv_bfloat16*)at = __float2bfloat16_rn(value);
+    else *(float*)at = value;
+}
+
+template <u32 E> __device__ __forceinline__ float finite_max() {
+    return E == F16 ? 65504.0f : __uint_as_float(E == BF16 ? 0x7f7f0000u : 0x7f7fffffu);
+}
+
+// Bits of |x| order like |x|, with infinity and NaN above everything finite.
+template <u32 E> __device__ __forceinline__ float from_bits(u32 bits) {
+    if (E == F16) return __half2float(__ushort_as_half((u16)bits));
+    return __uint_as_float(E == BF16 ? bits << 16 : bits);
+}
+
+template <u32 E> __device__ __forceinline__ u32 infinity_bits() {
+    return E == F16 ? 0x7c00u : E == BF16 ? 0x7f80u : 0x7f800000u;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors of 16 bytes: 8 elements of 2 bytes or 4 of 4 bytes.
+
+template <u32 E> struct Vector {
+    static const u32 N = E == F32 ? 4 : 8;
+};
+
+template <u32 E> __device__ __forceinline__ void unpack(const uint4& v, float* x) {
+    const u32 w[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (E == F32) {
+            x[i] = __uint_as_float(w[i]);
+        } else if (E == BF16) {
+            x[2 * i] = __uint_as_float(w[i] << 16);
+            x[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
+        } else {
+            float2 pair = __half22float2(*(const __half2*)&w[i]);
+            x[2 * i] = pair.x;
+            x[2 * i + 1] = pair.y;
+        }
+    }
+}
+
+template <u32 E> __device__ __forceinline__ uint4 pack(const float* x) {
+    u32 w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (E == F32) {
+            w[i] = __float_as_uint(x[i]);
+        } else if (E == BF16) {
+            __nv_bfloat162 pair = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
+            w[i] = *(u32*)&pair;
+        } else {
+            __half2 pair = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+            w[i] = *(u32*)&pair;
+        }
+    }
+    return make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+// The largest |x| of a vector as bits; a NaN or infinity gives bits of at least infinity.
+template <u32 E> __device__ __forceinline__ u32 abs_max_bits(const uint4& v) {
+    const u32 w[4] = {v.x, v.y, v.z, v.w};
+    if (E == F32) {
+        u32 m = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) m = max(m, w[i] & 0x7fffffffu);
+        return m;
+    }
+    if (E == F16) {
+        __half2 m = __habs2(*(const __half2*)&w[0]);
+#pragma unroll
+        for (int i = 1; i < 4; i++) m = __hmax2_nan(m, __habs2(*(const __half2*)&w[i]));
+        u32 bits = *(u32*)&m;
+        return max(bits & 0x7fffu, bits >> 16 & 0x7fffu);
+    }
+    __nv_bfloat162 m = __habs2(*(const __nv_bfloat162*)&w[0]);
+#pragma unroll
+    for (int i = 1; i < 4; i++) m = __hmax2_nan(m, __habs2(*(const __nv_bfloat162*)&w[i]));
+    u32 bits = *(u32*)&m;
+    return max(bits & 0x7fffu, bits >> 16 & 0x7fffu);
+}
+
+__device__ __forceinline__ bool aligned16(u64 a, u64 b) { return ((a | b) & 15) == 0; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Where the rows of a plane lie, raw and sealed: they are contiguous, [kv_head][token][dim].
+
+struct Plane {
+    u64 raw, codes, scales;
+    u32 rows, dim, row_bytes, code_bytes;
+    __device__ __forceinline__ Plane(const Layout& L, u64 raw_slot, u64 sealed_slot, u32 index) {
+        const u32 layer = index >> 1, plane = index & 1;
+        rows = L.kv_heads * L.block_tokens;
+        dim = L.dim[plane];
+        row_bytes = L.row_bytes[plane];
+        code_bytes = L.code_bytes[plane];
+        raw = raw_slot + layer * L.layer_bytes + plane * L.plane_bytes[0];
+        codes = sealed_slot + (u64)rows * (layer * (L.code_bytes[0] + L.code_bytes[1]) + plane * L.code_bytes[0]);
+        scales = sealed_slot + L.scales_offset + (u64)index * rows * L.scale_bytes;
+    }
+};
+
+// Vectors that a thread has on their way at once when it decodes.
+#ifndef DECODE_UNROLL
+#define DECODE_UNROLL 8
+#endif
+
+// Each thread keeps to one column of vectors, so that no index is divided inside the loops.
+struct Columns {
+    u32 column, row, rows_at_once;
+    bool active;
+    __device__ __forceinline__ explicit Columns(u32 per_row) {
+        rows_at_once = blockDim.x / per_row;
+        row = threadIdx.x / per_row;
+        column = threadIdx.x - row * per_row;
+        active = row < rows_at_once;
+    }
+};
+
+// Row `i` of a read, rows of a head after each other: where it is in the block, and where it goes in [tokens, kv_heads].
+struct Place {
+    u32 row, target;
+    __device__ __forceinline__ Place(const Layout& L, const Read& r, u32 i) {
+        const u32 head = i / r.tokens, token = i - head * r.tokens;
+        row = head * L.block_tokens + r.first_token + token;
+        target = token * L.kv_heads + head;
+    }
+};
+
+// Gathers tokens of one layer of a raw block: [kv_head][token][dim] to [tokens, kv_heads, dim].
+__device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool plain) {
+    const u32 plane = blockIdx.y, row_bytes = L.row_bytes[plane];
+    const Plane p(L, r.slot, r.slot, 2 * r.layer + plane);
+    const u64 output = r.output[plane];
+    const u32 rows = r.tokens * L.kv_heads, per_row = row_bytes / 16;
+    if (!plain && row_bytes % 16 == 0 && aligned16(p.raw, output) && per_row <= blockDim.x) {
+        const Columns c(per_row);
+        if (!c.active) return;
+        for (u32 first = c.row + blockIdx.z * c.rows_at_once * DECODE_UNROLL; first < rows;
+             first += gridDim.z * c.rows_at_once * DECODE_UNROLL) {
+            uint4 v[DECODE_UNROLL];
+            u32 to[DECODE_UNROLL];
+#pragma unroll
+            for (u32 k = 0; k < DECODE_UNROLL; k++) {
+                const Place place(L, r, min(first + k * c.rows_at_once, rows - 1));
+                to[k] = place.target;
+                v[k] = __ldcs((const uint4*)(p.raw + (u64)place.row * row_bytes) + c.column);
+            }
+#pragma unroll
+            for (u32 k = 0; k < DECODE_UNROLL; k++) {
+                if (first + k * c.rows_at_once < rows) __stcs((uint4*)(output + (u64)to[k] * row_bytes) + c.column, v[k]);
+            }
+        }
+        return;
+    }
+    const u32 units = row_bytes / 2;
+    for (u32 i = threadIdx.x + blockIdx.z * blockDim.x; i < rows * units; i += gridDim.z * blockDim.x) {
+        const Place place(L, r, i / units);
+        ((u16*)(output + (u64)place.target * row_bytes))[i % units] = ((const u16*)(p.raw + (u64)place.row * row_bytes))[i % units];
+    }
+}
+
+// The kernels of a format, over functions that take the element type: `plain` says to do without vectors.
+#define FORMAT_KERNELS(E, NAME)                                                                                                  \
+    extern "C" __global__ void seal_##NAME(Layout L, const Convert* s) { seal_plane<E>(L, s[blockIdx.x], false); }               \
+    extern "C" __global__ void plain_seal_##NAME(Layout L, const Convert* s) { seal_plane<E>(L, s[blockIdx.x], true); }          \
+    extern "C" __global__ void reopen_##NAME(Layout L, const Convert* s) { reopen_plane<E>(L, s[blockIdx.x], false); }           \
+    extern "C" __global__ void plain_reopen_##NAME(Layout L, const Convert* s) { reopen_plane<E>(L, s[blockIdx.x], true); }      \
+    extern "C" __global__ void read_##NAME(Layout L, const Read* steps) {                                                        \
+        const Read& r = steps[blockIdx.x];                                                                                       \
+        if (r.format == RAW) gather_raw(L, r, false);                                                                              \
+        else read_plane<E>(L, r, false);                                                                                         \
+    }                                                                                                                            \
+    extern "C" __global__ void plain_read_##NAME(Layout L, const Read* steps) {                                                  \
+        const Read& r = steps[blockIdx.x];                                                                                       \
+        if (r.format == RAW) gather_raw(L, r, true);                                                                               \
+        else read_plane<E>(L, r, true);                                                                                          \
+    }

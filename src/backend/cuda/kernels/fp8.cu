@@ -1,0 +1,41 @@
+// `fp8`: one e4m3 float an element, one scale a row.
+
+#include "common.cuh"
+
+struct Code {
+    static constexpr float BOUND = 512.0f;
+
+    // Rounds abs_max / 448 to the stored type and applies the floor.
+    template <u32 E> static __device__ __forceinline__ float stored_scale(float abs_max) {
+        const float scale = __fdiv_rn(abs_max, 448.0f);
+        if (E == F16) return fmaxf(__half2float(__float2half_rn(scale)), 5.9604644775390625e-8f);
+        return fmaxf(scale, 7.888609052210118e-31f);
+    }
+
+    static __device__ __forceinline__ u32 of(float x) {
+        const u32 bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
+        // Drops 20 of 23 bits of the mantissa, half to even; the bias becomes 7 instead of 127.
+        const u32 normal = (magnitude + 0x7ffffu + (magnitude >> 20 & 1)) >> 20;
+        // Below 2^-6 numbers are multiples of 2^-9: adding 2^14 rounds to one and leaves how many in the low bits.
+        const u32 steps = __float_as_uint(__fadd_rn(__uint_as_float(magnitude), 16384.0f)) & 0xffu;
+        const u32 code = magnitude < 0x3c800000u ? steps : min(normal - ((127 - 7) << 3), 0x7eu);
+        return code | (bits >> 24 & 0x80u);
+    }
+
+    static __device__ __forceinline__ u32 exact(float x, float scale) { return of(__fmul_rn(x, __frcp_rn(scale))); }
+
+    // As an f32 of the same fields a code is too small by 2^120, also where it is subnormal.
+    static __device__ __forceinline__ float value(u32 codes, u32 i) {
+        const u32 code = codes >> 8 * i;
+        return __fmul_rn(__uint_as_float((code & 0x7fu) << 20 | (code & 0x80u) << 24), 1.329227995784916e36f);
+    }
+};
+
+template <u32 E> struct Quantiser {
+    float inverse;
+    static constexpr bool exact = false;
+    __device__ __forceinline__ explicit Quantiser(float scale) : inverse(__frcp_rn(scale)) {}
+    __device__ __forceinline__ u32 code(float x) { return Code::of(__fmul_rn(x, inverse)); }
+};
+
+#include "scaled.cuh"

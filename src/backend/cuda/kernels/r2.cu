@@ -1,0 +1,2 @@
+#define BITS 2
+#include "rotated.cuh"

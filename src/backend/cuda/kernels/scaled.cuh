@@ -1,0 +1,241 @@
+// Formats of one byte an element under one scale a row. Expects `Code` and `Quantiser`, which say what a byte means.
+
+template <u32 E> __device__ __forceinline__ void write_scale(u8* at, float scale) {
+    if (E == F16) *(__half*)at = __float2half_rn(scale);
+    else *(float*)at = scale;
+}
+
+template <u32 E> __device__ __forceinline__ float read_scale(const u8* at) {
+    if (E == F16) return __half2float(*(const __half*)at);
+    return *(const float*)at;
+}
+
+// The low bytes of four words.
+__device__ __forceinline__ u32 pack_bytes(u32 a, u32 b, u32 c, u32 d) {
+    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+}
+
+// Saturates, and takes a NaN for a number that is too large.
+template <u32 E> __device__ __forceinline__ float decoded(float code, float scale) {
+    return fmaxf(fminf(__fmul_rn(code, scale), finite_max<E>()), -finite_max<E>());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Seal: abs-max, encode and finite check in one read.
+
+// The codes of a vector without the short cut. Rare, so it is kept out of the way of the others.
+template <u32 E> __device__ __noinline__ uint2 codes_exact(uint4 v, float scale) {
+    float x[Vector<E>::N];
+    unpack<E>(v, x);
+    uint2 codes = make_uint2(0, 0);
+#pragma unroll
+    for (u32 i = 0; i < Vector<E>::N; i++) (i < 4 ? codes.x : codes.y) |= Code::exact(x[i], scale) << 8 * (i % 4);
+    return codes;
+}
+
+// Rows that a thread of a seal has on their way at once.
+#ifndef SEAL_UNROLL
+#define SEAL_UNROLL 8
+#endif
+
+// Scales of `count` consecutive rows.
+template <u32 E> __device__ __forceinline__ void write_scales(u64 at, const float* scales, u32 count) {
+    const u32 N = E == F16 ? 8 : 4;
+    if (count == SEAL_UNROLL && SEAL_UNROLL % N == 0 && (at & 15) == 0) {
+#pragma unroll
+        for (u32 first = 0; first < SEAL_UNROLL; first += N) {
+            const uint4 v = pack<E == F16 ? F16 : F32>(scales + first);
+            __stcs((uint4*)at + first / N, v);
+        }
+        return;
+    }
+#pragma unroll
+    for (u32 k = 0; k < SEAL_UNROLL; k++) {
+        if (k < count) write_scale<E>((u8*)at + k * (E == F16 ? 2 : 4), scales[k]);
+    }
+}
+
+// Whether rows are whole vectors. The planes before this one may leave it at an odd address.
+__device__ __forceinline__ bool are_vectors(const Plane& p) { return ((p.row_bytes | p.raw) & 15) == 0 && (p.codes & 7) == 0; }
+
+// One row by LANES threads, each with one vector; UNROLL consecutive rows a thread so that enough loads are under way.
+template <u32 E, u32 LANES>
+__device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s) {
+    const u32 UNROLL = SEAL_UNROLL, N = Vector<E>::N;
+    const Plane p(L, s.from, s.to, blockIdx.y);
+    const u32 lane = threadIdx.x % LANES, group = threadIdx.x / LANES, groups = blockDim.x / LANES;
+    const bool active = lane * 16 < p.row_bytes;
+    bool bad = false;
+    // The whole block takes every turn: shuffles need all lanes of a warp.
+    for (u32 first = 0; first < p.rows; first += groups * UNROLL) {
+        const u32 row = first + group * UNROLL, count = row < p.rows ? min(p.rows - row, UNROLL) : 0;
+        const u64 from = p.raw + (u64)row * p.row_bytes + lane * 16;
+        const u64 to = p.codes + (u64)row * p.dim + lane * N;
+        uint4 v[UNROLL];
+        float scales[UNROLL];
+#pragma unroll
+        for (u32 k = 0; k < UNROLL; k++) {
+            v[k] = make_uint4(0, 0, 0, 0);
+            if (active && k < count) v[k] = __ldcs((const uint4*)(from + k * p.row_bytes));
+        }
+#pragma unroll
+        for (u32 k = 0; k < UNROLL; k++) {
+            u32 most = abs_max_bits<E>(v[k]);
+#pragma unroll
+            for (u32 step = LANES / 2; step > 0; step /= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, step));
+            const bool finite = most < infinity_bits<E>();
+            bad |= !finite;
+            const float scale = Code::stored_scale<E>(finite ? from_bits<E>(most) : 0.0f);
+            scales[k] = scale;
+            float x[N];
+            unpack<E>(v[k], x);
+            Quantiser<E> q(scale);
+            u32 code[8];
+#pragma unroll
+            for (u32 i = 0; i < N; i++) code[i] = q.code(x[i]);
+            uint2 codes = make_uint2(pack_bytes(code[0], code[1], code[2], code[3]), 0);
+            if (N == 8) codes.y = pack_bytes(code[4], code[5], code[6], code[7]);
+            if (q.exact) codes = codes_exact<E>(v[k], scale);
+            if (!finite) codes = make_uint2(0, 0);
+            if (active && k < count) {
+                if (N == 8) __stcs((uint2*)(to + k * p.dim), codes);
+                else __stcs((u32*)(to + k * p.dim), codes.x);
+            }
+        }
+        if (lane == 0 && count > 0) write_scales<E>(p.scales + (u64)row * L.scale_bytes, scales, count);
+    }
+    if (bad) raise(s.flag);
+}
+
+template <u32 E>
+__device__ __forceinline__ void plain_seal_rows(const Layout& L, const Convert& s) {
+    const Plane p(L, s.from, s.to, blockIdx.y);
+    for (u32 row = threadIdx.x; row < p.rows; row += blockDim.x) {
+        const u8* raw = (const u8*)p.raw + (u64)row * p.row_bytes;
+        float most = 0.0f;
+        bool finite = true;
+        for (u32 i = 0; i < p.dim; i++) {
+            const float x = load<E>(raw + i * L.element_bytes);
+            finite &= fabsf(x) <= finite_max<F32>();
+            most = fmaxf(most, fabsf(x));
+        }
+        const float scale = Code::stored_scale<E>(finite ? most : 0.0f);
+        for (u32 i = 0; i < p.dim; i++) {
+            ((u8*)p.codes)[(u64)row * p.dim + i] =
+                finite ? (u8)Code::exact(load<E>(raw + i * L.element_bytes), scale) : 0;
+        }
+        write_scale<E>((u8*)p.scales + (u64)row * L.scale_bytes, scale);
+        if (!finite) raise(s.flag);
+    }
+}
+
+// The widest row that seal_rows takes is 32 vectors; wider ones and odd ones are the plain kernel's.
+template <u32 E>
+__device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s, bool plain) {
+    const u32 row_bytes = L.row_bytes[blockIdx.y & 1];
+    if (plain || row_bytes > 512 || !are_vectors(Plane(L, s.from, s.to, blockIdx.y))) plain_seal_rows<E>(L, s);
+    else if (row_bytes > 256) seal_rows<E, 32>(L, s);
+    else if (row_bytes > 128) seal_rows<E, 16>(L, s);
+    else if (row_bytes > 64) seal_rows<E, 8>(L, s);
+    else seal_rows<E, 4>(L, s);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Decode
+
+// The codes of one vector: 8 bytes, or 4 of which the second word is not used.
+template <u32 E> __device__ __forceinline__ uint2 load_codes(u64 at) {
+    if (E == F32) return make_uint2(__ldcs((const u32*)at), 0);
+    return __ldcs((const uint2*)at);
+}
+
+template <u32 E>
+__device__ __forceinline__ uint4 decode_vector(uint2 codes, float scale) {
+    const u32 N = Vector<E>::N;
+    float x[N];
+#pragma unroll
+    for (u32 i = 0; i < N; i++) x[i] = Code::value(i < 4 ? codes.x : codes.y, i % 4);
+    // Saturation is for scales that the largest code does not fit under, and for what is no number: the same for a whole row.
+    if (!(fabsf(scale) <= finite_max<E>() / Code::BOUND)) {
+#pragma unroll
+        for (u32 i = 0; i < N; i++) x[i] = decoded<E>(x[i], scale);
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < N; i++) x[i] = __fmul_rn(x[i], scale);
+    }
+    return pack<E>(x);
+}
+
+// Decodes a whole plane back to rows as they were.
+template <u32 E>
+__device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
+    const Plane p(L, s.to, s.from, blockIdx.y);
+    const u32 N = Vector<E>::N, per_row = p.dim / N;
+    if (!plain && are_vectors(p) && per_row <= blockDim.x) {
+        const Columns c(per_row);
+        if (!c.active) return;
+        for (u32 first = c.row; first < p.rows; first += c.rows_at_once * DECODE_UNROLL) {
+            uint2 codes[DECODE_UNROLL];
+            float scale[DECODE_UNROLL];
+#pragma unroll
+            for (u32 k = 0; k < DECODE_UNROLL; k++) {
+                const u32 row = min(first + k * c.rows_at_once, p.rows - 1);
+                codes[k] = load_codes<E>(p.codes + (u64)row * p.dim + c.column * N);
+                scale[k] = read_scale<E>((const u8*)p.scales + (u64)row * L.scale_bytes);
+            }
+#pragma unroll
+            for (u32 k = 0; k < DECODE_UNROLL; k++) {
+                const u32 row = first + k * c.rows_at_once;
+                if (row < p.rows) __stcs((uint4*)(p.raw + (u64)row * p.row_bytes) + c.column, decode_vector<E>(codes[k], scale[k]));
+            }
+        }
+        return;
+    }
+    for (u32 i = threadIdx.x; i < p.rows * p.dim; i += blockDim.x) {
+        const float scale = read_scale<E>((const u8*)p.scales + (u64)(i / p.dim) * L.scale_bytes);
+        store<E>((u8*)p.raw + (u64)i * L.element_bytes, decoded<E>(Code::value(((const u8*)p.codes)[i], 0), scale));
+    }
+}
+
+// Gathers and decodes tokens of one layer: [kv_head][token][dim] to [tokens, kv_heads, dim].
+template <u32 E>
+__device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
+    const u32 plane = blockIdx.y, N = Vector<E>::N, row_bytes = L.row_bytes[plane];
+    const Plane p(L, r.slot, r.slot, 2 * r.layer + plane);
+    const u64 output = r.output[plane];
+    const u32 rows = r.tokens * L.kv_heads, per_row = p.dim / N;
+    if (!plain && are_vectors(p) && (output & 15) == 0 && per_row <= blockDim.x) {
+        const Columns c(per_row);
+        if (!c.active) return;
+        for (u32 first = c.row + blockIdx.z * c.rows_at_once * DECODE_UNROLL; first < rows;
+             first += gridDim.z * c.rows_at_once * DECODE_UNROLL) {
+            uint2 codes[DECODE_UNROLL];
+            u32 to[DECODE_UNROLL];
+            float scale[DECODE_UNROLL];
+#pragma unroll
+            for (u32 k = 0; k < DECODE_UNROLL; k++) {
+                const Place place(L, r, min(first + k * c.rows_at_once, rows - 1));
+                to[k] = place.target;
+                codes[k] = load_codes<E>(p.codes + (u64)place.row * p.dim + c.column * N);
+                scale[k] = read_scale<E>((const u8*)p.scales + (u64)place.row * L.scale_bytes);
+            }
+#pragma unroll
+            for (u32 k = 0; k < DECODE_UNROLL; k++) {
+                if (first + k * c.rows_at_once >= rows) continue;
+                __stcs((uint4*)(output + (u64)to[k] * row_bytes) + c.column, decode_vector<E>(codes[k], scale[k]));
+            }
+        }
+        return;
+    }
+    for (u32 i = threadIdx.x + blockIdx.z * blockDim.x; i < rows * p.dim; i += gridDim.z * blockDim.x) {
+        const u32 column = i % p.dim;
+        const Place place(L, r, i / p.dim);
+        const float scale = read_scale<E>((const u8*)p.scales + (u64)place.row * L.scale_bytes);
+        const u32 code = ((const u8*)p.codes)[(u64)place.row * p.dim + column];
+        store<E>((u8*)output + (u64)place.target * row_bytes + column * L.element_bytes, decoded<E>(Code::value(code, 0), scale));
+    }
+}
+
+FORMAT_KERNELS(F16, f16)
+FORMAT_KERNELS(BF16, bf16)
+FORMAT_KERNELS(F32, f32)
