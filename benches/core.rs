@@ -65,6 +65,7 @@ fn step(name: &str, count: usize, copied: bool, each: bool) {
         layout,
         pool,
         sealed_format: Format::Raw,
+        keep_raw: Default::default(),
         max_tokens: 1 << 20,
         token_budget: TokenBudget::new(1 << 40),
         copy_lane_min_bytes: 1 << 20,

@@ -179,6 +179,8 @@ pub(crate) struct Block {
     /// Sequences and flights that hold the block.
     pub(crate) refs: u32,
     pub(crate) tenant: u32,
+    /// Its place in every sequence that holds it: the key of a shared block is that of all tokens up to its end.
+    pub(crate) index: u32,
     /// Holds decoded (lossy) tokens, or tokens computed after dropping: never published under a key.
     pub(crate) private: bool,
     /// It is full, and the index's table has its key.

@@ -94,6 +94,16 @@ impl std::fmt::Display for Format {
     }
 }
 
+/// Full blocks of a sequence that stay raw in a lossy format, since attention looks at them most.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct KeepRaw {
+    /// The first block, with the tokens that attention falls back on (sinks).
+    pub sinks: bool,
+    /// So many at the end, behind the block that is being filled. They are sealed when the sequence has grown past them, or nobody
+    /// has them open any more.
+    pub window_blocks: usize,
+}
+
 /// Where a block of one format keeps its rows and scales.
 ///
 /// Codes first, in the raw order `[layer][K|V][kv_head][token]` of rows; then all scales in the same order, beginning at a multiple

@@ -134,6 +134,8 @@ pub enum Step {
     Reopen {
         /// How it is stored.
         format: Format,
+        /// Position of the block's first token in its sequence.
+        position: u32,
         /// Slot read.
         from_offset: usize,
         /// Slot written.
@@ -149,6 +151,8 @@ pub enum Step {
         flight: usize,
         /// Format to encode to.
         format: Format,
+        /// Position of the block's first token in its sequence.
+        position: u32,
         /// Raw slot read.
         from_offset: usize,
         /// Sealed slot written.
@@ -249,6 +253,8 @@ pub struct ReadStep {
     pub flight: usize,
     /// How the block is stored.
     pub format: Format,
+    /// Position of the block's first token in its sequence.
+    pub position: u32,
     /// Slot read.
     pub slot_offset: usize,
     /// Layer read.

@@ -9,7 +9,7 @@ use super::lineage::Lineage;
 use crate::block::{Block, BlockId, BlockKey, BlockState, Place, Places};
 use crate::events::BlockEvent;
 use crate::eviction::{EvictionPolicy, Evictor};
-use crate::format::Format;
+use crate::format::{Format, KeepRaw};
 use crate::geometry::BlockLayout;
 use crate::index::IndexWriter;
 use crate::limits::Ledger;
@@ -29,7 +29,8 @@ pub struct BlockStore {
     block_tokens: usize,
     sealed_format: Format,
     sealed_bytes: usize,
-    /// Blocks that have become full. Some may have been cut or freed since; whatever has their number now is sealed if it is full.
+    keep_raw: KeepRaw,
+    /// Full blocks that may be sealed. Some may have been cut or freed since; whatever has their number now is sealed if it is full.
     to_seal: VecDeque<BlockId>,
     /// No sealed slot could be had; nothing changes until a slot is freed.
     pub(super) seal_stalled: bool,
@@ -58,14 +59,15 @@ pub(crate) struct SealPlan {
     block: BlockId,
     slot: FilledSlot,
     format: Format,
+    position: u32,
     from_offset: usize,
     to_offset: usize,
 }
 
 impl SealPlan {
     pub(super) fn step(&self, flight: usize) -> Step {
-        let SealPlan { format, from_offset, to_offset, .. } = *self;
-        Step::Seal { flight, format, from_offset, to_offset }
+        let SealPlan { format, position, from_offset, to_offset, .. } = *self;
+        Step::Seal { flight, format, position, from_offset, to_offset }
     }
 
     pub(super) fn into_purpose(self) -> Purpose {
@@ -113,6 +115,7 @@ impl BlockStore {
         shard: u16,
         layout: &BlockLayout,
         sealed_format: Format,
+        keep_raw: KeepRaw,
         policy: EvictionPolicy,
         index_hash_bits: u32,
     ) -> Self {
@@ -123,6 +126,7 @@ impl BlockStore {
             token_ids: vec![0; blocks * layout.block_tokens],
             block_tokens: layout.block_tokens,
             sealed_format,
+            keep_raw,
             to_seal: VecDeque::new(),
             seal_stalled: false,
             owners: vec![BlockId::DROPPED; blocks],
@@ -202,6 +206,11 @@ impl BlockStore {
         self.get(id).format(self.sealed_format)
     }
 
+    /// Position of the block's first token.
+    pub(super) fn position(&self, id: BlockId) -> u32 {
+        self.get(id).index * self.block_tokens as u32
+    }
+
     /// Keeps the bytes of a block in place until the pin is dropped.
     pub(super) fn pin(&self, id: BlockId) -> Option<SlotPin> {
         let slot = &self.get(id).slot;
@@ -251,8 +260,8 @@ impl BlockStore {
         self.seal_stalled &= slots == 0;
     }
 
-    /// A new raw block, held once. The caller has made sure that there is a slot for it.
-    pub(super) fn create(&mut self, tenant: u32, private: bool) -> NewBlock {
+    /// A new raw block at place `index` of a sequence, held once. The caller has made sure that there is a slot for it.
+    pub(super) fn create(&mut self, tenant: u32, index: usize, private: bool) -> NewBlock {
         let taken =
             self.pool.take_raw(tenant).expect("a raw slot is vacant: the operation counted them first");
         let offset = self.pool.offset_bytes(SizeClass::Raw, taken.slot.id());
@@ -262,6 +271,7 @@ impl BlockStore {
             state: BlockState::Open,
             refs: 1,
             tenant,
+            index: index as u32,
             private,
             has_key: false,
             has_extra: false,
@@ -311,6 +321,10 @@ impl BlockStore {
             self.evictor.release(id, self.now_ms);
             self.count_cached(id, 1);
             self.seal_stalled = false;
+            if self.keep_raw.window_blocks > 0 {
+                // In nobody's window any more.
+                self.leaves_window(id);
+            }
         } else {
             self.free_unpinned(id);
         }
@@ -389,7 +403,7 @@ impl BlockStore {
         self.token_ids.copy_within(from..from + self.block_tokens, to.0 as usize * self.block_tokens);
     }
 
-    /// Every token of the block is committed.
+    /// Every token of the block is committed. It is sealed once it [leaves the window](Self::leaves_window) of its sequence.
     pub(super) fn complete(&mut self, id: BlockId, counters: &mut CoreCounters) {
         let raw_is_sealed = self.sealed_format == Format::Raw;
         let block = self.get_mut(id);
@@ -400,6 +414,17 @@ impl BlockStore {
             self.places.publish(id, self.get(id));
         } else {
             block.state = BlockState::Full;
+        }
+    }
+
+    /// A full block is so far from the end of a sequence that it need not stay raw on its account.
+    pub(super) fn leaves_window(&mut self, id: BlockId) {
+        if id == BlockId::DROPPED {
+            return;
+        }
+        let block = self.get(id);
+        let is_sink = self.keep_raw.sinks && block.index == 0;
+        if block.state == BlockState::Full && !is_sink {
             self.to_seal.push_back(id);
         }
     }
@@ -447,7 +472,8 @@ impl BlockStore {
             let from_offset = self.offset(id);
             let to_offset = self.pool.layout().offset_bytes(SizeClass::Sealed, slot.id());
             self.get_mut(id).state = BlockState::Sealing;
-            return Some(SealPlan { block: id, slot, format: self.sealed_format, from_offset, to_offset });
+            let (format, position) = (self.sealed_format, self.position(id));
+            return Some(SealPlan { block: id, slot, format, position, from_offset, to_offset });
         }
         None
     }

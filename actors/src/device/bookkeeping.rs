@@ -6,7 +6,7 @@ use super::blocks::BlockStore;
 use super::cached::{Origin, Published};
 use crate::block::{BlockId, BlockKey};
 use crate::eviction::EvictionPolicy;
-use crate::format::Format;
+use crate::format::{Format, KeepRaw};
 use crate::geometry::{ElementType, Geometry};
 use crate::index::PrefixIndex;
 use crate::pool::{Pool, PoolLayout, SLOT_ALIGN_BYTES};
@@ -49,7 +49,7 @@ impl Bookkeeping {
             has_sealed_class: false,
             host_slots: 0,
         };
-        let mut blocks = BlockStore::new(Pool::new(pool), 0, &layout, Format::Raw, policy, 64);
+        let mut blocks = BlockStore::new(Pool::new(pool), 0, &layout, Format::Raw, KeepRaw::default(), policy, 64);
         blocks.ledger.open(Default::default());
         Bookkeeping {
             reader: blocks.index().clone(),
@@ -91,7 +91,7 @@ impl Bookkeeping {
         for (depth, key) in (0..).zip(keys).skip(hits) {
             let room = blocks.raw_available(1) > 0 || blocks.evict_one(counters);
             debug_assert!(room, "what the request does not hold can go");
-            let block = blocks.create(0, false).id;
+            let block = blocks.create(0, depth as usize, false).id;
             let origin = Origin { parent: held.last().copied(), root: 0, has_extra: false };
             match blocks.publish_key(block, key, origin, (depth, request_blocks), counters) {
                 Published::Itself => {

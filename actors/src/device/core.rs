@@ -25,7 +25,7 @@ use crate::block::{BlockId, BlockKey, KeyScheme};
 use crate::error::Error;
 use crate::events::BlockEvent;
 use crate::eviction::EvictionPolicy;
-use crate::format::Format;
+use crate::format::{Format, KeepRaw};
 use crate::geometry::{BlockLayout, Geometry};
 use crate::limits::TenantLimits;
 use crate::memory::{AppendRow, AppendRows, Flight, LaneKind, Launch, OpRef, Purpose, ReadBuffer, Step};
@@ -51,6 +51,8 @@ pub struct CoreConfig {
     pub pool: PoolLayout,
     /// Format of sealed blocks.
     pub sealed_format: Format,
+    /// Full blocks that are not sealed.
+    pub keep_raw: KeepRaw,
     /// Longest sequence.
     pub max_tokens: u32,
     /// Tokens of all sequences of the cache.
@@ -306,6 +308,7 @@ impl DeviceCore {
                 config.shard,
                 &config.layout,
                 config.sealed_format,
+                config.keep_raw,
                 config.eviction,
                 config.index_hash_bits,
             ),

@@ -316,19 +316,20 @@ impl DeviceCore {
         let sources: SmallVec<[_; 4]> = pieces(layout.block_tokens, tokens.clone())
             .map(|(at, inside)| {
                 let id = state.blocks[at];
-                (blocks.offset(id), blocks.format(id), blocks.pin(id), inside)
+                (blocks.offset(id), blocks.format(id), blocks.position(id), blocks.pin(id), inside)
             })
             .collect();
         let lane = config.lane_for(LaneKind::Download, bytes, on_device.is_some());
         let (launch, flight) = building.flight(lane, op, pending.submission_mut(op), output);
         let mut output_token = 0;
-        for (slot_offset, format, pin, tokens) in sources {
+        for (slot_offset, format, position, pin, tokens) in sources {
             let count = tokens.len();
             launch.pins.extend(pin);
             let layer = layer as usize;
             launch.steps.push(Step::Read(ReadStep {
                 flight,
                 format,
+                position,
                 slot_offset,
                 layer,
                 tokens,
@@ -445,11 +446,14 @@ fn prepare_blocks(
         let (source, format) = (blocks.offset(from), blocks.format(from));
         // Decoded bytes are not what the model computed: they never pass as the clean block.
         let private = blocks.get(from).private || format != Format::Raw;
-        let new = blocks.create(rest.tenant, private);
+        let new = blocks.create(rest.tenant, at, private);
         // The copy overwrites the whole slot, so there is nothing to zero.
         prepared.steps.push(match format {
             Format::Raw => Step::Copy { from_offset: source, to_offset: new.offset },
-            format => Step::Reopen { format, from_offset: source, to_offset: new.offset },
+            format => {
+                let position = blocks.position(from);
+                Step::Reopen { format, position, from_offset: source, to_offset: new.offset }
+            }
         });
         blocks.copy_token_ids(from, new.id);
         rest.replacing.push((at, new.id));
@@ -459,7 +463,7 @@ fn prepare_blocks(
     }
     for _ in existing..touched.end {
         after_private |= state.window_start > SINK_TOKENS;
-        let new = blocks.create(rest.tenant, after_private);
+        let new = blocks.create(rest.tenant, state.blocks.len(), after_private);
         if new.must_zero {
             prepared.steps.push(Step::Zero { slot_offset: new.offset });
             counters.slots_zeroed += 1;
@@ -534,6 +538,10 @@ pub(super) fn commit(
         }
     }
     state.committed = start + tokens;
+    let behind_window = |tokens: u32| (tokens as usize / block_tokens).saturating_sub(config.keep_raw.window_blocks);
+    for at in behind_window(start)..behind_window(state.committed) {
+        blocks.leaves_window(state.blocks[at]);
+    }
     counters.tokens_committed += u64::from(tokens);
     if let Some(ratio) = config.keep_ratio {
         drop_tokens(blocks, config, counters, state, ratio);

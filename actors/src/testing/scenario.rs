@@ -8,7 +8,7 @@ use super::rig::tenant_name;
 use crate::block::{HashSecret, KeyScheme};
 use crate::device::CoreConfig;
 use crate::eviction::EvictionPolicy;
-use crate::format::Format;
+use crate::format::{Format, KeepRaw};
 use crate::geometry::{ElementType, Geometry};
 use crate::limits::TenantLimits;
 use crate::pool::PoolLayout;
@@ -21,6 +21,8 @@ pub struct Setup {
     pub geometry: Geometry,
     /// Format of sealed blocks.
     pub format: Format,
+    /// Full blocks that are not sealed.
+    pub keep_raw: KeepRaw,
     /// Raw blocks that the slab holds.
     pub blocks: u64,
     /// Longest sequence.
@@ -55,6 +57,7 @@ impl Setup {
         Setup {
             geometry: geometry(1, 1, 4, 4).block_tokens(4),
             format,
+            keep_raw: KeepRaw::default(),
             blocks: 64,
             max_tokens: 64,
             max_total_tokens: u64::MAX,
@@ -82,6 +85,7 @@ impl Setup {
         let blocks = if block_tokens == 32 { rng.between(8, 48) } else { rng.between(12, 140) };
         Setup {
             format: rng.pick(&[Format::Raw, Format::Int8, Format::Int8]),
+            keep_raw: random_keep_raw(rng),
             blocks: blocks.into(),
             max_tokens: rng.pick(&[3, 6, 10]) * block_tokens + rng.between(0, 3),
             max_total_tokens: match rng.one_in(4) {
@@ -110,6 +114,7 @@ impl Setup {
         let blocks = rng.between(40, 160);
         Setup {
             format: Format::Int8,
+            keep_raw: random_keep_raw(rng),
             blocks: blocks.into(),
             max_tokens: rng.pick(&[12, 24]) * block_tokens,
             max_total_tokens: u64::MAX,
@@ -148,6 +153,7 @@ impl Setup {
             layout,
             pool,
             sealed_format: self.format,
+            keep_raw: self.keep_raw,
             max_tokens: self.max_tokens,
             token_budget: TokenBudget::new(self.max_total_tokens),
             copy_lane_min_bytes: self.copy_lane_min_bytes,
@@ -172,6 +178,13 @@ fn random_tenants(rng: &mut Rng, geometry: &Geometry, blocks: u32) -> Arc<HashMa
         (rng.one_in(4)).then(|| (tenant_name(number), limits))
     };
     Arc::new((0..2).filter_map(&mut some).collect())
+}
+
+fn random_keep_raw(rng: &mut Rng) -> KeepRaw {
+    match rng.one_in(3) {
+        true => KeepRaw { sinks: rng.one_in(2), window_blocks: rng.pick(&[0, 1, 1, 3]) },
+        false => KeepRaw::default(),
+    }
 }
 
 fn random_policy(rng: &mut Rng) -> EvictionPolicy {

@@ -253,7 +253,7 @@ impl Memory {
                     rows.rows[at].finite &= self.append(&step, launch.payload(step.flight));
                 }
             }
-            Step::Seal { flight, format, from_offset, to_offset } => {
+            Step::Seal { flight, format, from_offset, to_offset, .. } => {
                 assert_eq!(*format, Format::Int8, "only int8 blocks are sealed by a launch");
                 launch.flights[*flight].finite &= self.seal(*from_offset, *to_offset);
             }

@@ -23,8 +23,8 @@ pub struct Tracker {
     pool: PoolLayout,
     /// Per raw slot, layer and token.
     raw_written: Vec<bool>,
-    /// Per sealed slot.
-    sealed_written: Vec<bool>,
+    /// Per sealed slot: the position of the block that it was sealed as.
+    sealed: Vec<Option<u32>>,
     /// Slots that hold tokens which were decoded, raw ones and sealed ones.
     decoded: [Vec<bool>; 3],
     /// Generations of the slots when last looked at.
@@ -66,7 +66,7 @@ impl Tracker {
         let slots = pool.slot_ids_all_tiers();
         Tracker {
             raw_written: vec![false; slots * layout.layers * layout.block_tokens],
-            sealed_written: vec![false; slots],
+            sealed: vec![None; slots],
             decoded: [(); 3].map(|()| vec![false; slots]),
             generations: vec![0; slots],
             under_way: vec![Vec::new(); pool.chunks + 1],
@@ -83,7 +83,7 @@ impl Tracker {
             if self.generations[slot] != now {
                 self.generations[slot] = now;
                 self.raw_written[slot * rows..(slot + 1) * rows].fill(false);
-                self.sealed_written[slot] = false;
+                self.sealed[slot] = None;
                 self.decoded.iter_mut().for_each(|decoded| decoded[slot] = false);
             }
         }
@@ -173,14 +173,14 @@ impl Tracker {
                     (self.class_at(format, *from_offset), self.class_at(format, *to_offset));
                 let (from, to) = (self.slot_of(from_class, *from_offset), self.slot_of(to_class, *to_offset));
                 assert!(
-                    !self.pool.has_sealed_class || self.sealed_written[from],
+                    !self.pool.has_sealed_class || self.sealed[from].is_some(),
                     "moved before it was sealed: {step:?}"
                 );
-                self.sealed_written[to] = self.sealed_written[from];
+                self.sealed[to] = self.sealed[from];
                 self.decoded[to_class as usize][to] = self.decoded[from_class as usize][from];
             }
-            Step::Reopen { format, from_offset, to_offset } => {
-                self.check_sealed(*format, *from_offset, step);
+            Step::Reopen { format, position, from_offset, to_offset } => {
+                self.check_sealed(*format, *position, *from_offset, step);
                 self.whole(*to_offset).fill(true);
                 self.set_decoded(SizeClass::Raw, *to_offset, true);
             }
@@ -197,13 +197,13 @@ impl Tracker {
                     }
                 }
             }
-            Step::Seal { from_offset, to_offset, .. } => {
+            Step::Seal { position, from_offset, to_offset, .. } => {
                 assert!(
                     self.whole(*from_offset).iter().all(|w| *w),
                     "sealed before it was written: {step:?}"
                 );
                 let slot = self.slot_of(SizeClass::Sealed, *to_offset);
-                self.sealed_written[slot] = true;
+                self.sealed[slot] = Some(*position);
                 let decoded = self.is_decoded(SizeClass::Raw, *from_offset);
                 self.set_decoded(SizeClass::Sealed, *to_offset, decoded);
             }
@@ -213,14 +213,17 @@ impl Tracker {
                     self.rows(read.slot_offset, read.layer, read.tokens.clone()).iter().all(|w| *w),
                     "read before it was written: {read:?}"
                 ),
-                SizeClass::Sealed | SizeClass::Host => self.check_sealed(read.format, read.slot_offset, step),
+                SizeClass::Sealed | SizeClass::Host => {
+                    self.check_sealed(read.format, read.position, read.slot_offset, step);
+                }
             },
         }
     }
 
-    fn check_sealed(&self, format: Format, offset: usize, step: &Step) {
+    /// It was sealed, as the block of this position: that is part of what its bytes mean.
+    fn check_sealed(&self, format: Format, position: u32, offset: usize, step: &Step) {
         let slot = self.slot_of(self.class_at(format, offset), offset);
-        assert!(self.sealed_written[slot], "read before it was sealed: {step:?}");
+        assert_eq!(self.sealed[slot], Some(position), "not what was sealed, or before it was: {step:?}");
     }
 
     /// A launch is under way from now on.
@@ -246,7 +249,7 @@ impl Tracker {
                     self.access(lane, launch, false, from, *from_offset, whole.clone(), all.clone());
                     self.access(lane, launch, true, to, *to_offset, whole, all);
                 }
-                Step::Reopen { format, from_offset, to_offset } => {
+                Step::Reopen { format, from_offset, to_offset, .. } => {
                     let class = self.class_at(*format, *from_offset);
                     self.access(lane, launch, false, class, *from_offset, whole.clone(), all.clone());
                     self.access(lane, launch, true, raw, *to_offset, whole, all);
