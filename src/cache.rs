@@ -13,7 +13,7 @@ use tracing::Instrument;
 
 use crate::batch::{BatchCacheOperations, Outcome};
 use crate::blocking::BlockingCache;
-use crate::config::{CacheConfig, Compression, Devices, Quantisation};
+use crate::config::{CacheConfig, Compression, Devices};
 use crate::error::BuildError;
 use crate::runtime::{self, Runtime};
 use crate::sequence::unexpected;
@@ -51,7 +51,7 @@ impl CacheBuilder {
 
     /// Format of sealed blocks; `int8` unless set.
     pub fn sealed_format(mut self, format: Format) -> Self {
-        self.config.quantisation = Quantisation { enabled: format != Format::Raw, format };
+        (self.config.quantisation.enabled, self.config.quantisation.format) = (format != Format::Raw, format);
         self
     }
 

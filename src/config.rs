@@ -1,12 +1,12 @@
 //! Every setting of a cache, as one serde struct.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use kv_cache_actors::block::HashSecret;
 use kv_cache_actors::error::ConfigError;
 use kv_cache_actors::eviction::EvictionPolicy;
-use kv_cache_actors::format::Format;
+use kv_cache_actors::format::{Format, KeepRaw};
 use kv_cache_actors::geometry::{BlockLayout, Geometry, Plane};
 use kv_cache_actors::limits::TenantLimits;
 use kv_cache_actors::permit::Amount;
@@ -15,6 +15,7 @@ use kv_cache_actors::sequence::SINK_TOKENS;
 use serde::{Deserialize, Serialize};
 
 use crate::error::BuildError;
+use crate::key_means::KeyMeans;
 
 /// More CPU shards than this are a slip of the pen.
 const CPU_SHARDS_MAX: u16 = 256;
@@ -59,18 +60,36 @@ impl Devices {
 }
 
 /// How blocks that are full are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Quantisation {
     /// Off: sealed blocks stay in the element type.
     pub enabled: bool,
     /// In which format: see [`Format`] for what each costs in accuracy.
     pub format: Format,
+    /// The first block of a sequence stays raw: its first tokens are those that attention falls back on (sinks). Unless it is said:
+    /// for `r4`, `r3` and `r2`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub raw_sinks: Option<bool>,
+    /// Full blocks at the end of a sequence, behind the one that is being filled, that stay raw too. They are sealed when the
+    /// sequence has grown past them or is closed. Unless it is said: 1 for `r4`, 4 for `r3` and `r2`, 0 for others.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub raw_window_blocks: Option<u32>,
+    /// A file of the model's mean keys ([`KeyMeans`](crate::KeyMeans)): sealed keys are stored as differences from them. Few bits need
+    /// it, and so does any format if the model's key projection has a bias.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key_means: Option<PathBuf>,
 }
 
 impl Default for Quantisation {
     fn default() -> Self {
-        Quantisation { enabled: true, format: Format::Int8 }
+        Quantisation {
+            enabled: true,
+            format: Format::Int8,
+            raw_sinks: None,
+            raw_window_blocks: None,
+            key_means: None,
+        }
     }
 }
 
@@ -413,6 +432,27 @@ impl CacheConfig {
     /// The format that the quantisation settings stand for.
     pub fn sealed_format(&self) -> Format {
         if self.quantisation.enabled { self.quantisation.format } else { Format::Raw }
+    }
+
+    /// Full blocks that are not sealed.
+    pub(crate) fn keep_raw(&self) -> KeepRaw {
+        let (sinks, window_blocks) = match self.sealed_format() {
+            Format::R4 => (true, 1),
+            Format::R3 | Format::R2 => (true, 4),
+            _ => (false, 0),
+        };
+        KeepRaw {
+            sinks: self.quantisation.raw_sinks.unwrap_or(sinks),
+            window_blocks: self.quantisation.raw_window_blocks.unwrap_or(window_blocks) as usize,
+        }
+    }
+
+    /// The mean keys of the model, if sealed keys are stored as differences from them.
+    pub(crate) fn key_means(&self) -> Result<Option<KeyMeans>, BuildError> {
+        match (self.sealed_format(), &self.quantisation.key_means) {
+            (Format::Raw, _) | (_, None) => Ok(None),
+            (_, Some(file)) => KeyMeans::load(file).map(Some),
+        }
     }
 
     pub(crate) fn keep_ratio(&self) -> Option<f32> {

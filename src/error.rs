@@ -12,6 +12,14 @@ pub enum BuildError {
     /// The configuration text could not be read.
     #[error("the configuration could not be read: {0}")]
     Parse(String),
+    /// A file of mean keys could not be read or written, or is one of another model.
+    #[error("{file}: no mean keys of this model: {reason}")]
+    KeyMeans {
+        /// Which file.
+        file: String,
+        /// Why.
+        reason: String,
+    },
     /// The budgets of all devices together do not fit in the machine's memory.
     #[error(
         "{requested_bytes} bytes of cache asked for, {available_bytes} available: {missing_bytes} are missing; lower `memory_bytes_per_device`"

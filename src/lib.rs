@@ -11,6 +11,7 @@ mod columns;
 mod config;
 mod element;
 mod error;
+mod key_means;
 mod runtime;
 mod sequence;
 mod telemetry;
@@ -66,6 +67,7 @@ pub use config::{CacheConfig, Compression, CompressionMethod, Devices, Quantisat
 pub use element::Element;
 pub use error::{BuildError, ConfigError, Error, ErrorKind};
 pub use half;
+pub use key_means::{KeyMeans, KeyMeansBuilder};
 pub use kv_cache_actors::batch::Invalidate;
 pub use kv_cache_actors::block::{BlockKey, ExtraIdentity, HashSecret};
 pub use kv_cache_actors::events::{BlockEvent, BlockEvents, Missed};

@@ -23,6 +23,7 @@ use crate::backend::{self, Lender, Memory};
 use crate::cache::ShutdownReport;
 use crate::config::CacheConfig;
 use crate::error::BuildError;
+use crate::key_means::Centres;
 use crate::{BlockLayout, Error};
 
 /// What every handle of a cache shares.
@@ -35,6 +36,8 @@ pub(crate) struct Runtime {
     pub(crate) supervisor: Arc<Supervisor>,
     pub(crate) views: Vec<ShardView>,
     pub(crate) memories: Vec<Memory>,
+    /// What sealed keys are told apart from.
+    pub(crate) centres: Option<Arc<Centres>>,
     pub(crate) lender: Lender,
     pub(crate) tokens: TokenBudget,
     /// None once the cache has shut down: listeners hear of the end when nobody can tell them anything any more.
@@ -54,6 +57,17 @@ pub(crate) fn open(
     mut config: CacheConfig,
 ) -> Result<(Runtime, impl Future<Output = ()> + Send + 'static), BuildError> {
     let (layout, pool) = config.plan()?;
+    let means = config.key_means()?;
+    let centres = means.as_ref().map(|means| Centres::new(means, &config.geometry, config.max_tokens));
+    let centres = centres.transpose().map_err(|reason| BuildError::KeyMeans {
+        file: config
+            .quantisation
+            .key_means
+            .as_ref()
+            .map_or_else(String::new, |file| file.display().to_string()),
+        reason,
+    })?;
+    let centres = centres.map(Arc::new);
     let devices = backend::choose(config.devices)?;
     let memories = backend::allocate(&devices, &pool)?;
     let lender = Lender::new(&devices, &memories, config.lent_memory_bytes)?;
@@ -74,7 +88,10 @@ pub(crate) fn open(
     static CACHES: AtomicU8 = AtomicU8::new(0);
     let cache = CACHES.fetch_add(1, Ordering::Relaxed);
     let tenants: Arc<HashMap<_, _>> = Arc::new(config.tenants.clone().into_iter().collect());
-    let keys = KeyScheme::new(secret, &config.geometry, config.keep_ratio());
+    let mut keys = KeyScheme::new(secret, &config.geometry, config.keep_ratio());
+    if let Some(means) = &means {
+        keys = keys.storing(&means.bytes());
+    }
     let events = EventHub::new(config.event_capacity);
     let mut assembler =
         Assembler::new(devices.len(), config.max_jobs_in_flight, config.max_sequences, events.clone());
@@ -86,6 +103,7 @@ pub(crate) fn open(
             layout,
             pool,
             sealed_format: config.sealed_format(),
+            keep_raw: config.keep_raw(),
             max_tokens: config.max_tokens,
             token_budget: tokens.clone(),
             copy_lane_min_bytes: if config.non_blocking { config.copy_lane_min_bytes } else { usize::MAX },
@@ -97,7 +115,7 @@ pub(crate) fn open(
             tenants: tenants.clone(),
             index_hash_bits: 64,
         };
-        backend::add_shard(&mut assembler, device, memory, core, &config)?;
+        backend::add_shard(&mut assembler, device, memory, core, &config, centres.as_ref())?;
     }
     let (assembly, router) = assembler.finish(config.deterministic);
     let jobs = Amount { jobs: config.max_jobs_in_flight as u64, bytes: config.max_bytes_in_flight };
@@ -134,6 +152,7 @@ pub(crate) fn open(
         supervisor: assembly.supervisor,
         views: assembly.views,
         memories,
+        centres,
         lender,
         tokens,
         events: Mutex::new(Some(events)),

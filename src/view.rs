@@ -1,7 +1,7 @@
 //! Looking at stored blocks in place: views for the CPU, block tables for attention kernels.
 
 use std::ops::Range;
-use std::sync::{LazyLock, OnceLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 
 use half::{bf16, f16};
 use kv_cache_actors::block::{BlockId, Place};
@@ -13,6 +13,7 @@ use kv_cache_actors::slot::SlotPin;
 use crate::backend::cpu::codec::Kernels;
 use crate::backend::{HostCopy, Memory};
 use crate::element::{Element, check_type};
+use crate::key_means::{Centres, Keys};
 use crate::runtime::Runtime;
 use crate::{BlockLayout, ElementType, Error, Format, Plane, SequenceId, Tier};
 
@@ -79,6 +80,7 @@ fn check_layer(layout: &BlockLayout, layer: u32) -> Result<(), Error> {
 pub(crate) struct Pinned {
     memory: Memory,
     layout: BlockLayout,
+    centres: Option<Arc<Centres>>,
     pieces: Vec<Piece>,
     _pins: Pins,
 }
@@ -114,7 +116,8 @@ impl Pinned {
         if state.blocks.is_empty() && runtime.directory.get(shared.id()).is_none() {
             return Err(Error::ClosedSequence(shared.id()));
         }
-        let mut pinned = Pinned { memory, layout, pieces: Vec::new(), _pins: Pins::default() };
+        let centres = runtime.centres.clone();
+        let mut pinned = Pinned { memory, layout, centres, pieces: Vec::new(), _pins: Pins::default() };
         for range in kept(&state, visible(&state)) {
             let mut first_token = range.start;
             for (at, inside) in state.pieces(&layout, range) {
@@ -266,7 +269,8 @@ impl<'a> BlockView<'a> {
         self.piece.format
     }
 
-    /// Keys of one head: rows of `key_dim` elements.
+    /// Keys of one head: rows of `key_dim` elements. In a cache with [mean keys](crate::KeyMeans) those of sealed blocks are
+    /// [`Rows::Coded`] in every format, and what they decode to are differences: [`BlockView::decode_keys`] adds the rest.
     ///
     /// # Errors
     /// [`Error::ElementType`] if `T` is not the cache's element type; [`Error::Unsupported`] for a head that does not exist;
@@ -309,7 +313,9 @@ impl<'a> BlockView<'a> {
             _ => Scales::Bf16(bytemuck::cast_slice(bytes)),
         };
         Ok(match format {
-            Format::Int8 => Rows::Int8 { codes: bytemuck::cast_slice(codes), scales },
+            Format::Int8 if !self.is_centred(plane) => {
+                Rows::Int8 { codes: bytemuck::cast_slice(codes), scales }
+            }
             _ => Rows::Coded { format, codes, scales },
         })
     }
@@ -348,7 +354,16 @@ impl<'a> BlockView<'a> {
         let (format, row) = (self.piece.format, dim * size_of::<T>());
         let out = bytemuck::cast_slice_mut(rows);
         KERNELS.decode(format, T::TYPE, dim, codes, scales.bytes(), out, row);
+        if let (Some(centres), Plane::Key) = (&self.pinned.centres, plane) {
+            let tokens = self.piece.inside.clone();
+            let position = self.piece.first_token - tokens.start as u32;
+            centres.add(&Keys { layer: self.layer, head, position, tokens }, T::TYPE, out, row);
+        }
         Ok(())
+    }
+
+    fn is_centred(&self, plane: Plane) -> bool {
+        plane == Plane::Key && self.pinned.centres.is_some()
     }
 }
 

@@ -104,6 +104,14 @@ impl KeyScheme {
         KeyScheme { secret, block_tokens: geometry.block_tokens as usize, common: fields.0.as_slice().into() }
     }
 
+    /// The same for a cache that stores what `what` says, which other caches of this geometry may not.
+    pub fn storing(mut self, what: &[u8]) -> Self {
+        let mut fields = Fields(SmallVec::from_slice(&self.common));
+        fields.field(blake3::hash(what).as_bytes());
+        self.common = fields.0.as_slice().into();
+        self
+    }
+
     /// The parent key of a sequence's first block: all that its blocks have in common.
     pub fn root(&self, options: &OpenOptions) -> BlockKey {
         let mut fields = Fields(SmallVec::from_slice(&self.common));

@@ -77,7 +77,10 @@ async fn together(model: &Model, prompt: &[u32], count: usize) -> anyhow::Result
         let sequence = cache.open("bench", OpenOptions::default()).await?;
         let mut one = CachedSequences::<f16>::new(&cache, vec![sequence]);
         prefill(model, &mut one, &[prompt]).await?;
-        let mut forks = one.sequences[0].fork_many(count as u32 - 1).await?;
+        let mut forks = match count as u32 - 1 {
+            0 => Vec::new(),
+            more => one.sequences[0].fork_many(more).await?,
+        };
         forks.extend(one.sequences);
         cached.push(CachedSequences::<f16>::new(&cache, forks));
     }

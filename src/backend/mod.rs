@@ -14,6 +14,7 @@ use kv_cache_actors::reach::{LentMemory, PlainMemory};
 
 use crate::config::{CacheConfig, Devices};
 use crate::error::{BuildError, Error};
+use crate::key_means::Centres;
 use crate::view::Pinned;
 
 /// A device that was chosen, not yet opened.
@@ -231,6 +232,7 @@ pub(crate) fn add_shard(
     memory: &Memory,
     core: CoreConfig,
     config: &CacheConfig,
+    centres: Option<&Arc<Centres>>,
 ) -> Result<(), BuildError> {
     let added = match memory {
         Memory::Cpu(slab) => {
@@ -239,13 +241,18 @@ pub(crate) fn add_shard(
                 false => cpu::codec::Kernels::best(),
             };
             tracing::debug!(target: "kv_cache::devices", kernels = kernels.name(), "CPU kernels chosen");
-            assembler.add_shard(cpu::CpuBackend::new(slab.clone(), kernels), core)
+            assembler.add_shard(cpu::CpuBackend::new(slab.clone(), kernels, centres.cloned()), core)
         }
         #[cfg(feature = "cuda")]
         Memory::Cuda(slab) => {
             let ring_bytes = (config.pinned_memory_bytes / cuda::RINGS) as usize;
             assembler.add_shard(
-                cuda::CudaBackend::new(slab.clone(), ring_bytes, config.auto_tune && !config.deterministic),
+                cuda::CudaBackend::new(
+                    slab.clone(),
+                    ring_bytes,
+                    config.auto_tune && !config.deterministic,
+                    centres.cloned(),
+                ),
                 core,
             )
         }

@@ -139,7 +139,7 @@ async fn settings_of_features_that_are_not_built() {
     }
     // What is switched off need not be built.
     let mut config = base();
-    config.quantisation = Quantisation { enabled: false, format: Format::R2 };
+    (config.quantisation.enabled, config.quantisation.format) = (false, Format::R2);
     assert_eq!(config.sealed_format(), Format::Raw);
     config.compression = Compression { enabled: false, ratio: 9.0, method: CompressionMethod::KeyNorm };
     assert_eq!(config.validate(), Ok(()));

@@ -175,7 +175,7 @@ pub fn combos() -> impl Iterator<Item = Combo> {
 }
 
 /// Whether a setup's name begins with `KV_CACHE_TEST_SETUPS`, if that is set: `cuda` for what needs a GPU, say.
-fn is_wanted(setup: &Setup) -> bool {
+pub fn is_wanted(setup: &Setup) -> bool {
     std::env::var("KV_CACHE_TEST_SETUPS").map_or(true, |wanted| setup.name.starts_with(&wanted))
 }
 
@@ -213,7 +213,12 @@ impl Combo {
                 let builder = builder
                     .sealed_format(self.format)
                     .memory_bytes_per_device(blocks * bytes * 18 / 16)
-                    .configure(|c| c.host_tier_bytes_per_device = u64::from(HOST_TIER_BLOCKS) * sealed);
+                    .configure(|c| c.host_tier_bytes_per_device = u64::from(HOST_TIER_BLOCKS) * sealed)
+                    // Every full block, unless a case is about those that are not.
+                    .configure(|c| {
+                        let quantisation = &mut c.quantisation;
+                        (quantisation.raw_sinks, quantisation.raw_window_blocks) = (Some(false), Some(0));
+                    });
                 println!("on {self}");
                 Some(builder)
             }

@@ -9,6 +9,7 @@ mod common;
 mod batches;
 mod callers;
 mod memory;
+mod mixed;
 mod prefix;
 mod prefix_events;
 mod prefix_eviction;

@@ -1,5 +1,7 @@
 //! A CPU cache and a GPU cache store the same bytes for the same tokens, and give the same bytes back.
 
+use std::path::Path;
+
 use kv_cache::half::{bf16, f16};
 use kv_cache::*;
 use rand::rngs::SmallRng;
@@ -99,18 +101,46 @@ fn stored<E: Number>(layout: &BlockLayout, view: &View) -> Vec<(Format, Vec<u8>,
     blocks
 }
 
-async fn rig<E: Number>(setup: &str, format: Format, geometry: Geometry) -> Option<Rig<E>> {
+async fn rig<E: Number>(
+    setup: &str,
+    format: Format,
+    geometry: Geometry,
+    means: Option<&Path>,
+) -> Option<Rig<E>> {
     let setup = SETUPS.iter().find(|known| known.name == setup).unwrap();
     let combo = Combo { setup, format, geometry };
-    let builder = combo.builder()?;
+    let builder = combo.builder()?.configure(|c| c.quantisation.key_means = means.map(Path::to_owned));
     Some(Rig::new(&combo, builder).await)
 }
 
-async fn same_bytes<E: OnDevice>(format: Format, shape: (u32, u32, u32, u32, u32), seed: u64) {
-    let geometry = geometry(shape, E::TYPE);
-    let Some(gpu) = rig::<E>("cuda", format, geometry.clone()).await else { return };
-    let cpu = rig::<E>("cpu", format, geometry).await.unwrap();
-    let what = format!("{}, seed {seed}", gpu.combo);
+/// Mean keys of a kind, and how keys of the geometry rotate.
+fn some_means(geometry: &mut Geometry, seed: u64) -> tempfile::NamedTempFile {
+    let group = &mut geometry.groups[0];
+    let rotary_dims = group.key_dim / 2 * 2;
+    group.rope = Some(Rope {
+        inv_freq: (0..rotary_dims / 2).map(|i| 100f32.powf(-(i as f32) / rotary_dims as f32)).collect(),
+        rotary_dims,
+        layout: if seed % 20 == 0 { RopeLayout::HalfSplit } else { RopeLayout::Interleaved },
+        attention_scale: 1.0,
+    });
+    let (layers, count) = (group.layers, group.kv_heads * group.key_dim);
+    let mut means = KeyMeansBuilder::new(geometry).unwrap();
+    for layer in 0..layers {
+        let keys: Vec<f32> = (0..count).map(|at| ((at * 7 + layer) % 31) as f32 - 12.0).collect();
+        means.add(layer, 3, &keys);
+    }
+    let file = tempfile::NamedTempFile::new().unwrap();
+    means.finish().save(file.path()).unwrap();
+    file
+}
+
+async fn same_bytes<E: OnDevice>(format: Format, shape: (u32, u32, u32, u32, u32), centred: bool, seed: u64) {
+    let mut geometry = geometry(shape, E::TYPE);
+    let file = centred.then(|| some_means(&mut geometry, seed));
+    let means = file.as_ref().map(tempfile::NamedTempFile::path);
+    let Some(gpu) = rig::<E>("cuda", format, geometry.clone(), means).await else { return };
+    let cpu = rig::<E>("cpu", format, geometry, means).await.unwrap();
+    let what = format!("{}, centred: {centred}, seed {seed}", gpu.combo);
     let count = (3 * shape.0).max(40) + 1;
     let new = tokens::<E>(gpu.layout, count as usize, seed);
     let pair = [&cpu, &gpu];
@@ -157,8 +187,8 @@ macro_rules! same_bytes {
             async fn $name() {
                 for (at, shape) in SHAPES.into_iter().enumerate() {
                     for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
-                        for seed in 0..2 {
-                            same_bytes::<$element>(format, shape, 100 * at as u64 + 10 * seed).await;
+                        for (seed, centred) in [(0, false), (1, false), (2, true), (3, true)] {
+                            same_bytes::<$element>(format, shape, centred, 100 * at as u64 + 10 * seed).await;
                         }
                     }
                 }

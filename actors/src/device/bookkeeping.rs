@@ -49,7 +49,8 @@ impl Bookkeeping {
             has_sealed_class: false,
             host_slots: 0,
         };
-        let mut blocks = BlockStore::new(Pool::new(pool), 0, &layout, Format::Raw, KeepRaw::default(), policy, 64);
+        let mut blocks =
+            BlockStore::new(Pool::new(pool), 0, &layout, Format::Raw, KeepRaw::default(), policy, 64);
         blocks.ledger.open(Default::default());
         Bookkeeping {
             reader: blocks.index().clone(),

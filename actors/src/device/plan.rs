@@ -538,7 +538,8 @@ pub(super) fn commit(
         }
     }
     state.committed = start + tokens;
-    let behind_window = |tokens: u32| (tokens as usize / block_tokens).saturating_sub(config.keep_raw.window_blocks);
+    let behind_window =
+        |tokens: u32| (tokens as usize / block_tokens).saturating_sub(config.keep_raw.window_blocks);
     for at in behind_window(start)..behind_window(state.committed) {
         blocks.leaves_window(state.blocks[at]);
     }

@@ -11,16 +11,19 @@ use kv_cache_actors::pool::PoolLayout;
 
 use super::codec::Kernels;
 use super::slab::Slab;
+use crate::key_means::{Centres, Keys};
 
 /// A CPU device to be opened over a slab.
 pub(crate) struct CpuBackend {
     slab: Arc<Slab>,
     kernels: Kernels,
+    centres: Option<Arc<Centres>>,
 }
 
 impl CpuBackend {
-    pub(crate) fn new(slab: Arc<Slab>, kernels: Kernels) -> Self {
-        CpuBackend { slab, kernels }
+    /// Sealed keys are differences from `centres`, if there are any.
+    pub(crate) fn new(slab: Arc<Slab>, kernels: Kernels, centres: Option<Arc<Centres>>) -> Self {
+        CpuBackend { slab, kernels, centres }
     }
 }
 
@@ -28,8 +31,13 @@ impl Backend for CpuBackend {
     type Lane = CpuLane;
 
     fn open(self, block: &BlockLayout, _: &PoolLayout, _: Format) -> Result<Lanes<CpuLane>, String> {
-        let lane =
-            || CpuLane { slab: self.slab.clone(), kernels: self.kernels, layout: *block, done: Vec::new() };
+        let lane = || CpuLane {
+            slab: self.slab.clone(),
+            kernels: self.kernels,
+            centres: self.centres.clone(),
+            layout: *block,
+            done: Vec::new(),
+        };
         Ok(Lanes { compute: lane(), upload: lane(), download: lane() })
     }
 }
@@ -38,6 +46,7 @@ impl Backend for CpuBackend {
 pub(crate) struct CpuLane {
     slab: Arc<Slab>,
     kernels: Kernels,
+    centres: Option<Arc<Centres>>,
     layout: BlockLayout,
     done: Vec<Launch>,
 }
@@ -54,8 +63,8 @@ impl Lane for CpuLane {
                 Step::Transfer { from_offset, to_offset, bytes } => {
                     self.copy(*from_offset, *to_offset, *bytes)
                 }
-                Step::Reopen { format, from_offset, to_offset } => {
-                    self.reopen(*format, *from_offset, *to_offset)
+                Step::Reopen { format, position, from_offset, to_offset } => {
+                    self.reopen(*format, *position, *from_offset, *to_offset)
                 }
                 Step::Append(append) if !append.on_device => {
                     let finite = self.append(append, launch.payload(append.flight));
@@ -68,8 +77,8 @@ impl Lane for CpuLane {
                         rows.rows[at].finite &= self.append(&step, payload);
                     }
                 }
-                Step::Seal { flight, format, from_offset, to_offset } => {
-                    launch.flights[*flight].finite &= self.seal(*format, *from_offset, *to_offset);
+                Step::Seal { flight, format, position, from_offset, to_offset } => {
+                    launch.flights[*flight].finite &= self.seal(*format, *position, *from_offset, *to_offset);
                 }
                 Step::Read(read) if read.on_device.is_none() => {
                     if let Some(output) = &mut launch.flights[read.flight].output {
@@ -134,7 +143,7 @@ impl CpuLane {
     }
 
     /// Encodes a whole block; true if all is finite.
-    fn seal(&self, format: Format, from: usize, to: usize) -> bool {
+    fn seal(&self, format: Format, position: u32, from: usize, to: usize) -> bool {
         let layout = &self.layout;
         let sealed = FormatLayout::new(format, layout);
         let all = 0..layout.rows_per_plane();
@@ -152,14 +161,28 @@ impl CpuLane {
                         self.slab.bytes_mut(to + scales.start..to + scales.end),
                     )
                 };
-                finite &= self.kernels.encode(format, layout.element, layout.dim(plane), raw, codes, scales);
+                let mut centred = Vec::new();
+                let rows = match (&self.centres, plane) {
+                    (Some(centres), Plane::Key) => {
+                        centred.extend_from_slice(raw);
+                        let row = layout.row_bytes(plane);
+                        let head_bytes = layout.block_tokens * row;
+                        for (head, rows) in centred.chunks_exact_mut(head_bytes).enumerate() {
+                            let keys = Keys { layer, head, position, tokens: 0..layout.block_tokens };
+                            centres.subtract(&keys, layout.element, rows, row);
+                        }
+                        &centred
+                    }
+                    _ => raw,
+                };
+                finite &= self.kernels.encode(format, layout.element, layout.dim(plane), rows, codes, scales);
             }
         }
         finite
     }
 
     /// Decodes a whole block into a raw slot.
-    fn reopen(&self, format: Format, from: usize, to: usize) {
+    fn reopen(&self, format: Format, position: u32, from: usize, to: usize) {
         let layout = &self.layout;
         for layer in 0..layout.layers {
             for plane in Plane::BOTH {
@@ -169,8 +192,8 @@ impl CpuLane {
                 for head in 0..layout.kv_heads {
                     let bytes = layout.block_tokens * layout.row_bytes(plane);
                     let target = &mut target[head * bytes..(head + 1) * bytes];
-                    let rows = head * layout.block_tokens..(head + 1) * layout.block_tokens;
-                    self.decode(format, from, layer, plane, rows, target, layout.row_bytes(plane));
+                    let keys = Keys { layer, head, position, tokens: 0..layout.block_tokens };
+                    self.decode(format, from, plane, &keys, target, layout.row_bytes(plane));
                 }
             }
         }
@@ -183,34 +206,26 @@ impl CpuLane {
             let (row, token) = (layout.row_bytes(plane), layout.token_bytes(plane));
             let output = &mut output.plane_mut(plane)[step.output_token * token..];
             for head in 0..layout.kv_heads {
-                let first = head * layout.block_tokens + step.tokens.start;
-                let rows = first..first + step.tokens.len();
-                self.decode(
-                    step.format,
-                    step.slot_offset,
-                    step.layer,
-                    plane,
-                    rows,
-                    &mut output[head * row..],
-                    token,
-                );
+                let ReadStep { format, slot_offset, layer, position, ref tokens, .. } = *step;
+                let keys = Keys { layer, head, position, tokens: tokens.clone() };
+                self.decode(format, slot_offset, plane, &keys, &mut output[head * row..], token);
             }
         }
     }
 
-    /// Decodes rows of one plane of a slot, row `i` to `target[i * stride]`.
-    #[allow(clippy::too_many_arguments)]
+    /// Decodes rows of one head, keys or values, of a slot: row `i` to `target[i * stride]`.
     fn decode(
         &self,
         format: Format,
         slot: usize,
-        layer: usize,
         plane: Plane,
-        rows: std::ops::Range<usize>,
+        which: &Keys,
         target: &mut [u8],
         stride: usize,
     ) {
-        let layout = &self.layout;
+        let (layout, layer) = (&self.layout, which.layer);
+        let first = which.head * layout.block_tokens + which.tokens.start;
+        let rows = first..first + which.tokens.len();
         let (element, dim, row) = (layout.element, layout.dim(plane), layout.row_bytes(plane));
         let (codes, scales) = FormatLayout::new(format, layout).places(layout, layer, plane, &rows);
         // SAFETY: acknowledged rows (4) of a slot that the flight has pinned (3); nobody writes to sealed blocks.
@@ -224,7 +239,12 @@ impl CpuLane {
             Format::Raw => {
                 self.kernels.copy_rows(element, codes, row, target, stride, row, rows.len());
             }
-            _ => self.kernels.decode(format, element, dim, codes, scales, target, stride),
+            _ => {
+                self.kernels.decode(format, element, dim, codes, scales, target, stride);
+                if let (Some(centres), Plane::Key) = (&self.centres, plane) {
+                    centres.add(which, element, target, stride);
+                }
+            }
         }
     }
 }

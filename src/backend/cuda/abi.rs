@@ -22,11 +22,24 @@ pub(super) struct Layout {
     plane_bytes: [u64; 2],
     layer_bytes: u64,
     scales_offset: u64,
+    centres: CentreTables,
+}
+
+/// What sealed keys are told apart from: addresses of the tables of [`Centres`](crate::key_means::Centres), 0 without any.
+#[derive(Debug, Clone, Copy, Default, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct CentreTables {
+    pub(super) means: u64,
+    pub(super) block_turns: u64,
+    pub(super) token_turns: u64,
+    pub(super) pairs: u32,
+    /// From the first dim of a pair to the second: 1, or as many as there are pairs.
+    pub(super) apart: u32,
 }
 
 impl Layout {
     /// For blocks that are sealed in `sealed`.
-    pub(super) fn new(block: &BlockLayout, sealed: Format) -> Self {
+    pub(super) fn new(block: &BlockLayout, sealed: Format, centres: CentreTables) -> Self {
         let place = FormatLayout::new(sealed, block);
         let of = |f: &dyn Fn(Plane) -> usize| Plane::BOTH.map(f);
         Layout {
@@ -46,6 +59,7 @@ impl Layout {
             plane_bytes: of(&|plane| block.plane_bytes(plane)).map(|n| n as u64),
             layer_bytes: block.layer_bytes() as u64,
             scales_offset: place.scales_offset as u64,
+            centres,
         }
     }
 }
@@ -74,6 +88,8 @@ pub(super) struct Convert {
     pub(super) from: u64,
     pub(super) to: u64,
     pub(super) flag: u64,
+    /// Where the block stands in its sequence.
+    pub(super) index: u64,
 }
 
 /// One read step.
@@ -87,6 +103,8 @@ pub(super) struct Read {
     pub(super) first_token: u32,
     pub(super) tokens: u32,
     pub(super) format: u32,
+    /// Where the block stands in its sequence.
+    pub(super) index: u64,
 }
 
 /// One copy of bytes, or zeros if `from` is 0.

@@ -9,22 +9,25 @@ use kv_cache_actors::format::Format;
 use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
 
 use super::abi;
-use super::driver::{DriverError, Function, Gpu, Module, Stream};
+use super::driver::{DeviceMemory, DriverError, Function, Gpu, Module, Stream};
+use crate::RopeLayout;
+use crate::key_means::Centres;
 
 /// Made by `kernels/build.py` from the sources beside them: what knows no format, and a module for each format.
 const CACHE: &str = include_str!("kernels/cache.ptx");
-const INT8: &str = include_str!("kernels/int8.ptx");
-const FP8: &str = include_str!("kernels/fp8.ptx");
-const R4: &str = include_str!("kernels/r4.ptx");
-const R3: &str = include_str!("kernels/r3.ptx");
-const R2: &str = include_str!("kernels/r2.ptx");
+/// Keys as they are, and keys as differences from centres.
+const INT8: [&str; 2] = [include_str!("kernels/int8.ptx"), include_str!("kernels/int8_rc.ptx")];
+const FP8: [&str; 2] = [include_str!("kernels/fp8.ptx"), include_str!("kernels/fp8_rc.ptx")];
+const R4: [&str; 2] = [include_str!("kernels/r4.ptx"), include_str!("kernels/r4_rc.ptx")];
+const R3: [&str; 2] = [include_str!("kernels/r3.ptx"), include_str!("kernels/r3_rc.ptx")];
+const R2: [&str; 2] = [include_str!("kernels/r2.ptx"), include_str!("kernels/r2_rc.ptx")];
 
 /// The module of a format, if it has any kernels: blocks that stay raw are read by `CACHE`.
 ///
 /// # Errors
 /// A format of a newer core, which has none yet.
-fn source(format: Format) -> Result<Option<&'static str>, DriverError> {
-    Ok(Some(match format {
+fn source(format: Format, centred: bool) -> Result<Option<&'static str>, DriverError> {
+    let both = match format {
         Format::Raw => return Ok(None),
         Format::Int8 => INT8,
         Format::Fp8 => FP8,
@@ -38,7 +41,8 @@ fn source(format: Format) -> Result<Option<&'static str>, DriverError> {
                 text: format!("{other} has no kernels"),
             });
         }
-    }))
+    };
+    Ok(Some(both[usize::from(centred)]))
 }
 
 /// Threads of a block of the kernels that convert whole planes.
@@ -67,8 +71,40 @@ pub(super) struct Kernels {
     move_blocks: Function,
     carry_blocks: Function,
     signal: Function,
-    /// The functions are its.
+    /// The layout has their addresses.
+    _tables: Option<Tables>,
+    /// The functions are theirs.
     _modules: Vec<Arc<Module>>,
+}
+
+/// The tables of [`Centres`] in device memory.
+struct Tables {
+    at: abi::CentreTables,
+    _memory: [DeviceMemory; 3],
+}
+
+impl Tables {
+    fn upload(gpu: &Arc<Gpu>, centres: &Centres) -> Result<Tables, DriverError> {
+        let upload = |bytes: &[u8]| {
+            // An empty table, of keys that do not rotate, has an address too.
+            let memory = DeviceMemory::zeroed(gpu, bytes.len().max(16))?;
+            memory.write(0, bytes)?;
+            Ok(memory)
+        };
+        let memory = [
+            upload(bytemuck::cast_slice(&centres.means))?,
+            upload(bytemuck::cast_slice(&centres.block_turns))?,
+            upload(bytemuck::cast_slice(&centres.token_turns))?,
+        ];
+        let [means, block_turns, token_turns] = memory.each_ref().map(DeviceMemory::address);
+        let pairs = centres.pairs as u32;
+        let apart = match centres.layout {
+            RopeLayout::Interleaved => 1,
+            RopeLayout::HalfSplit => pairs,
+        };
+        let at = abi::CentreTables { means, block_turns, token_turns, pairs, apart };
+        Ok(Tables { at, _memory: memory })
+    }
 }
 
 /// `count` descriptors of type `T` at `address`, which the device reaches.
@@ -80,9 +116,17 @@ pub(super) struct Descriptors {
 
 impl Kernels {
     /// Loads the kernels for blocks of `block` that are sealed in `sealed`.
-    pub(super) fn load(gpu: &Arc<Gpu>, block: &BlockLayout, sealed: Format) -> Result<Kernels, DriverError> {
-        let format = source(sealed)?.map(|source| Self::module(gpu, source)).transpose()?;
-        Self::of(Self::module(gpu, CACHE)?, format, block, sealed)
+    /// Sealed keys are differences from `centres`, if there are any.
+    pub(super) fn load(
+        gpu: &Arc<Gpu>,
+        block: &BlockLayout,
+        sealed: Format,
+        centres: Option<&Centres>,
+    ) -> Result<Kernels, DriverError> {
+        let format =
+            source(sealed, centres.is_some())?.map(|source| Self::module(gpu, source)).transpose()?;
+        let tables = centres.map(|centres| Tables::upload(gpu, centres)).transpose()?;
+        Self::of(Self::module(gpu, CACHE)?, format, block, sealed, tables)
     }
 
     /// A module on a GPU, loaded once for all caches that are on it at a time.
@@ -107,6 +151,7 @@ impl Kernels {
         format: Option<Arc<Module>>,
         block: &BlockLayout,
         sealed: Format,
+        tables: Option<Tables>,
     ) -> Result<Kernels, DriverError> {
         let element = match block.element {
             ElementType::F16 => "_f16",
@@ -121,7 +166,12 @@ impl Kernels {
             })
         };
         Ok(Kernels {
-            layout: abi::Layout::new(block, sealed),
+            layout: abi::Layout::new(
+                block,
+                sealed,
+                tables.as_ref().map(|tables| tables.at).unwrap_or_default(),
+            ),
+            _tables: tables,
             sealed,
             row_bytes_max: block.row_bytes(Plane::Key).max(block.row_bytes(Plane::Value)),
             kv_heads: block.kv_heads,
@@ -290,7 +340,7 @@ mod tests {
     use rand::rngs::SmallRng;
     use rand::{Rng, SeedableRng};
 
-    use super::super::driver::{DeviceMemory, usable_gpus};
+    use super::super::driver::usable_gpus;
     use super::*;
 
     /// The seal kernel multiplies where the CPU divides: for f16 that never shows.
@@ -342,7 +392,8 @@ mod tests {
             let entries = text.lines().filter_map(|line| line.split(".entry ").nth(1));
             entries.filter_map(|entry| entry.split(['(', ' ']).next()).map(str::to_owned).collect()
         };
-        for source in Format::ALL.map(|format| source(format).unwrap().unwrap_or(CACHE)) {
+        let all = [false, true].into_iter().flat_map(|centred| Format::ALL.map(|format| (format, centred)));
+        for source in all.map(|(format, centred)| source(format, centred).unwrap().unwrap_or(CACHE)) {
             let left = names(&without_fast_kernels(source));
             let fast: Vec<String> = names(source)
                 .into_iter()
@@ -455,12 +506,17 @@ mod tests {
                 from: self.raw.address(),
                 to: self.sealed.address(),
                 flag: self.flag.address(),
+                index: INDEX,
             });
             // SAFETY: as above.
             unsafe { kernels.seal(stream, seal) }.unwrap();
             written.extend([self.bytes(&self.sealed), self.bytes(&self.flag)]);
-            let reopen =
-                self.step(abi::Convert { from: self.sealed.address(), to: self.reopened.address(), flag: 0 });
+            let reopen = self.step(abi::Convert {
+                from: self.sealed.address(),
+                to: self.reopened.address(),
+                flag: 0,
+                index: INDEX,
+            });
             // SAFETY: as above.
             unsafe { kernels.reopen(stream, reopen) }.unwrap();
             written.push(self.bytes(&self.reopened));
@@ -475,6 +531,7 @@ mod tests {
                         first_token: tokens.start as u32,
                         tokens: count as u32,
                         format,
+                        index: INDEX,
                     });
                     // SAFETY: as above; the output has room for a block of all layers.
                     unsafe { kernels.read(stream, read, count) }.unwrap();
@@ -514,6 +571,28 @@ mod tests {
         (32, 1, 1, 512, 520),
     ];
 
+    /// Where the block of a bench stands in its sequence.
+    const INDEX: u64 = 5;
+
+    /// Some means; half of the dims rotate, or all that can.
+    fn some_centres(geometry: &Geometry) -> Centres {
+        let (mut geometry, dim) = (geometry.clone(), geometry.groups[0].key_dim);
+        let rotary_dims = if dim % 3 == 0 { dim / 2 } else { dim } / 2 * 2;
+        geometry.groups[0].rope = Some(crate::Rope {
+            inv_freq: (0..rotary_dims / 2).map(|i| 100f32.powf(-(i as f32) / dim as f32)).collect(),
+            rotary_dims,
+            layout: if dim % 64 == 0 { RopeLayout::HalfSplit } else { RopeLayout::Interleaved },
+            attention_scale: 1.0,
+        });
+        let mut means = crate::KeyMeansBuilder::new(&geometry).unwrap();
+        for layer in 0..geometry.groups[0].layers {
+            let count = geometry.groups[0].kv_heads * dim;
+            let keys: Vec<f32> = (0..count).map(|at| ((at + layer) % 23) as f32 - 9.0).collect();
+            means.add(layer, 7, &keys);
+        }
+        Centres::new(&means.finish(), &geometry, 1000).unwrap()
+    }
+
     #[test]
     fn plain_kernels_give_the_same_bytes() {
         if let Err(reason) = usable_gpus() {
@@ -522,16 +601,18 @@ mod tests {
         }
         let gpu = Gpu::shared(0).unwrap();
         for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
-            plain_kernels_of(&gpu, format);
+            for centred in [false, true] {
+                plain_kernels_of(&gpu, format, centred);
+            }
         }
     }
 
-    fn plain_kernels_of(gpu: &Arc<Gpu>, format: Format) {
+    fn plain_kernels_of(gpu: &Arc<Gpu>, format: Format, centred: bool) {
         let twins = |source: &str| {
             [source, &without_fast_kernels(source)].map(|source| Arc::new(Module::load(gpu, source).unwrap()))
         };
         let ([fast, plain], [fast_format, plain_format]) =
-            (twins(CACHE), twins(source(format).unwrap().unwrap()));
+            (twins(CACHE), twins(source(format, centred).unwrap().unwrap()));
         for name in ["append", "move_blocks", "read_raw"] {
             assert!(fast.function(name).is_ok() && plain.function(name).is_err(), "{name}");
         }
@@ -546,7 +627,8 @@ mod tests {
                 let layout = geometry.layout().unwrap();
                 let bench = Bench::new(gpu, layout, format);
                 let kernels = [(&fast, &fast_format), (&plain, &plain_format)].map(|(cache, of_format)| {
-                    Kernels::of(cache.clone(), Some(of_format.clone()), &layout, format).unwrap()
+                    let tables = centred.then(|| Tables::upload(gpu, &some_centres(&geometry)).unwrap());
+                    Kernels::of(cache.clone(), Some(of_format.clone()), &layout, format, tables).unwrap()
                 });
                 let block = layout.block_tokens;
                 let parts = [0..1, 0..block, block - 1..block, block / 3..(2 * block).div_ceil(3)];
@@ -554,8 +636,9 @@ mod tests {
                     for bad in [false, true] {
                         let [fast, plain] =
                             kernels.each_ref().map(|kernels| bench.run(kernels, tokens.clone(), bad));
-                        let what =
-                            format!("{format}, {element:?}, {shape:?}, tokens {tokens:?}, not finite: {bad}");
+                        let what = format!(
+                            "{format}, centred: {centred}, {element:?}, {shape:?}, tokens {tokens:?}, not finite: {bad}"
+                        );
                         assert_eq!(fast[1][0] != 0, bad, "{what}: the flag of the append");
                         assert_eq!(fast[3][0] != 0, bad, "{what}: the flag of the seal");
                         for (part, (fast, plain)) in fast.iter().zip(&plain).enumerate() {

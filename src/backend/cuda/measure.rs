@@ -120,7 +120,7 @@ fn measure(
     let flag = PinnedMemory::zeroed(&gpu, 64)?;
     let at = |memory: &DeviceMemory, block: usize, bytes: usize| memory.address() + (block * bytes) as u64;
     for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
-        let kernels = Kernels::load(&gpu, layout, format)?;
+        let kernels = Kernels::load(&gpu, layout, format, None)?;
         let sealed_bytes = format.block_bytes(layout).next_multiple_of(128);
         let sealed = DeviceMemory::zeroed(&gpu, blocks * sealed_bytes)?;
         let converts = |from: (&DeviceMemory, usize), to: (&DeviceMemory, usize), flag| {
@@ -128,6 +128,7 @@ fn measure(
                 .map(|block| abi::Convert {
                     from: at(from.0, block, from.1),
                     to: at(to.0, block, to.1),
+                    index: 0,
                     flag,
                 })
                 .collect();
@@ -146,6 +147,7 @@ fn measure(
                     first_token: 0,
                     tokens: layout.block_tokens as u32,
                     format: abi::format_number(format),
+                    index: 0,
                 }
             })
             .collect();
@@ -190,7 +192,7 @@ fn call_costs(ordinal: usize) -> Result<Vec<(&'static str, f64)>, DriverError> {
         name: "the geometry".into(),
         text: error.to_string(),
     })?;
-    let kernels = Kernels::load(&gpu, &layout, Format::Raw)?;
+    let kernels = Kernels::load(&gpu, &layout, Format::Raw, None)?;
     let mut fence = super::fence::Fence::new(&stream, &kernels)?;
     let word = PinnedMemory::zeroed(&gpu, 64)?;
     let event = super::driver::Event::new(&gpu)?;

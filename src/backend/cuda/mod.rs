@@ -60,6 +60,7 @@ use kv_cache_actors::pool::PoolLayout;
 
 use super::HostCopy;
 use crate::error::Error;
+use crate::key_means::Centres;
 use crate::view::Pinned;
 
 use self::driver::{DeviceMemory, PinnedMemory};
@@ -138,12 +139,19 @@ pub(crate) struct CudaBackend {
     slab: Arc<Slab>,
     ring_bytes: usize,
     calibrate: bool,
+    centres: Option<Arc<Centres>>,
 }
 
 impl CudaBackend {
-    /// `ring_bytes` of page-locked memory go to each lane. `calibrate`: the ways over the bus are timed at start.
-    pub(crate) fn new(slab: Arc<Slab>, ring_bytes: usize, calibrate: bool) -> Self {
-        CudaBackend { slab, ring_bytes, calibrate }
+    /// `ring_bytes` of page-locked memory go to each lane. `calibrate`: the ways over the bus are timed at start. Sealed keys are
+    /// differences from `centres`, if there are any.
+    pub(crate) fn new(
+        slab: Arc<Slab>,
+        ring_bytes: usize,
+        calibrate: bool,
+        centres: Option<Arc<Centres>>,
+    ) -> Self {
+        CudaBackend { slab, ring_bytes, calibrate, centres }
     }
 }
 
@@ -153,7 +161,7 @@ impl Backend for CudaBackend {
     fn open(self, block: &BlockLayout, _: &PoolLayout, sealed: Format) -> Result<Lanes<CudaLane>, String> {
         let gpu = self.slab.gpu().clone();
         let open = || -> Result<Lanes<CudaLane>, DriverError> {
-            let kernels = Arc::new(Kernels::load(&gpu, block, sealed)?);
+            let kernels = Arc::new(Kernels::load(&gpu, block, sealed, self.centres.as_deref())?);
             let lane = |kind| {
                 CudaLane::open(
                     kind,

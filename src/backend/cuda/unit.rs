@@ -297,13 +297,13 @@ impl<'a> Unit<'a> {
                 self.moves.put(abi::Move { from, to, bytes: *bytes as u64 });
                 self.most.3 = self.most.3.max(*bytes);
             }
-            Step::Reopen { format, from_offset, to_offset } if *format == self.sealed => {
+            Step::Reopen { format, position, from_offset, to_offset } if *format == self.sealed => {
                 let (from, to) = (at(from_offset), at(to_offset));
-                self.reopens.put(abi::Convert { from, to, flag: 0 });
+                self.reopens.put(abi::Convert { from, to, flag: 0, index: self.index(*position) });
             }
-            Step::Seal { flight, format, from_offset, to_offset } if *format == self.sealed => {
+            Step::Seal { flight, format, position, from_offset, to_offset } if *format == self.sealed => {
                 let (from, to, flag) = (at(from_offset), at(to_offset), self.flag(*flight));
-                self.seals.put(abi::Convert { from, to, flag });
+                self.seals.put(abi::Convert { from, to, flag, index: self.index(*position) });
             }
             Step::Append(append) => self.append(append, self.flag(append.flight)),
             Step::AppendRows(rows) => self.append_rows(rows),
@@ -314,6 +314,11 @@ impl<'a> Unit<'a> {
             other => return Err(format!("the CUDA device does not know {other:?}").into()),
         }
         Ok(None)
+    }
+
+    /// Which block of its sequence begins at `position`.
+    fn index(&self, position: u32) -> u64 {
+        u64::from(position) / self.layout.block_tokens as u64
     }
 
     fn flag(&self, flight: usize) -> u64 {
@@ -426,6 +431,7 @@ impl<'a> Unit<'a> {
             first_token: read.tokens.start as u32,
             tokens: read.tokens.len() as u32,
             format: abi::format_number(read.format),
+            index: self.index(read.position),
         });
         planes
     }

@@ -82,7 +82,8 @@ mod tests;
 
 use std::time::{Duration, Instant};
 
-use half::f16;
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 use kv_cache_actors::format::Format;
 use kv_cache_actors::geometry::ElementType;
 
@@ -93,11 +94,47 @@ const SCALE_FLOOR_F16: f16 = f16::from_bits(1);
 const SCALE_FLOOR_F32: f32 = f32::from_bits((127 - 100) << 23);
 
 /// The largest finite value of an element type.
-const fn finite_max(element: ElementType) -> f32 {
+pub(crate) const fn finite_max(element: ElementType) -> f32 {
     match element {
         ElementType::F16 => 65504.0,
         ElementType::Bf16 => f32::from_bits(0x7F7F_0000),
         ElementType::F32 => f32::MAX,
+    }
+}
+
+/// A row of elements as f32, however it is aligned.
+pub(crate) fn load_row(element: ElementType, bytes: &[u8], row: &mut [f32]) {
+    match element {
+        ElementType::F32 => bytemuck::cast_slice_mut(row).copy_from_slice(bytes),
+        ElementType::F16 => halves::<f16>(bytes, row, |halves, row| halves.convert_to_f32_slice(row)),
+        ElementType::Bf16 => halves::<bf16>(bytes, row, |halves, row| halves.convert_to_f32_slice(row)),
+    }
+}
+
+fn halves<T: bytemuck::Pod>(bytes: &[u8], row: &mut [f32], convert: impl Fn(&[T], &mut [f32])) {
+    let mut aligned = [T::zeroed(); 64];
+    for (bytes, row) in bytes.chunks(2 * aligned.len()).zip(row.chunks_mut(aligned.len())) {
+        let aligned = &mut aligned[..row.len()];
+        bytemuck::cast_slice_mut(aligned).copy_from_slice(bytes);
+        convert(aligned, row);
+    }
+}
+
+/// The inverse of [`load_row`]: rounds half to even.
+pub(crate) fn store_row(element: ElementType, row: &[f32], bytes: &mut [u8]) {
+    match element {
+        ElementType::F32 => bytes.copy_from_slice(bytemuck::cast_slice(row)),
+        ElementType::F16 => to_halves::<f16>(row, bytes, |halves, row| halves.convert_from_f32_slice(row)),
+        ElementType::Bf16 => to_halves::<bf16>(row, bytes, |halves, row| halves.convert_from_f32_slice(row)),
+    }
+}
+
+fn to_halves<T: bytemuck::Pod>(row: &[f32], bytes: &mut [u8], convert: impl Fn(&mut [T], &[f32])) {
+    let mut aligned = [T::zeroed(); 64];
+    for (bytes, row) in bytes.chunks_mut(2 * aligned.len()).zip(row.chunks(aligned.len())) {
+        let aligned = &mut aligned[..row.len()];
+        convert(aligned, row);
+        bytes.copy_from_slice(bytemuck::cast_slice(aligned));
     }
 }
 

@@ -21,6 +21,12 @@ enum Element { F16 = 0, BF16 = 1, F32 = 2 };
 // The number of raw blocks in descriptors. Every other number is the format of the module.
 enum { RAW = 0 };
 
+// Mirrors `abi::CentreTables`.
+struct CentreTables {
+    u64 means, block_turns, token_turns;
+    u32 pairs, apart;
+};
+
 // Mirrors `abi::Layout`. A raw block is [layer][K|V][kv_head][token][dim], `row_bytes` a row; a sealed one has `code_bytes` a row in
 // the same order, and behind them all scales in the order of the rows.
 struct Layout {
@@ -30,6 +36,7 @@ struct Layout {
     u64 plane_bytes[2];
     u64 layer_bytes;
     u64 scales_offset;
+    CentreTables centres;
 };
 
 // Mirrors `abi::Append`: tokens of payload tensors [layers, source_tokens, kv_heads, dim] go to one raw slot.
@@ -39,16 +46,17 @@ struct Append {
     u32 source_tokens, first_layer, layers, first_token, tokens, padding;
 };
 
-// Mirrors `abi::Convert`: a whole block from one format to another. `flag` is set if an element is not finite.
+// Mirrors `abi::Convert`: block `index` of a sequence from one format to another. `flag` is set if an element is not finite.
 struct Convert {
-    u64 from, to, flag;
+    u64 from, to, flag, index;
 };
 
-// Mirrors `abi::Read`: tokens of one layer of a slot go to [tokens, kv_heads, dim].
+// Mirrors `abi::Read`: tokens of one layer of a slot, block `index` of a sequence, go to [tokens, kv_heads, dim].
 struct Read {
     u64 slot;
     u64 output[2];
     u32 layer, first_token, tokens, format;
+    u64 index;
 };
 
 // Mirrors `abi::Move`: bytes from one place to another, or zeros if `from` is 0.
@@ -91,6 +99,13 @@ template <u32 E> __device__ __forceinline__ void store(u8* at, float value) {
     if (E == F16) *(__half*)at = __float2half_rn(value);
     else if (E == BF16) *(__nv_bfloat16*)at = __float2bfloat16_rn(value);
     else *(float*)at = value;
+}
+
+// As it is after it was stored.
+template <u32 E> __device__ __forceinline__ float rounded(float value) {
+    if (E == F16) return __half2float(__float2half_rn(value));
+    if (E == BF16) return __bfloat162float(__float2bfloat16_rn(value));
+    return value;
 }
 
 template <u32 E> __device__ __forceinline__ float finite_max() {
@@ -205,6 +220,63 @@ struct Columns {
         row = threadIdx.x / per_row;
         column = threadIdx.x - row * per_row;
         active = row < rows_at_once;
+    }
+};
+
+// Sealed keys are differences from a centre: the mean key of their head, rotated as they are, by the turn of the block and that of the
+// token in it. The arithmetic is that of `Centres` in key_means.rs. Modules that are compiled with CENTRED know it, others skip it.
+#ifndef CENTRED
+#define CENTRED 0
+#endif
+
+struct Centre {
+    const float* means;
+    const float2* of_block;
+    const float2* of_tokens;
+    u32 pairs, apart, block_tokens, dim;
+    bool on;
+    __device__ __forceinline__ Centre(const Layout& L, u32 plane_index, u64 block) {
+        on = CENTRED && (plane_index & 1) == 0;
+        pairs = L.centres.pairs, apart = L.centres.apart, block_tokens = L.block_tokens, dim = L.dim[0];
+        means = (const float*)L.centres.means + (u64)(plane_index >> 1) * L.kv_heads * dim;
+        of_block = (const float2*)L.centres.block_turns + block * pairs;
+        of_tokens = (const float2*)L.centres.token_turns;
+    }
+
+    // Of dim `d` of row `row` of the plane.
+    __device__ __forceinline__ float at(u32 row, u32 d) const {
+        const u32 head = row / block_tokens, token = row - head * block_tokens;
+        const float* mean = means + head * dim;
+        if (d >= 2 * pairs) return mean[d];
+        const bool first = apart == 1 ? (d & 1) == 0 : d < pairs;
+        const u32 a = first ? d : d - apart, pair = apart == 1 ? a / 2 : a;
+        const float2 b = of_block[pair], t = of_tokens[token * pairs + pair];
+        const float cos = __fsub_rn(__fmul_rn(b.x, t.x), __fmul_rn(b.y, t.y));
+        const float sin = __fadd_rn(__fmul_rn(b.y, t.x), __fmul_rn(b.x, t.y));
+        const float x = mean[a], y = mean[a + apart];
+        return first ? __fsub_rn(__fmul_rn(x, cos), __fmul_rn(y, sin)) : __fadd_rn(__fmul_rn(x, sin), __fmul_rn(y, cos));
+    }
+
+    // `x` with the centre times `sign` on top, rounded to the element type. What is no number stays so.
+    template <u32 E> __device__ __forceinline__ float shifted(float x, u32 row, u32 d, float sign) const {
+        const float y = __fadd_rn(x, __fmul_rn(sign, at(row, d)));
+        const float bounded = fmaxf(fminf(y, finite_max<E>()), -finite_max<E>());
+        return fabsf(x) <= finite_max<F32>() ? rounded<E>(bounded) : x;
+    }
+
+    // The same for a vector of dims from `d` on.
+    template <u32 E> __device__ __forceinline__ uint4 shifted(const uint4& v, u32 row, u32 d, float sign) const {
+        if constexpr (CENTRED) return called<E>(v, row, d, sign);
+        return v;
+    }
+
+    // Not inlined: it is many times as long as what is around it.
+    template <u32 E> __device__ __noinline__ uint4 called(const uint4& v, u32 row, u32 d, float sign) const {
+        float x[Vector<E>::N];
+        unpack<E>(v, x);
+#pragma unroll
+        for (u32 i = 0; i < Vector<E>::N; i++) x[i] = shifted<E>(x[i], row, d + i, sign);
+        return pack<E>(x);
     }
 };
 

@@ -149,6 +149,7 @@ template <u32 E> constexpr u32 VECTORS = PER_THREAD / Vector<E>::N;
 template <u32 E>
 __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, const Book& book, u32 lanes) {
     const Plane p(L, s.from, s.to, blockIdx.y);
+    const Centre centre(L, blockIdx.y, s.index);
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     const u32 signs = SIGNS[lane];
     const float shorten = inverse_root(lanes * PER_THREAD);
@@ -167,6 +168,9 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, con
         u32 most = 0;
 #pragma unroll
         for (u32 i = 0; i < VECTORS<E>; i++) {
+            if (centre.on && row < p.rows) {
+                next[i] = centre.shifted<E>(next[i], row, lane * PER_THREAD + i * Vector<E>::N, -1.0f);
+            }
             most = max(most, abs_max_bits<E>(next[i]));
             unpack<E>(next[i], y + i * Vector<E>::N);
         }
@@ -229,7 +233,7 @@ __device__ __forceinline__ void decode_row(const Codes& codes, float factor, con
 
 // Decodes `rows` rows; `place` says of each where it is in the block and where it goes.
 template <u32 E, typename F>
-__device__ __forceinline__ void decode_rows(const Plane& p, const Book& book, u32 lanes, u64 output, u32 rows, u32 part, u32 parts, F place) {
+__device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre, const Book& book, u32 lanes, u64 output, u32 rows, u32 part, u32 parts, F place) {
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     for (u32 first = part * groups; first < rows; first += parts * groups) {
         const uint2 at = place(min(first + group, rows - 1));
@@ -239,6 +243,12 @@ __device__ __forceinline__ void decode_rows(const Plane& p, const Book& book, u3
         decode_row<E>(codes, read_factor(p.scales + (u64)at.x * 2), book, lane, lanes, v);
         if (first + group >= rows) continue;
         uint4* to = (uint4*)(output + (u64)at.y * p.row_bytes) + lane * VECTORS<E>;
+        if (centre.on) {
+#pragma unroll
+            for (u32 i = 0; i < VECTORS<E>; i++) {
+                v[i] = centre.shifted<E>(v[i], at.x, lane * PER_THREAD + i * Vector<E>::N, 1.0f);
+            }
+        }
 #pragma unroll
         for (u32 i = 0; i < VECTORS<E>; i++) __stcs(to + i, v[i]);
     }
@@ -285,6 +295,7 @@ __device__ __forceinline__ float plain_sum(float* t, u32 dim) {
 template <u32 E>
 __device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, Scratch& S) {
     const Plane p(L, s.from, s.to, blockIdx.y);
+    const Centre centre(L, blockIdx.y, s.index);
     for (u32 row = 0; row < p.rows; row++) {
         const u8* raw = (const u8*)p.raw + (u64)row * p.row_bytes;
         const u64 to = p.codes + (u64)row * p.code_bytes;
@@ -292,6 +303,7 @@ __device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, 
         __syncthreads();
         for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
             S.y[i] = load<E>(raw + i * L.element_bytes);
+            if (centre.on) S.y[i] = centre.shifted<E>(S.y[i], row, i, -1.0f);
             atomicMax(&S.most, __float_as_uint(fabsf(S.y[i])));
         }
         __syncthreads();
@@ -330,7 +342,7 @@ __device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, 
 }
 
 template <u32 E, typename F>
-__device__ __forceinline__ void plain_decode_rows(const Layout& L, const Plane& p, Scratch& S, u64 output, u32 rows, u32 part, u32 parts, F place) {
+__device__ __forceinline__ void plain_decode_rows(const Layout& L, const Plane& p, const Centre& centre, Scratch& S, u64 output, u32 rows, u32 part, u32 parts, F place) {
     for (u32 row = part; row < rows; row += parts) {
         const uint2 at = place(row);
         const u8* codes = (const u8*)p.codes + (u64)at.x * p.code_bytes;
@@ -345,7 +357,8 @@ __device__ __forceinline__ void plain_decode_rows(const Layout& L, const Plane& 
         u8* to = (u8*)output + (u64)at.y * p.row_bytes;
         for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
             const float x = flipped(__fmul_rn(S.y[i], scale), SIGNS[i / 32 % 8], i % 32);
-            store<E>(to + i * L.element_bytes, saturated<E>(x));
+            const float near = rounded<E>(saturated<E>(x));
+            store<E>(to + i * L.element_bytes, centre.on ? centre.shifted<E>(near, at.x, i, 1.0f) : near);
         }
     }
 }
@@ -374,24 +387,24 @@ __device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s, bo
 }
 
 template <u32 E, typename F>
-__device__ __forceinline__ void decode_plane(const Layout& L, const Plane& p, u64 output, u32 rows, u32 part, u32 parts, bool plain, F place) {
+__device__ __forceinline__ void decode_plane(const Layout& L, const Plane& p, const Centre& centre, u64 output, u32 rows, u32 part, u32 parts, bool plain, F place) {
     __shared__ Shared S;
     const u32 lanes = lanes_of(p, output, plain);
-    if (lanes == 0) return plain_decode_rows<E>(L, p, S.scratch, output, rows, part, parts, place);
-    decode_rows<E>(p, Book(S.book), lanes, output, rows, part, parts, place);
+    if (lanes == 0) return plain_decode_rows<E>(L, p, centre, S.scratch, output, rows, part, parts, place);
+    decode_rows<E>(p, centre, Book(S.book), lanes, output, rows, part, parts, place);
 }
 
 template <u32 E>
 __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
     const Plane p(L, s.to, s.from, blockIdx.y);
-    decode_plane<E>(L, p, p.raw, p.rows, 0, 1, plain, [](u32 row) { return make_uint2(row, row); });
+    decode_plane<E>(L, p, Centre(L, blockIdx.y, s.index), p.raw, p.rows, 0, 1, plain, [](u32 row) { return make_uint2(row, row); });
 }
 
 template <u32 E>
 __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
     const u32 plane = blockIdx.y;
     const Plane p(L, r.slot, r.slot, 2 * r.layer + plane);
-    decode_plane<E>(L, p, r.output[plane], r.tokens * L.kv_heads, blockIdx.z, gridDim.z, plain, [&](u32 i) {
+    decode_plane<E>(L, p, Centre(L, 2 * r.layer + plane, r.index), r.output[plane], r.tokens * L.kv_heads, blockIdx.z, gridDim.z, plain, [&](u32 i) {
         const Place place(L, r, i);
         return make_uint2(place.row, place.target);
     });

@@ -58,12 +58,13 @@ template <u32 E> __device__ __forceinline__ void write_scales(u64 at, const floa
 // Whether rows are whole vectors. The planes before this one may leave it at an odd address.
 __device__ __forceinline__ bool are_vectors(const Plane& p) { return ((p.row_bytes | p.raw) & 15) == 0 && (p.codes & 7) == 0; }
 
-// One row by LANES threads, each with one vector; UNROLL consecutive rows a thread so that enough loads are under way.
-template <u32 E, u32 LANES>
-__device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s) {
+// One row by `lanes` threads, each with one vector; UNROLL consecutive rows a thread so that enough loads are under way.
+template <u32 E>
+__device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32 lanes) {
     const u32 UNROLL = SEAL_UNROLL, N = Vector<E>::N;
     const Plane p(L, s.from, s.to, blockIdx.y);
-    const u32 lane = threadIdx.x % LANES, group = threadIdx.x / LANES, groups = blockDim.x / LANES;
+    const Centre centre(L, blockIdx.y, s.index);
+    const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     const bool active = lane * 16 < p.row_bytes;
     bool bad = false;
     // The whole block takes every turn: shuffles need all lanes of a warp.
@@ -72,6 +73,7 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s) {
         const u64 from = p.raw + (u64)row * p.row_bytes + lane * 16;
         const u64 to = p.codes + (u64)row * p.dim + lane * N;
         uint4 v[UNROLL];
+        u32 most[UNROLL];
         float scales[UNROLL];
 #pragma unroll
         for (u32 k = 0; k < UNROLL; k++) {
@@ -80,12 +82,18 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s) {
         }
 #pragma unroll
         for (u32 k = 0; k < UNROLL; k++) {
-            u32 most = abs_max_bits<E>(v[k]);
+            if (centre.on && active && k < count) v[k] = centre.shifted<E>(v[k], row + k, lane * N, -1.0f);
+            most[k] = abs_max_bits<E>(v[k]);
+        }
+        for (u32 step = lanes / 2; step > 0; step /= 2) {
 #pragma unroll
-            for (u32 step = LANES / 2; step > 0; step /= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, step));
-            const bool finite = most < infinity_bits<E>();
+            for (u32 k = 0; k < UNROLL; k++) most[k] = max(most[k], __shfl_xor_sync(0xffffffffu, most[k], step));
+        }
+#pragma unroll
+        for (u32 k = 0; k < UNROLL; k++) {
+            const bool finite = most[k] < infinity_bits<E>();
             bad |= !finite;
-            const float scale = Code::stored_scale<E>(finite ? from_bits<E>(most) : 0.0f);
+            const float scale = Code::stored_scale<E>(finite ? from_bits<E>(most[k]) : 0.0f);
             scales[k] = scale;
             float x[N];
             unpack<E>(v[k], x);
@@ -110,19 +118,23 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s) {
 template <u32 E>
 __device__ __forceinline__ void plain_seal_rows(const Layout& L, const Convert& s) {
     const Plane p(L, s.from, s.to, blockIdx.y);
+    const Centre centre(L, blockIdx.y, s.index);
     for (u32 row = threadIdx.x; row < p.rows; row += blockDim.x) {
-        const u8* raw = (const u8*)p.raw + (u64)row * p.row_bytes;
+        const auto element = [&](u32 i) {
+            const float x = load<E>((const u8*)p.raw + (u64)row * p.row_bytes + i * L.element_bytes);
+            return centre.on ? centre.shifted<E>(x, row, i, -1.0f) : x;
+        };
         float most = 0.0f;
         bool finite = true;
         for (u32 i = 0; i < p.dim; i++) {
-            const float x = load<E>(raw + i * L.element_bytes);
+            const float x = element(i);
             finite &= fabsf(x) <= finite_max<F32>();
             most = fmaxf(most, fabsf(x));
         }
         const float scale = Code::stored_scale<E>(finite ? most : 0.0f);
         for (u32 i = 0; i < p.dim; i++) {
             ((u8*)p.codes)[(u64)row * p.dim + i] =
-                finite ? (u8)Code::exact(load<E>(raw + i * L.element_bytes), scale) : 0;
+                finite ? (u8)Code::exact(element(i), scale) : 0;
         }
         write_scale<E>((u8*)p.scales + (u64)row * L.scale_bytes, scale);
         if (!finite) raise(s.flag);
@@ -134,10 +146,7 @@ template <u32 E>
 __device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s, bool plain) {
     const u32 row_bytes = L.row_bytes[blockIdx.y & 1];
     if (plain || row_bytes > 512 || !are_vectors(Plane(L, s.from, s.to, blockIdx.y))) plain_seal_rows<E>(L, s);
-    else if (row_bytes > 256) seal_rows<E, 32>(L, s);
-    else if (row_bytes > 128) seal_rows<E, 16>(L, s);
-    else if (row_bytes > 64) seal_rows<E, 8>(L, s);
-    else seal_rows<E, 4>(L, s);
+    else seal_rows<E>(L, s, row_bytes > 256 ? 32 : row_bytes > 128 ? 16 : row_bytes > 64 ? 8 : 4);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -170,6 +179,7 @@ __device__ __forceinline__ uint4 decode_vector(uint2 codes, float scale) {
 template <u32 E>
 __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
     const Plane p(L, s.to, s.from, blockIdx.y);
+    const Centre centre(L, blockIdx.y, s.index);
     const u32 N = Vector<E>::N, per_row = p.dim / N;
     if (!plain && are_vectors(p) && per_row <= blockDim.x) {
         const Columns c(per_row);
@@ -186,14 +196,19 @@ __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, 
 #pragma unroll
             for (u32 k = 0; k < DECODE_UNROLL; k++) {
                 const u32 row = first + k * c.rows_at_once;
-                if (row < p.rows) __stcs((uint4*)(p.raw + (u64)row * p.row_bytes) + c.column, decode_vector<E>(codes[k], scale[k]));
+                if (row >= p.rows) continue;
+                uint4 v = decode_vector<E>(codes[k], scale[k]);
+                if (centre.on) v = centre.shifted<E>(v, row, c.column * N, 1.0f);
+                __stcs((uint4*)(p.raw + (u64)row * p.row_bytes) + c.column, v);
             }
         }
         return;
     }
     for (u32 i = threadIdx.x; i < p.rows * p.dim; i += blockDim.x) {
         const float scale = read_scale<E>((const u8*)p.scales + (u64)(i / p.dim) * L.scale_bytes);
-        store<E>((u8*)p.raw + (u64)i * L.element_bytes, decoded<E>(Code::value(((const u8*)p.codes)[i], 0), scale));
+        float x = rounded<E>(decoded<E>(Code::value(((const u8*)p.codes)[i], 0), scale));
+        if (centre.on) x = centre.shifted<E>(x, i / p.dim, i % p.dim, 1.0f);
+        store<E>((u8*)p.raw + (u64)i * L.element_bytes, x);
     }
 }
 
@@ -202,6 +217,7 @@ template <u32 E>
 __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
     const u32 plane = blockIdx.y, N = Vector<E>::N, row_bytes = L.row_bytes[plane];
     const Plane p(L, r.slot, r.slot, 2 * r.layer + plane);
+    const Centre centre(L, 2 * r.layer + plane, r.index);
     const u64 output = r.output[plane];
     const u32 rows = r.tokens * L.kv_heads, per_row = p.dim / N;
     if (!plain && are_vectors(p) && (output & 15) == 0 && per_row <= blockDim.x) {
@@ -210,19 +226,22 @@ __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool 
         for (u32 first = c.row + blockIdx.z * c.rows_at_once * DECODE_UNROLL; first < rows;
              first += gridDim.z * c.rows_at_once * DECODE_UNROLL) {
             uint2 codes[DECODE_UNROLL];
-            u32 to[DECODE_UNROLL];
+            u32 row[DECODE_UNROLL], to[DECODE_UNROLL];
             float scale[DECODE_UNROLL];
 #pragma unroll
             for (u32 k = 0; k < DECODE_UNROLL; k++) {
                 const Place place(L, r, min(first + k * c.rows_at_once, rows - 1));
                 to[k] = place.target;
+                row[k] = place.row;
                 codes[k] = load_codes<E>(p.codes + (u64)place.row * p.dim + c.column * N);
                 scale[k] = read_scale<E>((const u8*)p.scales + (u64)place.row * L.scale_bytes);
             }
 #pragma unroll
             for (u32 k = 0; k < DECODE_UNROLL; k++) {
                 if (first + k * c.rows_at_once >= rows) continue;
-                __stcs((uint4*)(output + (u64)to[k] * row_bytes) + c.column, decode_vector<E>(codes[k], scale[k]));
+                uint4 v = decode_vector<E>(codes[k], scale[k]);
+                if (centre.on) v = centre.shifted<E>(v, row[k], c.column * N, 1.0f);
+                __stcs((uint4*)(output + (u64)to[k] * row_bytes) + c.column, v);
             }
         }
         return;
@@ -232,7 +251,9 @@ __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool 
         const Place place(L, r, i / p.dim);
         const float scale = read_scale<E>((const u8*)p.scales + (u64)place.row * L.scale_bytes);
         const u32 code = ((const u8*)p.codes)[(u64)place.row * p.dim + column];
-        store<E>((u8*)output + (u64)place.target * row_bytes + column * L.element_bytes, decoded<E>(Code::value(code, 0), scale));
+        float x = rounded<E>(decoded<E>(Code::value(code, 0), scale));
+        if (centre.on) x = centre.shifted<E>(x, place.row, column, 1.0f);
+        store<E>((u8*)output + (u64)place.target * row_bytes + column * L.element_bytes, x);
     }
 }
 

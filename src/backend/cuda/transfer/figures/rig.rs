@@ -181,6 +181,7 @@ impl Sealing {
             from: at(&raw, block, raw_bytes),
             to: at(&sealed, block, sealed_bytes),
             flag: flag.address(),
+            index: 0,
         };
         let steps = upload(gpu, &(0..blocks).map(step).collect::<Vec<_>>())?;
         Ok(Sealing { steps, blocks, _memories: [raw, sealed], _flag: flag })

@@ -1,0 +1,2 @@
+#define CENTRED 1
+#include "r4.cu"

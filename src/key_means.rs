@@ -1,0 +1,413 @@
+//! Mean keys of a model, from which its keys are told apart: what makes few bits enough for keys with large constant channels.
+//!
+//! A model whose key projection has a bias (Qwen2), and many without one, gives every key of a head about the same large vector before
+//! rotation. A format that shares one scale among the elements of a row then spends its codes on what all rows have in common.
+//! With means, a sealed block holds `k - RoPE(mean)` and every read adds the same back. One mean a model, not a sequence: blocks stay
+//! what any sequence may share.
+
+use std::ops::Range;
+use std::path::Path;
+
+use kv_cache_actors::geometry::{ElementType, Geometry, Rope, RopeLayout};
+use serde::{Deserialize, Serialize};
+
+use crate::backend::cpu::codec::{finite_max, load_row, store_row};
+use crate::error::BuildError;
+
+/// Mean keys of a model before rotation, `[layers, kv_heads, key_dim]`: a small file, made once from any text by
+/// [`KeyMeansBuilder`] and named by [`Quantisation::key_means`](crate::Quantisation::key_means).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyMeans {
+    layers: u32,
+    kv_heads: u32,
+    key_dim: u32,
+    /// Tokens that they are the mean of.
+    tokens: u64,
+    means: Vec<f32>,
+}
+
+impl KeyMeans {
+    /// Reads a file that [`KeyMeans::save`] has written.
+    ///
+    /// # Errors
+    /// [`BuildError::KeyMeans`]: the file cannot be read, or holds something else.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self, BuildError> {
+        let path = path.as_ref();
+        let failed = |reason: String| BuildError::KeyMeans { file: path.display().to_string(), reason };
+        let text = std::fs::read_to_string(path).map_err(|error| failed(error.to_string()))?;
+        let means: KeyMeans = serde_json::from_str(&text).map_err(|error| failed(error.to_string()))?;
+        let expected = [means.layers, means.kv_heads, means.key_dim].map(|n| n as usize);
+        if expected.iter().try_fold(1usize, |all, n| all.checked_mul(*n)) != Some(means.means.len()) {
+            return Err(failed(format!("{} numbers for {expected:?}", means.means.len())));
+        }
+        if let Some(at) = means.means.iter().position(|mean| !mean.is_finite()) {
+            return Err(failed(format!("number {at} is {}", means.means[at])));
+        }
+        Ok(means)
+    }
+
+    /// Writes the file.
+    ///
+    /// # Errors
+    /// [`BuildError::KeyMeans`]: it cannot be written.
+    pub fn save(&self, path: impl AsRef<Path>) -> Result<(), BuildError> {
+        let path = path.as_ref();
+        let written = serde_json::to_string(self)
+            .map_err(|error| error.to_string())
+            .and_then(|text| std::fs::write(path, text).map_err(|error| error.to_string()));
+        written.map_err(|reason| BuildError::KeyMeans { file: path.display().to_string(), reason })
+    }
+
+    /// The mean of one head of a layer, before rotation; none if there is no such head.
+    pub fn mean(&self, layer: u32, head: u32) -> Option<&[f32]> {
+        let (at, dim) = (layer as usize * self.kv_heads as usize + head as usize, self.key_dim as usize);
+        (head < self.kv_heads).then(|| self.means.get(at * dim..(at + 1) * dim)).flatten()
+    }
+
+    /// All of them, as part of what makes a block what it is.
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        self.means.iter().flat_map(|mean| mean.to_le_bytes()).collect()
+    }
+}
+
+/// Gathers the mean keys of a model from what it computes on some text: a few thousand tokens are plenty.
+///
+/// ```
+/// use kv_cache::{ElementType, Geometry, KeyMeansBuilder};
+///
+/// let geometry = Geometry::new(1, 1, 4, ElementType::F16);
+/// let mut means = KeyMeansBuilder::new(&geometry)?;
+/// // Keys of two tokens of layer 0, as the model would append them: `[tokens, kv_heads, key_dim]`.
+/// means.add(0, 0, &[1.0, 2.0, 3.0, 4.0, 3.0, 2.0, 1.0, 0.0]);
+/// let means = means.finish();
+/// assert_eq!(means.mean(0, 0), Some(&[2.0, 2.0, 2.0, 2.0][..]));
+/// # Ok::<(), kv_cache::ConfigError>(())
+/// ```
+#[derive(Debug)]
+pub struct KeyMeansBuilder {
+    layers: u32,
+    kv_heads: u32,
+    key_dim: u32,
+    rope: Option<Rope>,
+    sums: Vec<f64>,
+    /// Of each layer.
+    tokens: Vec<u64>,
+}
+
+impl KeyMeansBuilder {
+    /// For a model of this geometry, whose [`Rope`] says how keys are rotated.
+    ///
+    /// # Errors
+    /// [`crate::ConfigError`] for a geometry that no cache would take.
+    pub fn new(geometry: &Geometry) -> Result<Self, crate::ConfigError> {
+        geometry.layout()?;
+        let group = &geometry.groups[0];
+        let (layers, kv_heads, key_dim) = (group.layers, group.kv_heads, group.key_dim);
+        let sums = vec![0.0; layers as usize * kv_heads as usize * key_dim as usize];
+        let (rope, tokens) = (group.rope.clone(), vec![0; layers as usize]);
+        Ok(KeyMeansBuilder { layers, kv_heads, key_dim, rope, sums, tokens })
+    }
+
+    /// Adds keys of one layer, rotated, of consecutive tokens from `position` on: `[tokens, kv_heads, key_dim]`. What is left over of
+    /// an incomplete token, or of a layer that does not exist, is not looked at.
+    pub fn add(&mut self, layer: u32, position: u32, keys: &[f32]) {
+        let Some(tokens) = self.tokens.get_mut(layer as usize) else { return };
+        let (heads, dim) = (self.kv_heads as usize, self.key_dim as usize);
+        let sums = &mut self.sums[layer as usize * heads * dim..][..heads * dim];
+        for (at, token) in keys.chunks_exact(heads * dim).enumerate() {
+            *tokens += 1;
+            // Back by the angle that it was rotated by.
+            let turns = self.rope.as_ref().map(|rope| turns(rope, f64::from(position) + at as f64));
+            for (key, sums) in token.chunks_exact(dim).zip(sums.chunks_exact_mut(dim)) {
+                let mut key: Vec<f64> = key.iter().copied().map(f64::from).collect();
+                if let (Some(rope), Some(turns)) = (&self.rope, &turns) {
+                    let length = f64::from(rope.attention_scale) * f64::from(rope.attention_scale);
+                    for (pair, (cos, sin)) in turns.iter().enumerate() {
+                        let (a, b) = dims_of(rope.layout, turns.len(), pair);
+                        let (x, y) = (key[a], key[b]);
+                        (key[a], key[b]) = ((x * cos + y * sin) / length, (y * cos - x * sin) / length);
+                    }
+                }
+                sums.iter_mut().zip(key).for_each(|(sum, x)| *sum += x);
+            }
+        }
+    }
+
+    /// The means. Those of layers of which nothing was added are 0, which changes nothing.
+    pub fn finish(self) -> KeyMeans {
+        let per_layer = self.kv_heads as usize * self.key_dim as usize;
+        let mean = |(at, sum): (usize, &f64)| (sum / self.tokens[at / per_layer].max(1) as f64) as f32;
+        let means = self.sums.iter().enumerate().map(mean).collect();
+        let tokens = self.tokens.iter().copied().max().unwrap_or_default();
+        KeyMeans { layers: self.layers, kv_heads: self.kv_heads, key_dim: self.key_dim, tokens, means }
+    }
+}
+
+/// Cosine and sine of every pair at a position, both times the scale of the attention.
+fn turns(rope: &Rope, position: f64) -> Vec<(f64, f64)> {
+    let scale = f64::from(rope.attention_scale);
+    let turn = |freq: &f32| {
+        let (sin, cos) = (position * f64::from(*freq)).sin_cos();
+        (cos * scale, sin * scale)
+    };
+    rope.inv_freq.iter().map(turn).collect()
+}
+
+/// The dims that pair number `pair` of `pairs` rotates.
+fn dims_of(layout: RopeLayout, pairs: usize, pair: usize) -> (usize, usize) {
+    match layout {
+        RopeLayout::Interleaved => (2 * pair, 2 * pair + 1),
+        RopeLayout::HalfSplit => (pair, pair + pairs),
+    }
+}
+
+/// The means as a device uses them: where the mean key lies at any position of any block.
+///
+/// The centre of a key is its head's mean, rotated as the key was: by the turn of its block and then by that of its place in the
+/// block, `cos = cb·ct - sb·st`, `sin = sb·ct + cb·st`; the first dim of a pair becomes `x·cos - y·sin`, the second `x·sin + y·cos`. All of it
+/// is f32, each operation rounded, so that every device finds the same centre.
+#[derive(Debug)]
+pub(crate) struct Centres {
+    kv_heads: usize,
+    key_dim: usize,
+    block_tokens: usize,
+    /// Pairs that rotate; the dims behind them do not.
+    pub(crate) pairs: usize,
+    pub(crate) layout: RopeLayout,
+    /// `[layers, kv_heads, key_dim]`
+    pub(crate) means: Vec<f32>,
+    /// `[blocks, pairs]`, cosine and sine.
+    pub(crate) block_turns: Vec<[f32; 2]>,
+    /// `[block_tokens, pairs]`
+    pub(crate) token_turns: Vec<[f32; 2]>,
+}
+
+impl Centres {
+    /// For sequences of up to `max_tokens` tokens.
+    ///
+    /// # Errors
+    /// In words, if the means are those of another geometry.
+    pub(crate) fn new(means: &KeyMeans, geometry: &Geometry, max_tokens: u32) -> Result<Centres, String> {
+        let group = &geometry.groups[0];
+        let (of_means, of_cache) =
+            ([means.layers, means.kv_heads, means.key_dim], [group.layers, group.kv_heads, group.key_dim]);
+        if of_means != of_cache {
+            return Err(format!(
+                "they are of [layers, kv_heads, key_dim] {of_means:?}, the cache of {of_cache:?}: calibrate this model"
+            ));
+        }
+        let table = |positions: &mut dyn Iterator<Item = u64>, rope: &Rope| -> Vec<[f32; 2]> {
+            positions
+                .flat_map(|position| turns(rope, position as f64))
+                .map(|(cos, sin)| [cos as f32, sin as f32])
+                .collect()
+        };
+        let block_tokens = u64::from(geometry.block_tokens);
+        let (block_turns, token_turns) = match &group.rope {
+            None => Default::default(),
+            Some(rope) => {
+                let blocks = u64::from(max_tokens).div_ceil(block_tokens);
+                // The scale is in the block's turn, and must not be there twice.
+                let unscaled = Rope { attention_scale: 1.0, ..rope.clone() };
+                let starts = &mut (0..blocks).map(|block| block * block_tokens);
+                (table(starts, rope), table(&mut (0..block_tokens), &unscaled))
+            }
+        };
+        Ok(Centres {
+            kv_heads: group.kv_heads as usize,
+            key_dim: group.key_dim as usize,
+            block_tokens: geometry.block_tokens as usize,
+            pairs: group.rope.as_ref().map_or(0, |rope| rope.inv_freq.len()),
+            layout: group.rope.as_ref().map_or(RopeLayout::Interleaved, |rope| rope.layout),
+            means: means.means.clone(),
+            block_turns,
+            token_turns,
+        })
+    }
+
+    /// The centre of token `token` of the block.
+    fn centre(&self, keys: &Keys, token: usize, centre: &mut [f32]) {
+        let at = (keys.layer * self.kv_heads + keys.head) * self.key_dim;
+        centre.copy_from_slice(&self.means[at..at + self.key_dim]);
+        let block = keys.position as usize / self.block_tokens;
+        let of_block = &self.block_turns[block * self.pairs..][..self.pairs];
+        let of_token = &self.token_turns[token * self.pairs..][..self.pairs];
+        for (pair, ([cb, sb], [ct, st])) in of_block.iter().zip(of_token).enumerate() {
+            let (cos, sin) = (cb * ct - sb * st, sb * ct + cb * st);
+            let (a, b) = dims_of(self.layout, self.pairs, pair);
+            let (x, y) = (centre[a], centre[b]);
+            (centre[a], centre[b]) = (x * cos - y * sin, x * sin + y * cos);
+        }
+    }
+
+    /// Subtracts the centres from rows of `element`s that begin `stride` bytes apart.
+    pub(crate) fn subtract(&self, keys: &Keys, element: ElementType, rows: &mut [u8], stride: usize) {
+        self.shift(keys, element, rows, stride, |x, centre| x - centre);
+    }
+
+    /// The inverse of [`Centres::subtract`], but for rounding.
+    pub(crate) fn add(&self, keys: &Keys, element: ElementType, rows: &mut [u8], stride: usize) {
+        self.shift(keys, element, rows, stride, |x, centre| x + centre);
+    }
+
+    fn shift(
+        &self,
+        keys: &Keys,
+        element: ElementType,
+        rows: &mut [u8],
+        stride: usize,
+        shifted: impl Fn(f32, f32) -> f32,
+    ) {
+        let (mut centre, mut row) = (vec![0.0f32; self.key_dim], vec![0.0f32; self.key_dim]);
+        let (row_bytes, max) = (self.key_dim * element.bytes(), finite_max(element));
+        for (at, token) in keys.tokens.clone().enumerate() {
+            let bytes = &mut rows[at * stride..][..row_bytes];
+            self.centre(keys, token, &mut centre);
+            load_row(element, bytes, &mut row);
+            for (x, centre) in row.iter_mut().zip(&centre) {
+                // What is no number stays so, for the check of the encoder.
+                if x.is_finite() {
+                    *x = shifted(*x, *centre).clamp(-max, max);
+                }
+            }
+            store_row(element, &row, bytes);
+        }
+    }
+}
+
+/// Keys of one head in one block.
+#[derive(Debug, Clone)]
+pub(crate) struct Keys {
+    pub(crate) layer: usize,
+    pub(crate) head: usize,
+    /// Of the block's first token.
+    pub(crate) position: u32,
+    /// Of the block.
+    pub(crate) tokens: Range<usize>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Keys of a head that are its mean, rotated by the definition, in f64.
+    fn rotated(mean: &[f64], rope: &Rope, position: u32) -> Vec<f64> {
+        let mut key = mean.to_vec();
+        for (pair, freq) in rope.inv_freq.iter().enumerate() {
+            let (a, b) = match rope.layout {
+                RopeLayout::Interleaved => (2 * pair, 2 * pair + 1),
+                RopeLayout::HalfSplit => (pair, pair + rope.inv_freq.len()),
+            };
+            let (sin, cos) = (f64::from(position) * f64::from(*freq)).sin_cos();
+            let scale = f64::from(rope.attention_scale);
+            (key[a], key[b]) =
+                (scale * (mean[a] * cos - mean[b] * sin), scale * (mean[a] * sin + mean[b] * cos));
+        }
+        key
+    }
+
+    fn geometry(rope: Option<Rope>) -> Geometry {
+        let mut geometry = Geometry::new(2, 3, 10, ElementType::F32).block_tokens(4);
+        geometry.groups[0].rope = rope;
+        geometry
+    }
+
+    fn ropes() -> Vec<Rope> {
+        let rope = |layout, rotary_dims, attention_scale| Rope {
+            inv_freq: (0..rotary_dims / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / 10.0)).collect(),
+            rotary_dims,
+            layout,
+            attention_scale,
+        };
+        vec![
+            rope(RopeLayout::Interleaved, 10, 1.0),
+            rope(RopeLayout::HalfSplit, 10, 1.0),
+            rope(RopeLayout::HalfSplit, 6, 1.25),
+        ]
+    }
+
+    #[test]
+    fn keys_that_are_the_mean_are_centred_to_nothing_wherever_they_stand() {
+        for rope in ropes() {
+            let geometry = geometry(Some(rope.clone()));
+            let mean = |layer: u32, head: u32| -> Vec<f64> {
+                (0..10).map(|dim| f64::from(layer * 31 + head * 7 + dim) - 20.0).collect()
+            };
+            let keys = |layer, token: u32| -> Vec<f32> {
+                (0..3).flat_map(|head| rotated(&mean(layer, head), &rope, token)).map(|x| x as f32).collect()
+            };
+            let mut builder = KeyMeansBuilder::new(&geometry).unwrap();
+            for layer in 0..2 {
+                for chunk in [0..50, 50..131] {
+                    let all: Vec<f32> = chunk.clone().flat_map(|token| keys(layer, token)).collect();
+                    builder.add(layer, chunk.start, &all);
+                }
+            }
+            let means = builder.finish();
+            for (got, expected) in means.mean(1, 2).unwrap().iter().zip(mean(1, 2)) {
+                assert!((f64::from(*got) - expected).abs() < 1e-4, "{got} {expected}");
+            }
+            let centres = Centres::new(&means, &geometry, 4001).unwrap();
+            for position in [0, 4, 96, 4000] {
+                for (layer, head) in [(0, 0), (1, 2)] {
+                    let tokens = 1..4;
+                    let rows: Vec<f32> = tokens
+                        .clone()
+                        .flat_map(|token| keys(layer, position + token)[10 * head..10 * (head + 1)].to_vec())
+                        .collect();
+                    let which = Keys { layer: layer as usize, head, position, tokens: 1..4 };
+                    let mut bytes = bytemuck::cast_slice(&rows).to_vec();
+                    centres.subtract(&which, ElementType::F32, &mut bytes, 40);
+                    let left: Vec<f32> = bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect();
+                    assert!(left.iter().all(|x| x.abs() < 1e-3), "{position}: {left:?}");
+                    centres.add(&which, ElementType::F32, &mut bytes, 40);
+                    for (got, x) in bytes.chunks_exact(4).zip(&rows) {
+                        let got: f32 = bytemuck::pod_read_unaligned(got);
+                        assert!((got - x).abs() < 1e-5 * x.abs().max(1.0), "{got} {x}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_stays_so_and_what_is_large_stays_finite() {
+        let geometry = Geometry::new(1, 1, 4, ElementType::F16);
+        let mut builder = KeyMeansBuilder::new(&geometry).unwrap();
+        builder.add(0, 0, &[-60000.0, 1.0, 1.0, 1.0]);
+        let centres = Centres::new(&builder.finish(), &geometry, 100).unwrap();
+        let row = [60000.0, f32::NAN, f32::INFINITY, 1.0].map(half::f16::from_f32);
+        let mut bytes = bytemuck::cast_slice(&row).to_vec();
+        let keys = Keys { layer: 0, head: 0, position: 64, tokens: 3..4 };
+        centres.subtract(&keys, ElementType::F16, &mut bytes, 8);
+        let row: Vec<half::f16> = bytes.chunks_exact(2).map(bytemuck::pod_read_unaligned).collect();
+        assert_eq!(row[0], half::f16::MAX);
+        assert!(row[1].is_nan());
+        assert_eq!((row[2], row[3]), (half::f16::INFINITY, half::f16::ZERO));
+    }
+
+    #[test]
+    fn files_come_back_as_they_were_and_wrong_ones_are_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("means.json");
+        let mut builder = KeyMeansBuilder::new(&geometry(None)).unwrap();
+        builder.add(1, 0, &(0..60).map(|x| x as f32 / 7.0).collect::<Vec<_>>());
+        let means = builder.finish();
+        means.save(&path).unwrap();
+        assert_eq!(KeyMeans::load(&path).unwrap(), means);
+        let refused = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            KeyMeans::load(&path).unwrap_err().to_string()
+        };
+        let of = |numbers: &str| {
+            format!(r#"{{"layers":1,"kv_heads":1,"key_dim":2,"tokens":5,"means":{numbers}}}"#)
+        };
+        assert!(refused(&of("[1.0]")).contains("1 numbers for [1, 1, 2]"));
+        assert!(refused(&of("[1.0, 1e99]")).contains("means.json"));
+        assert!(refused("{").contains("means.json"));
+        assert!(KeyMeans::load(folder.path().join("none")).is_err());
+        let other = Geometry::new(1, 1, 4, ElementType::F16);
+        assert!(Centres::new(&means, &other, 10).unwrap_err().contains("[2, 3, 10]"));
+    }
+}
