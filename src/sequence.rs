@@ -48,6 +48,8 @@ pub struct SequenceInfo {
     pub sealed_blocks: u32,
     /// Of those, blocks in the host tier.
     pub host_blocks: u32,
+    /// Full blocks in the element type that are about to be sealed: those that are to [stay raw](crate::Quantisation) are not.
+    pub blocks_to_seal: u32,
 }
 
 impl Sequence {
@@ -89,6 +91,11 @@ impl Sequence {
         let in_host =
             |block: &&BlockId| places.get(**block).is_some_and(|place| place.class.tier() == Tier::Host);
         let host_blocks = held().filter(in_host).count() as u32;
+        let keep = self.runtime.config.keep_raw();
+        let full = state.committed as usize / self.runtime.layout.block_tokens;
+        let to_seal = state.blocks.iter().take(full.saturating_sub(keep.window_blocks));
+        let to_seal = to_seal.skip(usize::from(keep.sinks)).filter(|&&block| block != BlockId::DROPPED);
+        let blocks_to_seal = to_seal.filter(|block| !sealed(block)).count() as u32;
         SequenceInfo {
             committed: state.committed,
             staged: state.staged.clone(),
@@ -96,6 +103,7 @@ impl Sequence {
             raw_blocks: held().count() as u32 - sealed_blocks,
             sealed_blocks,
             host_blocks,
+            blocks_to_seal,
         }
     }
 

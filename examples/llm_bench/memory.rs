@@ -57,7 +57,7 @@ async fn sequence_bytes(model: &Model, format: Format, tokens: usize) -> anyhow:
     let rows = (0..elements).map(|at| f16::from_f32((at % 61) as f32 / 61.0 - 0.5)).collect::<Vec<_>>();
     let ids = (0..tokens as u32).collect::<Vec<_>>();
     sequence.append(&ids, &rows, &rows).await?;
-    until_sealed(&cache, &sequence).await;
+    until_sealed(&sequence).await;
     // Statistics are as of the shard's last batch.
     sequence.truncate(tokens as u32).await?;
     let bytes = cache.stats().total.bytes_used;

@@ -213,6 +213,7 @@ async fn some_blocks_stay_raw<E: Number>(combo: Combo) {
         view.blocks().map(|block| block.format() == Format::Raw).collect()
     };
     assert_eq!(formats(&sequence), [true, false, false, false, true, true, true], "{combo}");
+    assert_eq!(sequence.info().blocks_to_seal, 0);
     let (keys, _) = sequence.read::<E>(0, 0..101).await.unwrap();
     let per_token = rig.layout.kv_heads * DIM;
     let expected = &text.keys[..101 * per_token];

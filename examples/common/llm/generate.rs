@@ -1,7 +1,7 @@
 //! Whole steps and whole answers, for those who want nothing in between: tests, benches, measurements of quality.
 
 use anyhow::Context;
-use kv_cache::{Cache, Format, Sequence};
+use kv_cache::{Cache, Sequence};
 
 use super::cached::Step;
 use super::model::{Logits, Model, Wanted, greedy};
@@ -37,7 +37,7 @@ impl<T: Stored> CachedSequences<T> {
 
     /// Waits until the full blocks of a sequence are sealed.
     pub async fn until_sealed(&self, sequence: usize) {
-        until_sealed(&self.cache, &self.sequences[sequence]).await;
+        until_sealed(&self.sequences[sequence]).await;
     }
 }
 
@@ -67,9 +67,8 @@ impl<T: Stored> Sequences for CachedSequences<T> {
 }
 
 /// Waits until the full blocks of `sequence` are sealed: at once, if they stay raw.
-pub async fn until_sealed(cache: &Cache, sequence: &Sequence) {
-    let full = sequence.len() / cache.config().geometry.block_tokens;
-    while sequence.sealed_format() != Format::Raw && sequence.info().sealed_blocks < full {
+pub async fn until_sealed(sequence: &Sequence) {
+    while sequence.info().blocks_to_seal > 0 {
         tokio::task::yield_now().await;
     }
 }
