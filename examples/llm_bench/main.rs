@@ -3,13 +3,11 @@
 //! ```text
 //! cargo run --release --example llm_bench                              # everything, a few minutes
 //! cargo run --release --example llm_bench -- --only speed --sequences 1,64
-//! cargo run --release --example llm_bench -- --only quality --formats int8,r4 --tokens 4096 --json
 //! ```
 
 #[path = "../common/llm/mod.rs"]
 mod llm;
 mod memory;
-mod quality;
 mod speed;
 
 use std::path::PathBuf;
@@ -21,26 +19,17 @@ use llm::model::{Model, Weights};
 use llm::tokenizer::Tokenizer;
 
 #[derive(Debug, Clone, Parser)]
-#[command(about = "A real model over the cache: speed, bytes and accuracy")]
+#[command(about = "A real model over the cache: speed and bytes")]
 struct Args {
     /// A GGUF file of a Llama model, instead of the SmolLM2-135M-Instruct that is fetched.
     #[arg(long)]
     model: Option<PathBuf>,
-    /// A text file, instead of the Brown corpus that is fetched.
-    #[arg(long)]
-    corpus: Option<PathBuf>,
     /// What to measure; everything unless given.
     #[arg(long, value_delimiter = ',')]
     only: Vec<What>,
     /// Sequences that decode together, for speed.
     #[arg(long, value_delimiter = ',', default_value = "1,8,32,64")]
     sequences: Vec<usize>,
-    /// Formats, for accuracy.
-    #[arg(long, value_delimiter = ',', default_value = "int8,fp8,r4,r3,r2")]
-    formats: Vec<String>,
-    /// Tokens to score.
-    #[arg(long, default_value_t = 2048)]
-    tokens: usize,
     /// One JSON object a line.
     #[arg(long)]
     json: bool,
@@ -52,8 +41,6 @@ enum What {
     Speed,
     /// Bytes of a sequence.
     Memory,
-    /// What predictions lose.
-    Quality,
 }
 
 #[tokio::main]
@@ -70,24 +57,7 @@ async fn main() -> anyhow::Result<()> {
         let model = Model::load(&path, Weights::Quantised)?;
         speed::run(&model, &tokenizer, &args.sequences, args.json).await?;
     }
-    if wanted(What::Quality) {
-        let text = match &args.corpus {
-            Some(path) => std::fs::read_to_string(path)?,
-            None => llm::fetch::brown()?,
-        };
-        let tokenizer = Tokenizer::from_gguf(&path)?;
-        // Rounding activations to 8 bits would hide what the formats lose.
-        let model = Model::load(&path, Weights::Single)?;
-        let formats = args.formats.iter().map(|name| format(name)).collect::<anyhow::Result<Vec<_>>>()?;
-        quality::run(&model, &tokenizer, &text, &formats, args.tokens, args.json).await?;
-    }
     Ok(())
-}
-
-fn format(name: &str) -> anyhow::Result<Format> {
-    Format::ALL.into_iter().find(|format| format.name() == name).ok_or_else(|| {
-        anyhow::anyhow!("there is no format {name}; there are {}", Format::ALL.map(Format::name).join(", "))
-    })
 }
 
 async fn cache(model: &Model, format: Format) -> anyhow::Result<Cache> {

@@ -57,7 +57,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::Parser;
 use kv_cache::{Devices, Format};
 use tracing_subscriber::EnvFilter;
 
@@ -87,7 +87,10 @@ struct Flags {
     shards: u16,
     /// How full blocks are stored; the model's own choice if it is left out.
     #[arg(long)]
-    format: Option<StoredFormat>,
+    format: Option<Format>,
+    /// A file of the model's mean keys, which few bits need (`quality --calibrate` makes it).
+    #[arg(long)]
+    key_means: Option<PathBuf>,
     /// Requests that run at once.
     #[arg(long, default_value_t = 64)]
     running: usize,
@@ -117,24 +120,15 @@ struct Flags {
     json: bool,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum StoredFormat {
-    Raw,
-    Int8,
-}
-
 impl Flags {
     fn settings(&self) -> Settings {
-        let format = |format| match format {
-            StoredFormat::Raw => Format::Raw,
-            StoredFormat::Int8 => Format::Int8,
-        };
         Settings {
             listen: self.listen,
             // The model computes in host memory: keys and values across a bus would cost more than they save.
             devices: Devices::cpu(self.shards),
             memory_bytes_per_device: self.memory_mib << 20,
-            sealed_format: self.format.map(format),
+            sealed_format: self.format,
+            key_means: self.key_means.clone(),
             running_max: self.running,
             waiting_max: self.waiting,
             step_tokens: self.step_tokens,

@@ -4,6 +4,7 @@
 //! close, and last the cache, which nobody uses any more then.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
@@ -33,6 +34,8 @@ pub(crate) struct Settings {
     pub(crate) memory_bytes_per_device: u64,
     /// None: what the model suggests.
     pub(crate) sealed_format: Option<Format>,
+    /// A file of the model's mean keys.
+    pub(crate) key_means: Option<PathBuf>,
     /// Requests that run at once, and that wait beside them. More are answered with 429.
     pub(crate) running_max: usize,
     pub(crate) waiting_max: usize,
@@ -56,6 +59,7 @@ impl Default for Settings {
             devices: Devices::Auto,
             memory_bytes_per_device: 1 << 30,
             sealed_format: None,
+            key_means: None,
             running_max: 64,
             waiting_max: 256,
             step_tokens: 128,
@@ -99,6 +103,7 @@ impl Server {
             .devices(settings.devices)
             .memory_bytes_per_device(settings.memory_bytes_per_device)
             .sealed_format(format)
+            .configure(|config| config.quantisation.key_means = settings.key_means.clone())
             .build()
             .await?;
         let context_tokens = longest_sequence(&cache, model.context_tokens);

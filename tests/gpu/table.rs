@@ -1,6 +1,7 @@
 //! Exported block tables as the test kernel takes them.
 
 use cudarc::driver::DeviceRepr;
+use kv_cache::Format;
 use kv_cache::cuda::{BlockStrides, DeviceBlockTable};
 
 /// Mirrors `Strides` of `kernels/test.cu`.

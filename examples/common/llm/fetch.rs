@@ -63,6 +63,17 @@ pub fn model(given: Option<&Path>) -> anyhow::Result<PathBuf> {
     }
 }
 
+/// A model that is fetched by its name, or a file.
+///
+/// # Errors
+/// As [`model`].
+pub fn named_model(name: &Path) -> anyhow::Result<PathBuf> {
+    match name.to_str() {
+        Some("smollm2") => MODEL.file(),
+        _ => model(Some(name)),
+    }
+}
+
 /// Text of the Brown corpus: documents of news and of fiction, without the marks of parts of speech.
 ///
 /// # Errors

@@ -1,11 +1,6 @@
 //! How far one model's predictions are from another's.
 
-use kv_cache::Cache;
-
-use super::CHUNK_TOKENS;
-use super::generate::{CachedSequences, Sequences};
-use super::model::{Model, Wanted, greedy};
-use super::plain::Stored;
+use super::model::{Logits, greedy};
 
 /// Kullback-Leibler divergence of what `logits` predict from what `expected` predict, in nats.
 pub fn divergence(expected: &[f32], logits: &[f32]) -> f64 {
@@ -19,59 +14,52 @@ fn log_softmax(logits: &[f32]) -> Vec<f64> {
     logits.iter().map(|x| f64::from(x - most) - sum).collect()
 }
 
-/// A format against the raw cache, on one text.
+/// A format against the raw cache.
 #[derive(Debug, Clone, serde::Serialize)]
 pub struct Score {
+    /// Change of the perplexity.
+    pub delta_ppl_percent: f64,
     pub kl_mean: f64,
     pub kl_p99: f64,
     /// Share of tokens for which both find the same one most likely.
     pub top1_agreement: f64,
-    /// Change of the perplexity.
-    pub delta_ppl_percent: f64,
     pub tokens_scored: usize,
 }
 
-/// Feeds `tokens` to the model over both caches in chunks of a block, so that attention reads sealed blocks, and compares what is
-/// predicted behind every token. Blocks are given time to be sealed before the next chunk reads them.
-///
-/// # Errors
-/// Those of the steps.
-pub async fn score<T: Stored>(
-    model: &Model,
-    tokens: &[u32],
-    reference: &Cache,
-    scored: &Cache,
-) -> anyhow::Result<Score> {
-    let mut both = Vec::new();
-    for cache in [reference, scored] {
-        let sequence = cache.open("score", kv_cache::OpenOptions::default()).await?;
-        both.push(CachedSequences::<T>::new(cache, vec![sequence]));
-    }
-    let (mut divergences, mut agreed) = (Vec::with_capacity(tokens.len()), 0usize);
-    let (mut surprise, mut surprise_before) = (0.0, 0.0);
-    for (at, chunk) in tokens.chunks(CHUNK_TOKENS).enumerate() {
-        let mut logits = Vec::new();
-        for sequences in &mut both {
-            logits.push(sequences.step(model, &[0], &[chunk], Wanted::All).await?);
-            sequences.until_sealed(0).await;
-        }
-        for (row, (expected, got)) in logits[0].rows().zip(logits[1].rows()).enumerate() {
-            divergences.push(divergence(expected, got));
-            agreed += usize::from(greedy(expected) == greedy(got));
-            if let Some(next) = tokens.get(at * CHUNK_TOKENS + row + 1) {
-                surprise_before -= log_softmax(expected)[*next as usize];
-                surprise -= log_softmax(got)[*next as usize];
+/// Compares predictions, token by token.
+#[derive(Debug, Default)]
+pub struct Scorer {
+    divergences: Vec<f64>,
+    agreed: usize,
+    /// How much less likely what came next was found, in nats, and how often something came.
+    surprise: f64,
+    predicted: usize,
+}
+
+impl Scorer {
+    /// Predictions behind consecutive tokens; `next` are the tokens that came, as far as there are any.
+    pub fn add(&mut self, expected: &Logits, got: &Logits, next: &[u32]) {
+        for (row, (expected, got)) in expected.rows().zip(got.rows()).enumerate() {
+            self.divergences.push(divergence(expected, got));
+            self.agreed += usize::from(greedy(expected) == greedy(got));
+            if let Some(next) = next.get(row) {
+                let next = *next as usize;
+                self.surprise += log_softmax(expected)[next] - log_softmax(got)[next];
+                self.predicted += 1;
             }
         }
     }
-    let count = divergences.len();
-    divergences.sort_by(f64::total_cmp);
-    let per_token = (surprise - surprise_before) / (count - 1).max(1) as f64;
-    Ok(Score {
-        kl_mean: divergences.iter().sum::<f64>() / count as f64,
-        kl_p99: divergences[(count * 99 / 100).min(count - 1)],
-        top1_agreement: agreed as f64 / count as f64,
-        delta_ppl_percent: (per_token.exp() - 1.0) * 100.0,
-        tokens_scored: count,
-    })
+
+    pub fn finish(mut self) -> Score {
+        let count = self.divergences.len().max(1);
+        self.divergences.sort_by(f64::total_cmp);
+        let p99 = self.divergences.get((count * 99 / 100).min(count - 1));
+        Score {
+            delta_ppl_percent: ((self.surprise / self.predicted.max(1) as f64).exp() - 1.0) * 100.0,
+            kl_mean: self.divergences.iter().sum::<f64>() / count as f64,
+            kl_p99: p99.copied().unwrap_or_default(),
+            top1_agreement: self.agreed as f64 / count as f64,
+            tokens_scored: self.divergences.len(),
+        }
+    }
 }

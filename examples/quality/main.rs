@@ -1,0 +1,113 @@
+//! What storage formats do to a real model's predictions: every token of a text is scored over a cache of the format, and over a raw
+//! one in the same run. Attention reads what the codecs stored, through the cache, chunk by chunk.
+//!
+//! ```text
+//! cargo run --release --example quality                                   # the formats that are shipped, 4,096 tokens
+//! cargo run --release --example quality -- --formats int8,int8+rc,r4+rc --tokens 1024 --json
+//! cargo run --release --example quality -- --calibrate means.json         # only the mean keys that `+rc` needs
+//! ```
+//!
+//! `+rc` is a format with the model's mean keys: without `--key-means` they are made first, from another part of the text.
+//!
+//! | module | what |
+//! |---|---|
+//! | `run.rs` | scores a format |
+//! | `report.rs` | the figures as JSON, a table, and a page with plots |
+
+#[path = "../common/llm/mod.rs"]
+mod llm;
+#[path = "../common/page.rs"]
+#[allow(dead_code, reason = "other examples write larger numbers")]
+mod page;
+#[path = "../common/plot.rs"]
+#[allow(dead_code, reason = "other examples plot over time")]
+mod plot;
+mod report;
+mod run;
+
+use std::path::PathBuf;
+
+use anyhow::ensure;
+use clap::Parser;
+use kv_cache::KeyMeans;
+use llm::model::{Model, Weights};
+use llm::tokenizer::Tokenizer;
+use run::Kind;
+
+#[derive(Debug, Clone, Parser)]
+#[command(about = "What storage formats do to a real model's predictions")]
+struct Args {
+    /// A GGUF file of a Llama or Qwen2 model; `smollm2` and `qwen2.5-coder` are fetched.
+    #[arg(long, default_value = "smollm2")]
+    model: PathBuf,
+    /// A text file, instead of the Brown corpus that is fetched.
+    #[arg(long)]
+    corpus: Option<PathBuf>,
+    /// Formats, each with `+rc` for keys as differences from the model's mean keys, and with `+all` to seal every full block, sinks
+    /// and window too.
+    #[arg(long, value_delimiter = ',', default_value = "int8,int8+rc,fp8,fp8+rc,r4,r4+rc,r3+rc,r2+rc")]
+    formats: Vec<Kind>,
+    /// Tokens to score.
+    #[arg(long, default_value_t = 4096)]
+    tokens: usize,
+    /// Tokens of a passage: each begins anew.
+    #[arg(long, default_value_t = 2048)]
+    passage_tokens: usize,
+    /// A file of mean keys for `+rc`, instead of some that are made from the end of the text.
+    #[arg(long)]
+    key_means: Option<PathBuf>,
+    /// Makes the mean keys, writes them to this file, and does nothing else.
+    #[arg(long, value_name = "FILE")]
+    calibrate: Option<PathBuf>,
+    /// One JSON object a line.
+    #[arg(long)]
+    json: bool,
+    /// Where the page goes.
+    #[arg(long, default_value = "target/quality-report.html")]
+    report: PathBuf,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(tracing::Level::WARN).init();
+    let args = Args::parse();
+    ensure!(args.tokens > 1 && args.passage_tokens > 1, "there is nothing to predict in fewer than 2 tokens");
+    let path = llm::fetch::named_model(&args.model)?;
+    let (text, of) = match &args.corpus {
+        Some(path) => (std::fs::read_to_string(path)?, path.display().to_string()),
+        None => (llm::fetch::brown()?, "the Brown corpus".to_owned()),
+    };
+    let tokenizer = Tokenizer::from_gguf(&path)?;
+    // Rounding activations to 8 bits would hide what the formats lose.
+    let model = Model::load(&path, Weights::Single)?;
+    eprintln!("{}, {of}", model.config().name);
+    let texts = run::Texts::cut(&tokenizer, &text, args.tokens, args.passage_tokens, model.config())?;
+    if let Some(file) = &args.calibrate {
+        run::calibrate(&model, &texts.other).await?.save(file)?;
+        println!("mean keys of {} tokens: {}", texts.other.len(), file.display());
+        return Ok(());
+    }
+    // Caches read them from a file.
+    let made = tempfile::NamedTempFile::new()?;
+    let means = match &args.key_means {
+        Some(file) => KeyMeans::load(file).map(|_| file.clone())?,
+        None if args.formats.iter().any(|kind| kind.centred) => {
+            run::calibrate(&model, &texts.other).await?.save(made.path())?;
+            made.path().to_owned()
+        }
+        None => PathBuf::new(),
+    };
+    let mut rows = Vec::new();
+    if !args.json {
+        println!("{}", report::HEAD);
+    }
+    for kind in &args.formats {
+        let row = run::score(&model, &texts.passages, kind, &means).await?;
+        println!("{}", if args.json { serde_json::to_string(&row)? } else { row.line() });
+        rows.push(row);
+    }
+    let what = format!("{}, {of}, passages of {} tokens", model.config().name, args.passage_tokens);
+    report::write(&args.report, &what, &rows)?;
+    eprintln!("report: {}", args.report.display());
+    Ok(())
+}
