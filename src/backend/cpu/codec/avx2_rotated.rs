@@ -145,29 +145,33 @@ fn choose<const BITS: usize>(y: &[__m256], codes: &mut [u8], rows: usize) -> (__
     let code_bytes = dim * BITS / 8;
     let mut square = Sum::new(group);
     for y in y.chunks_exact(8) {
-        square.add(std::array::from_fn(|i| _mm256_mul_ps(y[i], y[i])));
+        let first = _mm256_mul_ps(y[0], y[0]);
+        square.add(y[1..].iter().fold(first, |all, y| _mm256_fmadd_ps(*y, *y, all)));
     }
     let square = square.total;
     let to_unit = _mm256_sqrt_ps(_mm256_div_ps(_mm256_set1_ps(dim as f32), square));
-    let (mut dots, mut squares) = (Sum::new(group), Sum::new(group));
+    let (mut dots, mut lengths) = (Sum::new(group), Sum::new(group));
     for (eighth, y) in y.chunks_exact(8).enumerate() {
         let mut word = _mm256_setzero_si256();
-        let (mut dot, mut c_square) = ([_mm256_setzero_ps(); 8], [_mm256_setzero_ps(); 8]);
+        let (mut dot, mut length) = (_mm256_setzero_ps(), _mm256_setzero_ps());
         for i in 0..8 {
             let u = _mm256_mul_ps(y[i], to_unit);
             let (code, c) = nearest::<BITS>(u);
             word = _mm256_or_si256(word, _mm256_sllv_epi32(code, _mm256_set1_epi32((BITS * i) as i32)));
-            (dot[i], c_square[i]) = (_mm256_mul_ps(y[i], c), _mm256_mul_ps(c, c));
+            (dot, length) = match i {
+                0 => (_mm256_mul_ps(y[i], c), _mm256_mul_ps(c, c)),
+                _ => (_mm256_fmadd_ps(y[i], c, dot), _mm256_fmadd_ps(c, c, length)),
+            };
         }
         dots.add(dot);
-        squares.add(c_square);
+        lengths.add(length);
         let words = lanes(_mm256_castsi256_ps(word));
         for (lane, word) in words.iter().take(rows).enumerate() {
             let at = lane * code_bytes + eighth * BITS;
             codes[at..at + BITS].copy_from_slice(&word.to_bits().to_le_bytes()[..BITS]);
         }
     }
-    let factor = _mm256_div_ps(dots.total, squares.total);
+    let factor = _mm256_div_ps(dots.total, lengths.total);
     let factor = _mm256_mul_ps(factor, _mm256_set1_ps(root(group).recip()));
     let zero = _mm256_cmp_ps::<_CMP_EQ_OQ>(square, _mm256_setzero_ps());
     (factor, _mm256_movemask_ps(zero).cast_unsigned())
@@ -214,7 +218,7 @@ fn book<const BITS: usize>() -> __m256 {
     _mm256_setr_ps(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7))
 }
 
-/// The sum of the definition, 8 elements at a time: one that is complete on a level waits there for its neighbour.
+/// The sum of the definition, a unit at a time: one that is complete on a level waits there for its neighbour.
 struct Sum {
     group: usize,
     added: usize,
@@ -232,9 +236,8 @@ impl Sum {
 
     #[inline]
     #[target_feature(enable = "avx2,fma,f16c")]
-    fn add(&mut self, x: [__m256; 8]) {
-        let two = |i: usize| _mm256_add_ps(x[2 * i], x[2 * i + 1]);
-        let mut sum = _mm256_add_ps(_mm256_add_ps(two(0), two(1)), _mm256_add_ps(two(2), two(3)));
+    fn add(&mut self, of_unit: __m256) {
+        let mut sum = of_unit;
         let at = self.added % self.group;
         let mut level = 0;
         while at >> level & 1 == 1 {

@@ -38,7 +38,8 @@
 //!   overflows.
 //! - Rotation: some elements change their sign (fixed bits, those of π), then the Hadamard transform runs over groups of the
 //!   largest power of two that divides `dim`, at most 256: sums and differences of elements 1 apart, then 2 apart, and so on.
-//! - Unit: `u = y · √(dim / Σy²)`. All sums add neighbours, then neighbours of those sums, and so on; groups one after the other.
+//! - Unit: `u = y · √(dim / Σy²)`. All sums of products go over 8 elements one after the other, fused, then add neighbours of those,
+//!   then neighbours of those sums, and so on; groups one after the other.
 //! - Code: the value of the codebook that is nearest to `u`, the smaller magnitude of two that are equally near; its lower bits count
 //!   magnitudes from the smallest, its highest bit is the sign of `u`. Element `i` has the bits from `i · bits` of the row's bytes, least
 //!   significant first.

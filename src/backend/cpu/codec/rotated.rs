@@ -91,23 +91,24 @@ fn power_below(x: f32) -> f32 {
 fn choose(bits: usize, y: &mut [f32], codes: &mut [u8]) -> f32 {
     let (dim, group) = (y.len(), group(y.len()));
     y.chunks_exact_mut(group).for_each(transform);
-    let square = sum(y, group, |y| y * y);
+    let square = sum(dim, group, |i| (y[i], y[i]));
     if square == 0.0 {
         return 0.0;
     }
     let book = book(bits);
     let to_unit = (dim as f32 / square).sqrt();
-    let (mut dots, mut squares) = (vec![0.0; dim], vec![0.0; dim]);
+    let mut chosen = vec![0.0; dim];
     for (i, y) in y.iter().enumerate() {
         let u = y * to_unit;
         let magnitude = (1..book.len()).filter(|m| u.abs() > middle(book, m - 1)).count();
         let negative = u.is_sign_negative();
         put(codes, bits, i, magnitude as u8 | u8::from(negative) << (bits - 1));
-        let c = if negative { -book[magnitude] } else { book[magnitude] };
-        (dots[i], squares[i]) = (y * c, c * c);
+        chosen[i] = if negative { -book[magnitude] } else { book[magnitude] };
     }
+    let dot = sum(dim, group, |i| (y[i], chosen[i]));
+    let length = sum(dim, group, |i| (chosen[i], chosen[i]));
     // The transform has multiplied lengths by the square root of `group`.
-    sum(&dots, group, |x| x) / sum(&squares, group, |x| x) * root(group).recip()
+    dot / length * root(group).recip()
 }
 
 pub(super) fn decode(
@@ -152,19 +153,28 @@ fn transform(y: &mut [f32]) {
     }
 }
 
-/// The sum of `f` of the elements: inside a group neighbours first, then neighbours of those, …; the groups one after the other.
-fn sum(y: &[f32], group: usize, f: impl Fn(f32) -> f32) -> f32 {
+/// Elements whose products are added one after the other; a group that is smaller is one unit.
+pub(super) const UNIT: usize = 8;
+
+/// The sum of the products of the `factors` of all elements: inside a unit one after the other, fused; inside a group neighbouring
+/// units first, then neighbours of those, …; the groups one after the other.
+fn sum(dim: usize, group: usize, factors: impl Fn(usize) -> (f32, f32)) -> f32 {
+    let unit = group.min(UNIT);
+    let of_unit = |first: usize| {
+        let (a, b) = factors(first);
+        (first + 1..first + unit).map(&factors).fold(a * b, |all, (a, b)| a.mul_add(b, all))
+    };
     let mut level = [0.0; GROUP_MAX];
-    let of_group = |y: &[f32]| {
-        level.iter_mut().zip(y).for_each(|(to, y)| *to = f(*y));
-        let mut count = y.len();
+    let of_group = |first: usize| {
+        let mut count = group / unit;
+        level.iter_mut().take(count).enumerate().for_each(|(at, to)| *to = of_unit(first + at * unit));
         while count > 1 {
             count /= 2;
             (0..count).for_each(|i| level[i] = level[2 * i] + level[2 * i + 1]);
         }
         level[0]
     };
-    y.chunks_exact(group).map(of_group).reduce(|all, next| all + next).unwrap_or_default()
+    (0..dim).step_by(group).map(of_group).reduce(|all, next| all + next).unwrap_or_default()
 }
 
 pub(super) fn root(group: usize) -> f32 {

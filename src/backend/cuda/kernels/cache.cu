@@ -48,11 +48,11 @@ __device__ __forceinline__ void append_block(const Layout& L, const Append& a, b
     else append_rows<u16>(L, a, source, target, plane);
 }
 
-extern "C" __global__ void append(Layout L, const Append* steps) { append_block(L, steps[blockIdx.x], false); }
-extern "C" __global__ void plain_append(Layout L, const Append* steps) { append_block(L, steps[blockIdx.x], true); }
+extern "C" __global__ void append(const __grid_constant__ Layout L, const Append* steps) { append_block(L, steps[blockIdx.x], false); }
+extern "C" __global__ void plain_append(const __grid_constant__ Layout L, const Append* steps) { append_block(L, steps[blockIdx.x], true); }
 
-extern "C" __global__ void read_raw(Layout L, const Read* steps) { gather_raw(L, steps[blockIdx.x], false); }
-extern "C" __global__ void plain_read_raw(Layout L, const Read* steps) { gather_raw(L, steps[blockIdx.x], true); }
+extern "C" __global__ void read_raw(const __grid_constant__ Layout L, const Read* steps) { gather_raw(L, steps[blockIdx.x], false); }
+extern "C" __global__ void plain_read_raw(const __grid_constant__ Layout L, const Read* steps) { gather_raw(L, steps[blockIdx.x], true); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Moves: whole blocks between slots, and between device memory and page-locked host memory. Zeroing is a move from nowhere.

@@ -325,16 +325,16 @@ __device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool 
 
 // The kernels of a format, over functions that take the element type: `plain` says to do without vectors.
 #define FORMAT_KERNELS(E, NAME)                                                                                                  \
-    extern "C" __global__ void seal_##NAME(Layout L, const Convert* s) { seal_plane<E>(L, s[blockIdx.x], false); }               \
-    extern "C" __global__ void plain_seal_##NAME(Layout L, const Convert* s) { seal_plane<E>(L, s[blockIdx.x], true); }          \
-    extern "C" __global__ void reopen_##NAME(Layout L, const Convert* s) { reopen_plane<E>(L, s[blockIdx.x], false); }           \
-    extern "C" __global__ void plain_reopen_##NAME(Layout L, const Convert* s) { reopen_plane<E>(L, s[blockIdx.x], true); }      \
-    extern "C" __global__ void read_##NAME(Layout L, const Read* steps) {                                                        \
+    extern "C" __global__ void seal_##NAME(const __grid_constant__ Layout L, const Convert* s) { seal_plane<E>(L, s[blockIdx.x], false); }               \
+    extern "C" __global__ void plain_seal_##NAME(const __grid_constant__ Layout L, const Convert* s) { seal_plane<E>(L, s[blockIdx.x], true); }          \
+    extern "C" __global__ void reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { reopen_plane<E>(L, s[blockIdx.x], false); }           \
+    extern "C" __global__ void plain_reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { reopen_plane<E>(L, s[blockIdx.x], true); }      \
+    extern "C" __global__ void read_##NAME(const __grid_constant__ Layout L, const Read* steps) {                                                        \
         const Read& r = steps[blockIdx.x];                                                                                       \
         if (r.format == RAW) gather_raw(L, r, false);                                                                              \
         else read_plane<E>(L, r, false);                                                                                         \
     }                                                                                                                            \
-    extern "C" __global__ void plain_read_##NAME(Layout L, const Read* steps) {                                                  \
+    extern "C" __global__ void plain_read_##NAME(const __grid_constant__ Layout L, const Read* steps) {                                                  \
         const Read& r = steps[blockIdx.x];                                                                                       \
         if (r.format == RAW) gather_raw(L, r, true);                                                                               \
         else read_plane<E>(L, r, true);                                                                                          \

@@ -1,5 +1,5 @@
 // `r4`, `r3`, `r2`: rotated rows in BITS bits an element, one bf16 factor a row. The definition is that of the CPU codecs, down to
-// the order of every sum: all of them add neighbours first, then neighbours of those sums, and so on.
+// the order of every sum.
 
 #include "common.cuh"
 
@@ -76,181 +76,211 @@ template <u32 E> __device__ __forceinline__ float saturated(float x) {
     return fmaxf(fminf(x, finite_max<E>()), -finite_max<E>());
 }
 
+// Sums and differences of a thread's elements that are `apart`.
+__device__ __forceinline__ void butterflies(float* y, u32 apart) {
+#pragma unroll
+    for (u32 i = 0; i < 32; i++) {
+        if (i & apart) continue;
+        const float a = y[i], b = y[i + apart];
+        y[i] = __fadd_rn(a, b);
+        y[i + apart] = __fsub_rn(a, b);
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
-// Rows of 32, 64, 128 or 256 elements: 1, 2, 4 or 8 lanes a row, 32 consecutive elements each.
+// Rows of 32, 64, 128 or 256 elements: 1, 2, 4 or 8 lanes a row. A unit is 8 consecutive elements; lane `l` of `lanes` has units
+// l, l + lanes, l + 2 * lanes and l + 3 * lanes, so that what the lanes of a row load and store lies side by side.
 
-constexpr u32 PER_THREAD = 32;
+constexpr u32 UNIT = 8, UNITS = 4, PER_THREAD = UNIT * UNITS;
 
-// Neighbours in a thread first, then those of other threads.
+// Vectors of a unit.
+template <u32 E> constexpr u32 VECTORS = UNIT / Vector<E>::N;
+
+// Elements of a unit first, then units of other lanes, then those of this one: neighbours first, as everywhere.
 __device__ __forceinline__ void transform(float* y, u32 lane, u32 lanes) {
 #pragma unroll
-    for (u32 apart = 1; apart < PER_THREAD; apart *= 2) {
-#pragma unroll
-        for (u32 i = 0; i < PER_THREAD; i++) {
-            if (i & apart) continue;
-            const float a = y[i], b = y[i + apart];
-            y[i] = __fadd_rn(a, b);
-            y[i + apart] = __fsub_rn(a, b);
-        }
-    }
+    for (u32 apart = 1; apart < UNIT; apart *= 2) butterflies(y, apart);
     for (u32 apart = 1; apart < lanes; apart *= 2) {
         // The product is exact, so this is the sum, or the difference from the lower lane's.
         const float sign = lane & apart ? -1.0f : 1.0f;
 #pragma unroll
         for (u32 i = 0; i < PER_THREAD; i++) y[i] = __fmaf_rn(y[i], sign, __shfl_xor_sync(0xffffffffu, y[i], apart));
     }
+#pragma unroll
+    for (u32 apart = UNIT; apart < PER_THREAD; apart *= 2) butterflies(y, apart);
 }
 
-__device__ __forceinline__ float sum(float* t, u32 lanes) {
+// Of what the units of a row come to.
+__device__ __forceinline__ float sum(float* of_units, u32 lanes) {
+    for (u32 apart = 1; apart < lanes; apart *= 2) {
 #pragma unroll
-    for (u32 count = PER_THREAD / 2; count > 0; count /= 2) {
-#pragma unroll
-        for (u32 i = 0; i < count; i++) t[i] = __fadd_rn(t[2 * i], t[2 * i + 1]);
+        for (u32 k = 0; k < UNITS; k++) of_units[k] = __fadd_rn(of_units[k], __shfl_xor_sync(0xffffffffu, of_units[k], apart));
     }
-    float all = t[0];
-    for (u32 apart = 1; apart < lanes; apart *= 2) all = __fadd_rn(all, __shfl_xor_sync(0xffffffffu, all, apart));
-    return all;
+    return __fadd_rn(__fadd_rn(of_units[0], of_units[1]), __fadd_rn(of_units[2], of_units[3]));
 }
 
-// The codes of a thread: BITS words.
-struct Codes {
-    u32 words[BITS];
-    __device__ __forceinline__ void put(u32 i, u32 code) {
-        const u32 word = i * BITS / 32, shift = i * BITS % 32;
-        words[word] |= code << shift;
-        if (shift + BITS > 32) words[word + 1] |= code >> (32 - shift);
-    }
-    __device__ __forceinline__ u32 get(u32 i) const {
-        const u32 word = i * BITS / 32, shift = i * BITS % 32;
-        const u32 code = shift + BITS > 32 ? __funnelshift_r(words[word], words[word + 1], shift) : words[word] >> shift;
-        return code & (2 * MAGNITUDES - 1);
-    }
-    __device__ __forceinline__ void store(u64 at) const {
-        if (BITS == 4) __stcs((uint4*)at, make_uint4(words[0], words[1], words[2], words[BITS - 1]));
-        else if (BITS == 2) __stcs((uint2*)at, make_uint2(words[0], words[1]));
-        else
-            for (u32 i = 0; i < BITS; i++) __stcs((u32*)at + i, words[i]);
-    }
-    __device__ __forceinline__ void load(u64 at) {
-        if (BITS == 4) {
-            const uint4 v = __ldcs((const uint4*)at);
-            words[0] = v.x, words[1] = v.y, words[2] = v.z, words[BITS - 1] = v.w;
-        } else if (BITS == 2) {
-            const uint2 v = __ldcs((const uint2*)at);
-            words[0] = v.x, words[1] = v.y;
-        } else {
-            for (u32 i = 0; i < BITS; i++) words[i] = __ldcs((const u32*)at + i);
+// The codes of a unit are BITS bytes.
+__device__ __forceinline__ void store_codes(u64 at, u32 word) {
+    if (BITS == 4) __stcs((u32*)at, word);
+    else if (BITS == 2) __stcs((u16*)at, (u16)word);
+    else
+#pragma unroll
+        for (u32 byte = 0; byte < BITS; byte++) ((u8*)at)[byte] = word >> 8 * byte;
+}
+
+__device__ __forceinline__ u32 load_codes(u64 at) {
+    if (BITS == 4) return __ldcs((const u32*)at);
+    if (BITS == 2) return __ldcs((const u16*)at);
+    u32 word = 0;
+#pragma unroll
+    for (u32 byte = 0; byte < BITS; byte++) word |= (u32)((const u8*)at)[byte] << 8 * byte;
+    return word;
+}
+
+// Which elements of a lane's units change their signs.
+template <u32 E> struct Flips {
+    u32 masks[E == F32 ? UNITS : UNITS * 4];
+    __device__ __forceinline__ Flips(u32 lane, u32 lanes) {
+#pragma unroll
+        for (u32 k = 0; k < UNITS; k++) {
+            const u32 first = (k * lanes + lane) * UNIT, bits = SIGNS[first / 32 % 8] >> first % 32 & 0xffu;
+            if constexpr (E == F32) {
+                masks[k] = bits;
+            } else {
+#pragma unroll
+                for (u32 w = 0; w < 4; w++) masks[k * 4 + w] = (bits >> 2 * w & 1u) << 15 | (bits >> (2 * w + 1) & 1u) << 31;
+            }
         }
+    }
+    // Vector `part` of unit `k`.
+    __device__ __forceinline__ uint4 apply(uint4 v, u32 k, u32 part) const {
+        if constexpr (E == F32) {
+            const u32 bits = masks[k] >> 4 * part;
+            v.x ^= bits << 31, v.y ^= bits << 30 & 0x80000000u, v.z ^= bits << 29 & 0x80000000u, v.w ^= bits << 28 & 0x80000000u;
+        } else {
+            v.x ^= masks[k * 4], v.y ^= masks[k * 4 + 1], v.z ^= masks[k * 4 + 2], v.w ^= masks[k * 4 + 3];
+        }
+        return v;
     }
 };
 
-template <u32 E> constexpr u32 VECTORS = PER_THREAD / Vector<E>::N;
+template <u32 E>
+__device__ __forceinline__ void fetch(uint4* v, const Plane& p, u32 row, u32 lane, u32 lanes) {
+    const uint4* from = (const uint4*)(p.raw + (u64)min(row, p.rows - 1) * p.row_bytes);
+#pragma unroll
+    for (u32 k = 0; k < UNITS; k++) {
+#pragma unroll
+        for (u32 part = 0; part < VECTORS<E>; part++)
+            v[k * VECTORS<E> + part] = __ldcs(from + (k * lanes + lane) * VECTORS<E> + part);
+    }
+}
 
 template <u32 E>
 __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, const Book& book, u32 lanes) {
     const Plane p(L, s.from, s.to, blockIdx.y);
     const Centre centre(L, blockIdx.y, s.index);
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
-    const u32 signs = SIGNS[lane];
+    const Flips<E> flips(lane, lanes);
     const float shorten = inverse_root(lanes * PER_THREAD);
     bool bad = false;
-    uint4 next[VECTORS<E>];
-    const auto fetch = [&](u32 row) {
-        const uint4* from = (const uint4*)(p.raw + (u64)min(row, p.rows - 1) * p.row_bytes) + lane * VECTORS<E>;
-#pragma unroll
-        for (u32 i = 0; i < VECTORS<E>; i++) next[i] = __ldcs(from + i);
-    };
-    fetch(group);
+    uint4 v[UNITS * VECTORS<E>];
+    fetch<E>(v, p, group, lane, lanes);
     // The whole block takes every turn: shuffles need all lanes of a warp.
     for (u32 first = 0; first < p.rows; first += groups) {
         const u32 row = first + group;
-        float y[PER_THREAD], t[PER_THREAD];
+        float y[PER_THREAD], of_units[UNITS], lengths[UNITS];
         u32 most = 0;
 #pragma unroll
-        for (u32 i = 0; i < VECTORS<E>; i++) {
-            if (centre.on && row < p.rows) {
-                next[i] = centre.shifted<E>(next[i], row, lane * PER_THREAD + i * Vector<E>::N, -1.0f);
+        for (u32 k = 0; k < UNITS; k++) {
+#pragma unroll
+            for (u32 part = 0; part < VECTORS<E>; part++) {
+                uint4 w = v[k * VECTORS<E> + part];
+                const u32 at = (k * lanes + lane) * UNIT + part * Vector<E>::N;
+                if (centre.on && row < p.rows) w = centre.shifted<E>(w, row, at, -1.0f);
+                most = max(most, abs_max_bits<E>(w));
+                unpack<E>(flips.apply(w, k, part), y + k * UNIT + part * Vector<E>::N);
             }
-            most = max(most, abs_max_bits<E>(next[i]));
-            unpack<E>(next[i], y + i * Vector<E>::N);
         }
-        if (first + groups < p.rows) fetch(row + groups);
+        if (first + groups < p.rows) fetch<E>(v, p, row + groups, lane, lanes);
         for (u32 apart = 1; apart < lanes; apart *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, apart));
         const bool finite = most < infinity_bits<E>();
         bad |= !finite;
         const float power = E == F16 ? 1.0f : power_below(from_bits<E>(most)), down = __frcp_rn(power);
+        if (E != F16) {
 #pragma unroll
-        for (u32 i = 0; i < PER_THREAD; i++) y[i] = flipped(E == F16 ? y[i] : __fmul_rn(y[i], down), signs, i);
+            for (u32 i = 0; i < PER_THREAD; i++) y[i] = __fmul_rn(y[i], down);
+        }
         transform(y, lane, lanes);
 #pragma unroll
-        for (u32 i = 0; i < PER_THREAD; i++) t[i] = __fmul_rn(y[i], y[i]);
-        const float square = sum(t, lanes);
-        const float unit = to_unit(lanes * PER_THREAD, square);
-        Codes codes = {};
-        float dots[PER_THREAD];
+        for (u32 k = 0; k < UNITS; k++) {
+            float all = __fmul_rn(y[k * UNIT], y[k * UNIT]);
 #pragma unroll
-        for (u32 i = 0; i < PER_THREAD; i++) {
-            const u32 magnitude = magnitude_of(fabsf(__fmul_rn(y[i], unit))), bits = __float_as_uint(y[i]);
-            codes.put(i, magnitude | (bits >> 31) << (BITS - 1));
-            const float c = book[magnitude];
-            // Both have the sign of y, so their product has none.
-            dots[i] = __fmul_rn(fabsf(y[i]), c);
-            t[i] = __fmul_rn(c, c);
+            for (u32 i = 1; i < UNIT; i++) all = __fmaf_rn(y[k * UNIT + i], y[k * UNIT + i], all);
+            of_units[k] = all;
         }
-        const float dot = sum(dots, lanes), length = sum(t, lanes);
-        float factor = __fmul_rn(__fmul_rn(__fdiv_rn(dot, length), shorten), power);
-        if (!finite || square == 0.0f) {
-            factor = 0.0f;
-            codes = Codes{};
+        const float square = sum(of_units, lanes);
+        const float unit = to_unit(lanes * PER_THREAD, square);
+        const bool some = finite && square != 0.0f;
+#pragma unroll
+        for (u32 k = 0; k < UNITS; k++) {
+            u32 word = 0;
+#pragma unroll
+            for (u32 i = 0; i < UNIT; i++) {
+                const float x = y[k * UNIT + i];
+                const u32 magnitude = magnitude_of(fabsf(__fmul_rn(x, unit)));
+                word |= (magnitude | (__float_as_uint(x) >> 31) << (BITS - 1)) << i * BITS;
+                // Codes have the sign of what they stand for, so their products have none.
+                const float c = book[magnitude];
+                of_units[k] = i == 0 ? __fmul_rn(fabsf(x), c) : __fmaf_rn(fabsf(x), c, of_units[k]);
+                lengths[k] = i == 0 ? __fmul_rn(c, c) : __fmaf_rn(c, c, lengths[k]);
+            }
+            if (row < p.rows) store_codes(p.codes + (u64)row * p.code_bytes + (k * lanes + lane) * BITS, some ? word : 0);
         }
-        if (row < p.rows) {
-            codes.store(p.codes + (u64)row * p.code_bytes + lane * (PER_THREAD * BITS / 8));
-            if (lane == 0) write_factor(p.scales + (u64)row * 2, factor);
+        const float dot = sum(of_units, lanes), length = sum(lengths, lanes);
+        if (row < p.rows && lane == 0) {
+            const float factor = __fmul_rn(__fmul_rn(__fdiv_rn(dot, length), shorten), power);
+            write_factor(p.scales + (u64)row * 2, some ? factor : 0.0f);
         }
     }
     if (bad) raise(s.flag);
-}
-
-// A row as it was, or as near as its codes are; all lanes of a warp take part.
-template <u32 E>
-__device__ __forceinline__ void decode_row(const Codes& codes, float factor, const Book& book, u32 lane, u32 lanes, uint4* v) {
-    float y[PER_THREAD];
-#pragma unroll
-    for (u32 i = 0; i < PER_THREAD; i++) y[i] = book[codes.get(i)];
-    transform(y, lane, lanes);
-    const float scale = __fmul_rn(factor, inverse_root(lanes * PER_THREAD));
-    const u32 signs = SIGNS[lane];
-#pragma unroll
-    for (u32 i = 0; i < PER_THREAD; i++) y[i] = flipped(__fmul_rn(y[i], scale), signs, i);
-    // The transform of a row of codes is below 2.7326 times its length.
-    if (!(fabsf(scale) <= finite_max<E>() / (3.0f * PER_THREAD * lanes))) {
-#pragma unroll
-        for (u32 i = 0; i < PER_THREAD; i++) y[i] = saturated<E>(y[i]);
-    }
-#pragma unroll
-    for (u32 i = 0; i < VECTORS<E>; i++) v[i] = pack<E>(y + i * Vector<E>::N);
 }
 
 // Decodes `rows` rows; `place` says of each where it is in the block and where it goes.
 template <u32 E, typename F>
 __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre, const Book& book, u32 lanes, u64 output, u32 rows, u32 part, u32 parts, F place) {
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
+    const Flips<E> flips(lane, lanes);
+    const float shorten = inverse_root(lanes * PER_THREAD);
+    // The transform of a row of codes is below 2.7326 times its length.
+    const float bound = finite_max<E>() / (3.0f * PER_THREAD * lanes);
     for (u32 first = part * groups; first < rows; first += parts * groups) {
         const uint2 at = place(min(first + group, rows - 1));
-        Codes codes;
-        codes.load(p.codes + (u64)at.x * p.code_bytes + lane * (PER_THREAD * BITS / 8));
-        uint4 v[VECTORS<E>];
-        decode_row<E>(codes, read_factor(p.scales + (u64)at.x * 2), book, lane, lanes, v);
-        if (first + group >= rows) continue;
-        uint4* to = (uint4*)(output + (u64)at.y * p.row_bytes) + lane * VECTORS<E>;
-        if (centre.on) {
+        u32 words[UNITS];
 #pragma unroll
-            for (u32 i = 0; i < VECTORS<E>; i++) {
-                v[i] = centre.shifted<E>(v[i], at.x, lane * PER_THREAD + i * Vector<E>::N, 1.0f);
+        for (u32 k = 0; k < UNITS; k++) words[k] = load_codes(p.codes + (u64)at.x * p.code_bytes + (k * lanes + lane) * BITS);
+        const float scale = __fmul_rn(read_factor(p.scales + (u64)at.x * 2), shorten);
+        float y[PER_THREAD];
+#pragma unroll
+        for (u32 i = 0; i < PER_THREAD; i++) y[i] = book[words[i / UNIT] >> i % UNIT * BITS & (2 * MAGNITUDES - 1)];
+        transform(y, lane, lanes);
+#pragma unroll
+        for (u32 i = 0; i < PER_THREAD; i++) y[i] = __fmul_rn(y[i], scale);
+        if (!(fabsf(scale) <= bound)) {
+#pragma unroll
+            for (u32 i = 0; i < PER_THREAD; i++) y[i] = saturated<E>(y[i]);
+        }
+        if (first + group >= rows) continue;
+        uint4* to = (uint4*)(output + (u64)at.y * p.row_bytes);
+#pragma unroll
+        for (u32 k = 0; k < UNITS; k++) {
+#pragma unroll
+            for (u32 part = 0; part < VECTORS<E>; part++) {
+                const u32 dim = (k * lanes + lane) * UNIT + part * Vector<E>::N;
+                uint4 v = flips.apply(pack<E>(y + k * UNIT + part * Vector<E>::N), k, part);
+                if (centre.on) v = centre.shifted<E>(v, at.x, dim, 1.0f);
+                __stcs(to + (k * lanes + lane) * VECTORS<E> + part, v);
             }
         }
-#pragma unroll
-        for (u32 i = 0; i < VECTORS<E>; i++) __stcs(to + i, v[i]);
     }
 }
 
@@ -260,7 +290,7 @@ __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre
 __device__ __forceinline__ u32 group_of(u32 dim) { return min(dim & (0u - dim), GROUP_MAX); }
 
 struct Scratch {
-    float y[DIM_MAX], t[DIM_MAX];
+    float y[DIM_MAX], t[DIM_MAX];  // Of `t`, a place for each unit: a dim that is odd has units of one element.
     u8 codes[DIM_MAX];
     u32 most;
 };
@@ -278,16 +308,27 @@ __device__ __forceinline__ void plain_transform(float* y, u32 dim) {
     __syncthreads();
 }
 
-// The sum of `t`, which it uses up; groups after each other.
-__device__ __forceinline__ float plain_sum(float* t, u32 dim) {
-    const u32 group = group_of(dim);
-    for (u32 apart = 1; apart < group; apart *= 2) {
+// The sum of the products that `factors` gives for each element: units one element after the other, then neighbours; groups after
+// each other.
+template <typename F> __device__ __forceinline__ float plain_sum(float* t, u32 dim, F factors) {
+    const u32 group = group_of(dim), unit = min(group, 8u);
+    for (u32 j = threadIdx.x; j < dim / unit; j += blockDim.x) {
+        float2 f = factors(j * unit);
+        float all = __fmul_rn(f.x, f.y);
+        for (u32 i = 1; i < unit; i++) {
+            f = factors(j * unit + i);
+            all = __fmaf_rn(f.x, f.y, all);
+        }
+        t[j] = all;
+    }
+    const u32 units = group / unit;
+    for (u32 apart = 1; apart < units; apart *= 2) {
         __syncthreads();
-        for (u32 i = threadIdx.x * 2 * apart; i < dim; i += blockDim.x * 2 * apart) t[i] = __fadd_rn(t[i], t[i + apart]);
+        for (u32 j = threadIdx.x * 2 * apart; j < dim / unit; j += blockDim.x * 2 * apart) t[j] = __fadd_rn(t[j], t[j + apart]);
     }
     __syncthreads();
     float all = t[0];
-    for (u32 i = group; i < dim; i += group) all = __fadd_rn(all, t[i]);
+    for (u32 j = units; j < dim / unit; j += units) all = __fadd_rn(all, t[j]);
     __syncthreads();
     return all;
 }
@@ -311,21 +352,17 @@ __device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, 
         const float power = E == F16 ? 1.0f : power_below(__uint_as_float(S.most)), down = __frcp_rn(power);
         for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) S.y[i] = flipped(__fmul_rn(S.y[i], down), SIGNS[i / 32 % 8], i % 32);
         plain_transform(S.y, p.dim);
-        for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) S.t[i] = __fmul_rn(S.y[i], S.y[i]);
-        const float square = plain_sum(S.t, p.dim);
+        const float square = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(S.y[i], S.y[i]); });
         const bool some = finite && square != 0.0f;
         const float unit = to_unit(p.dim, square);
         for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
             const u32 magnitude = some ? magnitude_of(fabsf(__fmul_rn(S.y[i], unit))) : 0;
             S.codes[i] = some ? magnitude | (__float_as_uint(S.y[i]) >> 31) << (BITS - 1) : 0;
-            S.t[i] = __fmul_rn(fabsf(S.y[i]), book(magnitude));
         }
-        const float dot = plain_sum(S.t, p.dim);
-        for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
-            const float c = book(S.codes[i] % MAGNITUDES);
-            S.t[i] = __fmul_rn(c, c);
-        }
-        const float length = plain_sum(S.t, p.dim);
+        __syncthreads();
+        const auto of_code = [&](u32 i) { return book(S.codes[i] % MAGNITUDES); };
+        const float dot = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(fabsf(S.y[i]), of_code(i)); });
+        const float length = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(of_code(i), of_code(i)); });
         for (u32 byte = threadIdx.x; byte < p.code_bytes; byte += blockDim.x) {
             u32 bits = 0;
             for (u32 bit = 8 * byte; bit < 8 * byte + 8 && bit / BITS < p.dim; bit++)
