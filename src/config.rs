@@ -68,7 +68,7 @@ pub struct Quantisation {
     /// In which format: see [`Format`] for what each costs in accuracy.
     pub format: Format,
     /// The first block of a sequence stays raw: its first tokens are those that attention falls back on (sinks). Unless it is said:
-    /// for `r4`, `r3` and `r2`.
+    /// for `r4`, `r3` and `r2`, and wherever there are `key_means`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub raw_sinks: Option<bool>,
     /// Full blocks at the end of a sequence, behind the one that is being filled, that stay raw too. They are sealed when the
@@ -441,8 +441,10 @@ impl CacheConfig {
             Format::R3 | Format::R2 => (true, 4),
             _ => (false, 0),
         };
+        // Sinks have small keys, which are far from the mean: a difference would be stored more coarsely.
+        let is_centred = self.quantisation.key_means.is_some() && self.sealed_format() != Format::Raw;
         KeepRaw {
-            sinks: self.quantisation.raw_sinks.unwrap_or(sinks),
+            sinks: self.quantisation.raw_sinks.unwrap_or(sinks || is_centred),
             window_blocks: self.quantisation.raw_window_blocks.unwrap_or(window_blocks) as usize,
         }
     }

@@ -615,6 +615,18 @@ impl Drop for Module {
 }
 
 impl Function {
+    /// Asks for as much shared memory of each multiprocessor as there is: for a kernel whose blocks need much of it and little cache.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub(super) fn prefer_shared_memory(self) -> Result<(), DriverError> {
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+        // SAFETY: the function's module lives (1).
+        check("cuFuncSetAttribute", unsafe {
+            result::function::set_function_attribute(self.0, attribute, 100)
+        })
+    }
+
     /// Launches it.
     ///
     /// # Safety

@@ -165,6 +165,14 @@ impl Kernels {
                 module.function(&format!("plain_{name}"))
             })
         };
+        let of_format = |module: &Arc<Module>, name: &str| {
+            let function = pick(module, name, element)?;
+            // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise.
+            if matches!(sealed, Format::R4 | Format::R3 | Format::R2) {
+                function.prefer_shared_memory()?;
+            }
+            Ok::<_, DriverError>(function)
+        };
         Ok(Kernels {
             layout: abi::Layout::new(
                 block,
@@ -177,10 +185,10 @@ impl Kernels {
             kv_heads: block.kv_heads,
             layers: block.layers as u32,
             append: pick(&cache, "append", "")?,
-            seal: format.as_ref().map(|module| pick(module, "seal", element)).transpose()?,
-            reopen: format.as_ref().map(|module| pick(module, "reopen", element)).transpose()?,
+            seal: format.as_ref().map(|module| of_format(module, "seal")).transpose()?,
+            reopen: format.as_ref().map(|module| of_format(module, "reopen")).transpose()?,
             read: match &format {
-                Some(module) => pick(module, "read", element)?,
+                Some(module) => of_format(module, "read")?,
                 None => pick(&cache, "read_raw", "")?,
             },
             move_blocks: pick(&cache, "move_blocks", "")?,

@@ -41,7 +41,7 @@
 //! - Unit: `u = y · √(dim / Σy²)`. All sums of products go over 8 elements one after the other, fused, then add neighbours of those,
 //!   then neighbours of those sums, and so on; groups one after the other.
 //! - Code: the value of the codebook that is nearest to `u`, the smaller magnitude of two that are equally near; its lower bits count
-//!   magnitudes from the smallest, its highest bit is the sign of `u`. Element `i` has the bits from `i · bits` of the row's bytes, least
+//!   magnitudes from the smallest, its highest bit is set if `u` is below zero. Element `i` has the bits from `i · bits` of the row's bytes, least
 //!   significant first.
 //! - Factor: `Σyc / Σc²` by the square root of the group's length, and times the power of two: the length that leaves the least
 //!   error. Stored as bf16: eight digits are a hundredth of what the codes lose, and f16 could not hold the factors of the largest

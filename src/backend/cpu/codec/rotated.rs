@@ -101,7 +101,7 @@ fn choose(bits: usize, y: &mut [f32], codes: &mut [u8]) -> f32 {
     for (i, y) in y.iter().enumerate() {
         let u = y * to_unit;
         let magnitude = (1..book.len()).filter(|m| u.abs() > middle(book, m - 1)).count();
-        let negative = u.is_sign_negative();
+        let negative = *y < 0.0;
         put(codes, bits, i, magnitude as u8 | u8::from(negative) << (bits - 1));
         chosen[i] = if negative { -book[magnitude] } else { book[magnitude] };
     }

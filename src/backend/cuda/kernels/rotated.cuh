@@ -1,6 +1,8 @@
 // `r4`, `r3`, `r2`: rotated rows in BITS bits an element, one bf16 factor a row. The definition is that of the CPU codecs, down to
 // the order of every sum.
 
+// Arithmetic is the limit of a seal: three blocks of threads a multiprocessor keep it busy.
+#define SEAL_BOUNDS __launch_bounds__(256, 3)
 #include "common.cuh"
 
 // Elements that are rotated together, at most, and those of the widest row.
@@ -28,31 +30,46 @@ __device__ constexpr float middle(u32 i) { return (book(i) + book(i + 1)) * 0.5f
 
 // How many values of the codebook end below `a`.
 __device__ __forceinline__ u32 magnitude_of(float a) {
-    if (BITS == 2) return a > middle(0) ? 1 : 0;
-    if (BITS == 3) {
-        const bool high = a > middle(1);
-        const bool low = a > (high ? middle(2) : middle(0));
-        return (high ? 2 : 0) + (low ? 1 : 0);
-    }
-    const bool high = a > middle(3);
-    const bool mid = a > (high ? middle(5) : middle(1));
-    const float upper = high ? middle(6) : middle(2), lower = high ? middle(4) : middle(0);
-    const bool low = a > (mid ? upper : lower);
-    return (high ? 4 : 0) + (mid ? 2 : 0) + (low ? 1 : 0);
+    u32 count = 0;
+    for (u32 i = 0; i + 1 < MAGNITUDES; i++) count += a > middle(i);
+    return count;
 }
 
-// The values of all codes, once for each lane: no two lanes of a warp ask the same bank.
-struct Book {
-    float (*values)[32];
-    u32 lane;
-    __device__ __forceinline__ explicit Book(float (*shared)[32]) : values(shared), lane(threadIdx.x % 32) {
-        for (u32 i = threadIdx.x; i < 32u << BITS; i += blockDim.x) {
-            const u32 code = i / 32;
-            values[code][i % 32] = (code & MAGNITUDES) ? -book(code % MAGNITUDES) : book(code % MAGNITUDES);
+// A finder has a place for every quarter of -3 to 3, and one for what is beyond: each holds at most one end of a value.
+constexpr u32 QUARTERS = 24;
+
+// Small tables: no two words of one lie in the same bank, so lanes do not wait for each other.
+struct Tables {
+    // The value of each code.
+    float values[1 << BITS];
+    // Of each place, where a value ends (or a number above all), and the code below that end, in bytes of `values`.
+    float ends[QUARTERS + 1];
+    u32 offsets[QUARTERS + 1];
+
+    __device__ __forceinline__ void fill() {
+        for (u32 code = threadIdx.x; code < 1u << BITS; code += blockDim.x)
+            values[code] = (code & MAGNITUDES) ? -book(code % MAGNITUDES) : book(code % MAGNITUDES);
+        for (u32 place = threadIdx.x; place <= QUARTERS; place += blockDim.x) {
+            const bool negative = place < QUARTERS / 2;
+            // Of the magnitudes there, the least.
+            const float least = 0.25f * (negative ? QUARTERS / 2 - 1 - place : place - QUARTERS / 2);
+            const u32 magnitude = magnitude_of(least);
+            const float end = magnitude + 1 < MAGNITUDES ? middle(magnitude) : 1e30f;
+            ends[place] = end < least + 0.25f ? end : 1e30f;
+            offsets[place] = 4 * (magnitude | (negative ? MAGNITUDES : 0));
         }
         __syncthreads();
     }
-    __device__ __forceinline__ float operator[](u32 code) const { return values[code][lane]; }
+    __device__ __forceinline__ float value(u32 offset) const { return *(const float*)((const u8*)values + offset); }
+    // The code of `y`, in bytes of `values`, if a row is as long as its codes after it was multiplied by `unit`. `place_unit` is
+    // unit / (QUARTERS / 4). The place of a number near the border of two may be either: no value ends there. But what is
+    // negative, however little, is in a negative one: rounding is downwards.
+    __device__ __forceinline__ u32 nearest(float y, float unit, float place_unit) const {
+        float share;
+        asm("fma.rm.sat.f32 %0, %1, %2, %3;" : "=f"(share) : "f"(y), "f"(place_unit), "f"(0.5f));
+        const u32 place = __float_as_uint(__fmaf_rd(share, (float)QUARTERS, 8388608.0f)) & 31;
+        return offsets[place] + (fabsf(__fmul_rn(y, unit)) > ends[place] ? 4 : 0);
+    }
 };
 
 __device__ __forceinline__ float inverse_root(u32 group) { return __frcp_rn(__fsqrt_rn((float)group)); }
@@ -137,6 +154,12 @@ __device__ __forceinline__ u32 load_codes(u64 at) {
     return word;
 }
 
+// Code `i` of a unit, in bytes of the table of values.
+__device__ __forceinline__ u32 offset_of(u32 word, u32 i) {
+    const u32 shifted = i * BITS < 2 ? word << (2 - i * BITS) : word >> (i * BITS - 2);
+    return shifted & (4 * (2 * MAGNITUDES - 1));
+}
+
 // Which elements of a lane's units change their signs.
 template <u32 E> struct Flips {
     u32 masks[E == F32 ? UNITS : UNITS * 4];
@@ -176,7 +199,7 @@ __device__ __forceinline__ void fetch(uint4* v, const Plane& p, u32 row, u32 lan
 }
 
 template <u32 E>
-__device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, const Book& book, u32 lanes) {
+__device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, const Tables& tables, u32 lanes) {
     const Plane p(L, s.from, s.to, blockIdx.y);
     const Centre centre(L, blockIdx.y, s.index);
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
@@ -221,17 +244,17 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, con
         const float square = sum(of_units, lanes);
         const float unit = to_unit(lanes * PER_THREAD, square);
         const bool some = finite && square != 0.0f;
+        const float place_unit = __fmul_rn(unit, 4.0f / QUARTERS);
 #pragma unroll
         for (u32 k = 0; k < UNITS; k++) {
             u32 word = 0;
 #pragma unroll
             for (u32 i = 0; i < UNIT; i++) {
                 const float x = y[k * UNIT + i];
-                const u32 magnitude = magnitude_of(fabsf(__fmul_rn(x, unit)));
-                word |= (magnitude | (__float_as_uint(x) >> 31) << (BITS - 1)) << i * BITS;
-                // Codes have the sign of what they stand for, so their products have none.
-                const float c = book[magnitude];
-                of_units[k] = i == 0 ? __fmul_rn(fabsf(x), c) : __fmaf_rn(fabsf(x), c, of_units[k]);
+                const u32 offset = tables.nearest(x, unit, place_unit);
+                const float c = tables.value(offset);
+                word |= i * BITS < 2 ? offset >> (2 - i * BITS) : offset << (i * BITS - 2);
+                of_units[k] = i == 0 ? __fmul_rn(x, c) : __fmaf_rn(x, c, of_units[k]);
                 lengths[k] = i == 0 ? __fmul_rn(c, c) : __fmaf_rn(c, c, lengths[k]);
             }
             if (row < p.rows) store_codes(p.codes + (u64)row * p.code_bytes + (k * lanes + lane) * BITS, some ? word : 0);
@@ -247,7 +270,7 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, con
 
 // Decodes `rows` rows; `place` says of each where it is in the block and where it goes.
 template <u32 E, typename F>
-__device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre, const Book& book, u32 lanes, u64 output, u32 rows, u32 part, u32 parts, F place) {
+__device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre, const Tables& tables, u32 lanes, u64 output, u32 rows, u32 part, u32 parts, F place) {
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     const Flips<E> flips(lane, lanes);
     const float shorten = inverse_root(lanes * PER_THREAD);
@@ -261,7 +284,7 @@ __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre
         const float scale = __fmul_rn(read_factor(p.scales + (u64)at.x * 2), shorten);
         float y[PER_THREAD];
 #pragma unroll
-        for (u32 i = 0; i < PER_THREAD; i++) y[i] = book[words[i / UNIT] >> i % UNIT * BITS & (2 * MAGNITUDES - 1)];
+        for (u32 i = 0; i < PER_THREAD; i++) y[i] = tables.value(offset_of(words[i / UNIT], i % UNIT));
         transform(y, lane, lanes);
 #pragma unroll
         for (u32 i = 0; i < PER_THREAD; i++) y[i] = __fmul_rn(y[i], scale);
@@ -357,11 +380,11 @@ __device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, 
         const float unit = to_unit(p.dim, square);
         for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
             const u32 magnitude = some ? magnitude_of(fabsf(__fmul_rn(S.y[i], unit))) : 0;
-            S.codes[i] = some ? magnitude | (__float_as_uint(S.y[i]) >> 31) << (BITS - 1) : 0;
+            S.codes[i] = some ? magnitude | (S.y[i] < 0.0f ? MAGNITUDES : 0) : 0;
         }
         __syncthreads();
-        const auto of_code = [&](u32 i) { return book(S.codes[i] % MAGNITUDES); };
-        const float dot = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(fabsf(S.y[i]), of_code(i)); });
+        const auto of_code = [&](u32 i) { return S.codes[i] & MAGNITUDES ? -book(S.codes[i] % MAGNITUDES) : book(S.codes[i] % MAGNITUDES); };
+        const float dot = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(S.y[i], of_code(i)); });
         const float length = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(of_code(i), of_code(i)); });
         for (u32 byte = threadIdx.x; byte < p.code_bytes; byte += blockDim.x) {
             u32 bits = 0;
@@ -410,7 +433,7 @@ __device__ __forceinline__ u32 lanes_of(const Plane& p, u64 raw, bool plain) {
 
 // Either the one or the other: a row is in registers, or it is here.
 union Shared {
-    float book[1 << BITS][32];
+    Tables tables;
     Scratch scratch;
 };
 
@@ -420,7 +443,9 @@ __device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s, bo
     const Plane p(L, s.from, s.to, blockIdx.y);
     const u32 lanes = lanes_of(p, p.raw, plain);
     if (lanes == 0) return plain_seal_rows<E>(L, s, S.scratch);
-    seal_rows<E>(L, s, Book(S.book), lanes);
+    S.tables.fill();
+    if (lanes == 4) seal_rows<E>(L, s, S.tables, 4);
+    else seal_rows<E>(L, s, S.tables, lanes);
 }
 
 template <u32 E, typename F>
@@ -428,7 +453,9 @@ __device__ __forceinline__ void decode_plane(const Layout& L, const Plane& p, co
     __shared__ Shared S;
     const u32 lanes = lanes_of(p, output, plain);
     if (lanes == 0) return plain_decode_rows<E>(L, p, centre, S.scratch, output, rows, part, parts, place);
-    decode_rows<E>(p, centre, Book(S.book), lanes, output, rows, part, parts, place);
+    S.tables.fill();
+    if (lanes == 4) decode_rows<E>(p, centre, S.tables, 4, output, rows, part, parts, place);
+    else decode_rows<E>(p, centre, S.tables, lanes, output, rows, part, parts, place);
 }
 
 template <u32 E>
