@@ -65,7 +65,7 @@ pub struct CoreCounters {
     pub blocks_cached: u64,
     /// Gauge: blocks in the sealed format.
     pub blocks_sealed: u64,
-    /// Gauge: full blocks that wait to be sealed.
+    /// Gauge: full blocks that wait to be sealed, or are being encoded.
     pub blocks_waiting_to_seal: u64,
     /// Gauge: slots freed while somebody still looked at them.
     pub slots_quarantined: u64,

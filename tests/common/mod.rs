@@ -407,6 +407,13 @@ impl<E: Number> Rig<E> {
         eventually("sealing", || sequence.info().sealed_blocks >= full).await;
     }
 
+    /// Waits until nothing is left to seal in the whole cache: while a block is encoded somebody holds it.
+    pub async fn all_sealed(&self) {
+        while self.stats().await.total.blocks_waiting_to_seal > 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+
     /// A message to every shard and back: what was sent before has been carried out by now.
     pub async fn poke(&self) {
         let shards = self.cache.stats().shards.len() as u64;

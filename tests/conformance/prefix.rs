@@ -213,6 +213,7 @@ async fn blocks_outlive_their_sequence<E: Number>(rig: Rig<E>) {
     let block = rig.block();
     let text = rig.text(4 * block);
     let (sequence, _) = rig.shared(&text).await;
+    rig.all_sealed().await;
     assert_eq!(rig.stats().await.total.blocks_cached, 0, "its sequence holds them");
     sequence.close().await.unwrap();
     let stats = rig.stats().await;
@@ -501,6 +502,7 @@ async fn nothing_is_shared_without_a_prompt<E: Number>(rig: Rig<E>) {
     second.append(&text.ids, &text.keys, &text.values).await.unwrap();
     let total = rig.stats().await.total;
     assert_eq!((total.blocks_deduplicated, total.blocks_used), (0, 9), "and takes nothing over");
+    rig.all_sealed().await;
     plain.close().await.unwrap();
     second.close().await.unwrap();
     let total = rig.stats().await.total;

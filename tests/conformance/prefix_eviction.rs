@@ -114,6 +114,7 @@ async fn everything_that_is_cached_makes_way_for_a_reservation<E: Number>(rig: R
     let block = rig.block();
     let free = rig.cache.stats().shards[0].counters.blocks_free as u32;
     press(&rig).await;
+    rig.all_sealed().await;
     let stats = rig.stats().await;
     let is_full = |of: &CoreCounters| of.blocks_cached > 0 && of.blocks_free < u64::from(free) / 2;
     assert!(stats.shards.iter().all(|shard| is_full(&shard.counters)), "{:?}", stats.total);

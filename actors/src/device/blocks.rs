@@ -32,6 +32,8 @@ pub struct BlockStore {
     keep_raw: KeepRaw,
     /// Full blocks that may be sealed. Some may have been cut or freed since; whatever has their number now is sealed if it is full.
     to_seal: VecDeque<BlockId>,
+    /// Blocks that are being encoded.
+    sealing: usize,
     /// No sealed slot could be had; nothing changes until a slot is freed.
     pub(super) seal_stalled: bool,
     /// The block in each slot.
@@ -128,6 +130,7 @@ impl BlockStore {
             sealed_format,
             keep_raw,
             to_seal: VecDeque::new(),
+            sealing: 0,
             seal_stalled: false,
             owners: vec![BlockId::DROPPED; blocks],
             sealed_blocks: 0,
@@ -472,6 +475,7 @@ impl BlockStore {
             let from_offset = self.offset(id);
             let to_offset = self.pool.layout().offset_bytes(SizeClass::Sealed, slot.id());
             self.get_mut(id).state = BlockState::Sealing;
+            self.sealing += 1;
             let (format, position) = (self.sealed_format, self.position(id));
             return Some(SealPlan { block: id, slot, format, position, from_offset, to_offset });
         }
@@ -534,6 +538,7 @@ impl BlockStore {
         sealed: Option<bool>,
         counters: &mut CoreCounters,
     ) {
+        self.sealing -= 1;
         match sealed {
             Some(true) => {
                 counters.seals += 1;
@@ -578,7 +583,7 @@ impl BlockStore {
         counters.blocks_used = self.blocks.len() as u64;
         counters.blocks_cached = self.evictor.unheld() as u64;
         counters.blocks_sealed = self.sealed_blocks;
-        counters.blocks_waiting_to_seal = self.to_seal.len() as u64;
+        counters.blocks_waiting_to_seal = (self.to_seal.len() + self.sealing) as u64;
         counters.slots_quarantined = self.pool.quarantined() as u64;
         counters.blocks_host = self.pool.used(SizeClass::Host) as u64;
         let used = |class| (self.pool.used(class) * self.pool.layout().slot_bytes(class)) as u64;
