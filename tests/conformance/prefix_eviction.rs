@@ -270,6 +270,7 @@ async fn what_is_invalidated_is_not_found<E: Number>(rig: Rig<E>) {
     ];
     for (what, blocks, left) in cases {
         fill().await;
+        rig.all_sealed().await;
         assert_eq!(found().await, [2; 4]);
         let before = rig.stats().await.total.blocks_cached;
         assert_eq!(rig.cache.invalidate(what.clone()).await.unwrap(), blocks, "{what:?}");
