@@ -16,6 +16,7 @@ use kv_cache::{ElementType, Format};
 const PLANE_ROWS: usize = 8 * 32;
 const LARGE_BYTES: usize = 256 << 20;
 const TURNS: usize = 15;
+const SLOW_TURNS: usize = 3;
 const CASES: [(ElementType, &str); 3] =
     [(ElementType::F16, "f16"), (ElementType::Bf16, "bf16"), (ElementType::F32, "f32")];
 
@@ -119,7 +120,7 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// The table of the large buffers.
+/// The table of the large buffers: `int8` on every element type, the other formats on f16.
 fn large() {
     let kernels = Kernels::tuned();
     let (mut src, mut dst, mut copy) =
@@ -128,60 +129,69 @@ fn large() {
     let (src, dst, copy) = (src.get(LARGE_BYTES), dst.get(LARGE_BYTES), copy.get(LARGE_BYTES));
 
     println!(
-        "\n{} kernels, {} MiB, medians over {TURNS} turns (of the rates, and of the ratio within a turn), bytes read + written",
+        "\n{} kernels, {} MiB, medians over {TURNS} turns of int8 and {SLOW_TURNS} of others (of the rates, and of the ratio within a turn), bytes read + written",
         kernels.name(),
         LARGE_BYTES >> 20
     );
     for (element, label) in CASES {
         fill(element, src);
-        for dim in [64, 128] {
-            let elements = LARGE_BYTES / element.bytes();
-            let scales_len = elements / dim * element.scale_bytes();
-            let (codes, scales) = (codes.get(elements), scales.get(scales_len));
-            let (plane_raw, plane_codes) = (PLANE_ROWS * dim * element.bytes(), PLANE_ROWS * dim);
-            let plane_scales = PLANE_ROWS * element.scale_bytes();
+        let formats = Format::ALL.into_iter().filter(|format| match format {
+            Format::Raw => false,
+            Format::Int8 => true,
+            _ => element == ElementType::F16,
+        });
+        for (format, dim) in formats.flat_map(|format| [64, 128].map(|dim| (format, dim))) {
+            let rows = LARGE_BYTES / element.bytes() / dim;
+            let (row_bytes, scale_bytes) = (format.row_bytes(element, dim), format.scale_bytes(element));
+            let (codes, scales) = (codes.get(rows * row_bytes), scales.get(rows * scale_bytes));
+            let (plane_raw, plane_codes) = (PLANE_ROWS * dim * element.bytes(), PLANE_ROWS * row_bytes);
+            let plane_scales = PLANE_ROWS * scale_bytes;
 
-            let mut times = [const { Vec::new() }; 4];
-            for _ in 0..TURNS {
+            let mut times = [const { Vec::new() }; 3];
+            for _ in 0..if format == Format::Int8 { TURNS } else { SLOW_TURNS } {
                 times[0].push(seconds(|| copy.copy_from_slice(black_box(src))));
                 times[1].push(seconds(|| {
                     let outputs = codes.chunks_mut(plane_codes).zip(scales.chunks_mut(plane_scales));
                     for (src, (codes, scales)) in src.chunks(plane_raw).zip(outputs) {
-                        assert!(kernels.encode(Format::Int8, element, dim, src, codes, scales));
+                        assert!(kernels.encode(format, element, dim, src, codes, scales));
                     }
                 }));
                 times[2].push(seconds(|| {
                     let inputs = codes.chunks(plane_codes).zip(scales.chunks(plane_scales));
                     for (dst, (codes, scales)) in dst.chunks_mut(plane_raw).zip(inputs) {
-                        kernels.decode(Format::Int8, element, dim, codes, scales, dst, dim * element.bytes());
-                    }
-                }));
-                times[3].push(seconds(|| {
-                    let row_bytes = dim * element.bytes();
-                    for (src, dst) in src.chunks(plane_raw).zip(dst.chunks_mut(plane_raw)) {
-                        assert!(
-                            kernels.copy_rows(element, src, row_bytes, dst, row_bytes, row_bytes, PLANE_ROWS)
-                        );
+                        kernels.decode(format, element, dim, codes, scales, dst, dim * element.bytes());
                     }
                 }));
             }
             black_box((&*dst, &*copy));
-
-            let coded = (LARGE_BYTES + elements + scales_len) as f64 / 1e9;
-            let copied = 2.0 * LARGE_BYTES as f64 / 1e9;
-            let [memcpy, encode, decode, rows] = times;
-            for (what, gigabytes, times) in
-                [("int8 encode", coded, encode), ("int8 decode", coded, decode), ("copy_rows", copied, rows)]
-            {
-                // Within a turn: what disturbs the machine for longer than that disturbs both.
-                let turns = times.iter().zip(&memcpy);
-                let ratio =
-                    median(turns.map(|(time, memcpy)| gigabytes / time / (copied / memcpy)).collect());
-                let (rate, memcpy) = (gigabytes / median(times), copied / median(memcpy.clone()));
-                println!("{what} {label} D={dim}: {rate:.1} GB/s, memcpy {memcpy:.1} GB/s, ratio {ratio:.2}");
-            }
+            let coded = (LARGE_BYTES + codes.len() + scales.len()) as f64 / 1e9;
+            let [memcpy, encode, decode] = times;
+            report(&format!("{format} encode {label} D={dim}"), coded, encode, &memcpy);
+            report(&format!("{format} decode {label} D={dim}"), coded, decode, &memcpy);
         }
     }
+    fill(ElementType::F16, src);
+    let mut times = [const { Vec::new() }; 2];
+    for _ in 0..TURNS {
+        times[0].push(seconds(|| copy.copy_from_slice(black_box(src))));
+        times[1].push(seconds(|| {
+            for (src, dst) in src.chunks(256 * PLANE_ROWS).zip(dst.chunks_mut(256 * PLANE_ROWS)) {
+                assert!(kernels.copy_rows(ElementType::F16, src, 256, dst, 256, 256, PLANE_ROWS));
+            }
+        }));
+    }
+    let [memcpy, rows] = times;
+    report("copy_rows f16 D=128", 2.0 * LARGE_BYTES as f64 / 1e9, rows, &memcpy);
+}
+
+/// Prints the rate at which `gigabytes` were moved, beside that of `memcpy` in the same turns.
+fn report(what: &str, gigabytes: f64, times: Vec<f64>, memcpy: &[f64]) {
+    let copied = 2.0 * LARGE_BYTES as f64 / 1e9;
+    // Within a turn: what disturbs the machine for longer than that disturbs both.
+    let turns = times.iter().zip(memcpy);
+    let ratio = median(turns.map(|(time, memcpy)| gigabytes / time / (copied / memcpy)).collect());
+    let (rate, memcpy) = (gigabytes / median(times), copied / median(memcpy.to_vec()));
+    println!("{what}: {rate:.1} GB/s, memcpy {memcpy:.1} GB/s, ratio {ratio:.2}");
 }
 
 fn main() {
