@@ -30,6 +30,9 @@ struct Args {
     /// Sequences that decode together, for speed.
     #[arg(long, value_delimiter = ',', default_value = "1,8,32,64")]
     sequences: Vec<usize>,
+    /// The model's matrices on a GPU (needs `--features candle-cuda`); the cache stays in host memory.
+    #[arg(long)]
+    gpu: bool,
     /// One JSON object a line.
     #[arg(long)]
     json: bool,
@@ -50,11 +53,11 @@ async fn main() -> anyhow::Result<()> {
     let path = llm::fetch::model(args.model.as_deref())?;
     let wanted = |what| args.only.is_empty() || args.only.contains(&what);
     if wanted(What::Memory) {
-        memory::run(&Model::load(&path, Weights::Quantised)?, args.json).await?;
+        memory::run(&Model::load(&path, Weights::Quantised, &llm::device(false)?)?, args.json).await?;
     }
     if wanted(What::Speed) {
         let tokenizer = Tokenizer::from_gguf(&path)?;
-        let model = Model::load(&path, Weights::Quantised)?;
+        let model = Model::load(&path, Weights::Quantised, &llm::device(args.gpu)?)?;
         speed::run(&model, &tokenizer, &args.sequences, args.json).await?;
     }
     Ok(())

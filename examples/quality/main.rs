@@ -59,6 +59,9 @@ struct Args {
     /// Makes the mean keys, writes them to this file, and does nothing else.
     #[arg(long, value_name = "FILE")]
     calibrate: Option<PathBuf>,
+    /// The model's matrices on a GPU (needs `--features candle-cuda`); the cache stays in host memory.
+    #[arg(long)]
+    gpu: bool,
     /// One JSON object a line.
     #[arg(long)]
     json: bool,
@@ -79,7 +82,7 @@ async fn main() -> anyhow::Result<()> {
     };
     let tokenizer = Tokenizer::from_gguf(&path)?;
     // Rounding activations to 8 bits would hide what the formats lose.
-    let model = Model::load(&path, Weights::Single)?;
+    let model = Model::load(&path, Weights::Single, &llm::device(args.gpu)?)?;
     eprintln!("{}, {of}", model.config().name);
     let texts = run::Texts::cut(&tokenizer, &text, args.tokens, args.passage_tokens, model.config())?;
     if let Some(file) = &args.calibrate {

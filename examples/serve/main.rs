@@ -79,6 +79,9 @@ struct Flags {
     /// A made-up model that needs no weights.
     #[arg(long, conflicts_with = "model")]
     toy: bool,
+    /// The model's matrices on a GPU (needs `--features candle-cuda`); the cache stays in host memory.
+    #[arg(long)]
+    gpu: bool,
     /// MiB of each shard's slab.
     #[arg(long, default_value_t = 1024)]
     memory_mib: u64,
@@ -138,7 +141,7 @@ impl Flags {
     }
 
     async fn model(&self) -> anyhow::Result<Model> {
-        if self.toy { Ok(Toy::default().model()) } else { smollm::load(self.model.clone()).await }
+        if self.toy { Ok(Toy::default().model()) } else { smollm::load(self.model.clone(), self.gpu).await }
     }
 }
 

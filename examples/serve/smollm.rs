@@ -21,16 +21,16 @@ const NAME: &str = "smollm2-135m-instruct";
 ///
 /// # Errors
 /// If it cannot be had or read; the error says what to do instead.
-pub(crate) async fn load(given: Option<PathBuf>) -> anyhow::Result<Model> {
+pub(crate) async fn load(given: Option<PathBuf>, on_gpu: bool) -> anyhow::Result<Model> {
     tokio::task::spawn_blocking(move || {
         let path = fetch::model(given.as_deref())?;
-        read(&path).with_context(|| format!("cannot use the model {}", path.display()))
+        read(&path, on_gpu).with_context(|| format!("cannot use the model {}", path.display()))
     })
     .await?
 }
 
-fn read(path: &Path) -> anyhow::Result<Model> {
-    let decoder = llm::model::Model::load(path, Weights::Quantised)?;
+fn read(path: &Path, on_gpu: bool) -> anyhow::Result<Model> {
+    let decoder = llm::model::Model::load(path, Weights::Quantised, &llm::device(on_gpu)?)?;
     let config = decoder.config();
     let vocabulary = config.vocab as u32;
     Ok(Model {

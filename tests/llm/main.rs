@@ -14,13 +14,19 @@ use llm::model::{Model, Weights};
 use llm::plain::Stored;
 use llm::tokenizer::{Message, Tokenizer};
 
+/// The CPU, or a GPU where `KV_CACHE_TEST_MODEL_ON_GPU` is set (needs `--features candle-cuda`).
+fn device() -> candle_core::Device {
+    llm::device(std::env::var_os("KV_CACHE_TEST_MODEL_ON_GPU").is_some())
+        .expect("a GPU, since it was asked for")
+}
+
 /// Weights as f32 need half a gigabyte: each kind is loaded once.
 static LOADED: LazyLock<Option<(Model, Tokenizer)>> = LazyLock::new(|| load(Weights::Quantised));
 
 fn load(weights: Weights) -> Option<(Model, Tokenizer)> {
     match llm::fetch::model(None) {
         Ok(path) => Some((
-            Model::load(&path, weights).expect("a model whose hash was right"),
+            Model::load(&path, weights, &device()).expect("a model whose hash was right"),
             Tokenizer::from_gguf(&path).expect("its tokenizer"),
         )),
         Err(error) => {
@@ -38,6 +44,11 @@ async fn cache<T: Stored>(model: &Model, format: Format) -> Cache {
         .devices(Devices::cpu(1))
         .memory_bytes_per_device(256 << 20)
         .sealed_format(format)
+        // Every full block, sinks and the last ones too: prompts are short.
+        .configure(|config| {
+            let quantisation = &mut config.quantisation;
+            (quantisation.raw_sinks, quantisation.raw_window_blocks) = (Some(false), Some(0));
+        })
         .build()
         .await
         .unwrap()
@@ -97,7 +108,10 @@ async fn says_the_same<T: Stored>() {
     let first = prefill(model, &mut plain, &refs).await.unwrap();
     let expected = decode(model, &mut plain, &first, NEW_TOKENS).await.unwrap();
     assert_eq!(together, expected);
-    assert_eq!(together, alone, "a batch says what each says alone");
+    // candle's products on a GPU add in another order for another number of rows.
+    if device().is_cpu() {
+        assert_eq!(together, alone, "a batch says what each says alone");
+    }
 }
 
 #[tokio::test]

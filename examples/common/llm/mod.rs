@@ -1,4 +1,4 @@
-//! A small language model over the cache, for the examples that need a real one: SmolLM2 on the CPU.
+//! A small language model over the cache, for the examples that need a real one: SmolLM2, on the CPU or with its matrices on a GPU.
 //!
 //! [`fetch`] gets it, [`model`] computes it, [`attention`] reads keys and values wherever they lie. That is either [`cached`]: in the
 //! blocks of `kv_cache`, in place; or [`plain`]: in vectors of its own, as decoders do it that have no cache beside them.
@@ -13,10 +13,25 @@ pub mod plain;
 pub mod score;
 pub mod tokenizer;
 
+use anyhow::Context;
 use attention::Run;
+use candle_core::Device;
 
 /// Most tokens of a sequence that are computed together: a block, so that what follows reads it sealed.
 pub const CHUNK_TOKENS: usize = 32;
+
+/// Where the matrices of a model are.
+///
+/// # Errors
+/// If candle was built without CUDA (the feature `candle-cuda`), or there is no GPU.
+pub fn device(on_gpu: bool) -> anyhow::Result<Device> {
+    match on_gpu {
+        false => Ok(Device::Cpu),
+        true => {
+            Device::new_cuda(0).context("the model cannot be on a GPU: build with `--features candle-cuda`")
+        }
+    }
+}
 
 /// Consecutive tokens of one sequence.
 #[derive(Debug, Clone, Copy)]

@@ -1,4 +1,4 @@
-//! The Llama decoder, on the CPU: candle multiplies the matrices, everything between them is written out here.
+//! The Llama decoder: candle multiplies the matrices, on the CPU or on a GPU, and everything between them is written out here, for the CPU.
 //!
 //! What a row computes depends on that row alone, whatever else is in the step, as far as the matrix products do not choose another
 //! order of summation for another number of rows.
@@ -96,47 +96,51 @@ pub struct Model {
     norm: Vec<f32>,
     head: QMatMul,
     inv_freq: Vec<f32>,
+    /// Where the matrices are.
+    device: Device,
 }
 
 impl Model {
-    /// Reads a GGUF file of a Llama model, tied or not.
+    /// Reads a GGUF file of a Llama model, tied or not, and keeps its matrices on `device`.
     ///
     /// # Errors
-    /// If the file cannot be read, is no such model, or lacks a tensor.
-    pub fn load(path: &Path, weights: Weights) -> anyhow::Result<Model> {
+    /// If the file cannot be read, is no such model, or lacks a tensor; those of the device.
+    pub fn load(path: &Path, weights: Weights, device: &Device) -> anyhow::Result<Model> {
         let file = File::open(path).with_context(|| format!("cannot open the model {}", path.display()))?;
         let mut file = BufReader::new(file);
         let content = Content::read(&mut file)
             .with_context(|| format!("{} is no GGUF file that can be read", path.display()))?;
         let config = ModelConfig::read(&content)?;
-        let mut tensor = |name: &str| {
-            content
-                .tensor(&mut file, name, &Device::Cpu)
-                .with_context(|| format!("the model has no tensor {name}"))
+        let mut tensor_on = |name: &str, device: &Device| {
+            content.tensor(&mut file, name, device).with_context(|| format!("the model has no tensor {name}"))
         };
         let mut layers = Vec::with_capacity(config.layers);
         for layer in 0..config.layers {
-            let mut named = |name: &str| tensor(&format!("blk.{layer}.{name}.weight"));
+            let mut on = |device, name: &str| tensor_on(&format!("blk.{layer}.{name}.weight"), device);
+            let attention_norm = vector(&on(&Device::Cpu, "attn_norm")?)?;
+            let mlp_norm = vector(&on(&Device::Cpu, "ffn_norm")?)?;
+            let mut matrix = |name| matrix(on(device, name)?, weights, device);
             layers.push(Layer {
-                attention_norm: vector(&named("attn_norm")?)?,
-                query: matrix(named("attn_q")?, weights)?,
-                key: matrix(named("attn_k")?, weights)?,
-                value: matrix(named("attn_v")?, weights)?,
-                output: matrix(named("attn_output")?, weights)?,
-                mlp_norm: vector(&named("ffn_norm")?)?,
-                gate: matrix(named("ffn_gate")?, weights)?,
-                up: matrix(named("ffn_up")?, weights)?,
-                down: matrix(named("ffn_down")?, weights)?,
+                attention_norm,
+                query: matrix("attn_q")?,
+                key: matrix("attn_k")?,
+                value: matrix("attn_v")?,
+                output: matrix("attn_output")?,
+                mlp_norm,
+                gate: matrix("ffn_gate")?,
+                up: matrix("ffn_up")?,
+                down: matrix("ffn_down")?,
             });
         }
-        let norm = vector(&tensor("output_norm.weight")?)?;
+        let norm = vector(&tensor_on("output_norm.weight", &Device::Cpu)?)?;
         // Embeddings and head are often one matrix.
-        let head = tensor("output.weight").or_else(|_| tensor("token_embd.weight"))?;
-        let embeddings = tensor("token_embd.weight")?;
+        let head = tensor_on("output.weight", device).or_else(|_| tensor_on("token_embd.weight", device))?;
+        let embeddings = tensor_on("token_embd.weight", &Device::Cpu)?;
         let inv_freq = (0..config.head_dim / 2)
             .map(|i| config.rope_base.powf(-2.0 * i as f32 / config.head_dim as f32))
             .collect();
-        Ok(Model { embeddings, layers, norm, head: matrix(head, weights)?, inv_freq, config })
+        let head = matrix(head, weights, device)?;
+        Ok(Model { embeddings, layers, norm, head, inv_freq, device: device.clone(), config })
     }
 
     pub fn config(&self) -> &ModelConfig {
@@ -270,7 +274,7 @@ impl Model {
 
     fn tensor(&self, rows: Vec<f32>, width: usize) -> anyhow::Result<Tensor> {
         let count = rows.len() / width;
-        Ok(Tensor::from_vec(rows, (count, width), &Device::Cpu)?)
+        Ok(Tensor::from_vec(rows, (count, width), &self.device)?)
     }
 }
 
@@ -319,10 +323,10 @@ fn vector(tensor: &QTensor) -> anyhow::Result<Vec<f32>> {
     Ok(tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?)
 }
 
-fn matrix(tensor: QTensor, weights: Weights) -> anyhow::Result<QMatMul> {
+fn matrix(tensor: QTensor, weights: Weights, device: &Device) -> anyhow::Result<QMatMul> {
     Ok(match (weights, tensor.dtype()) {
-        (Weights::Single, _) => QMatMul::Tensor(tensor.dequantize(&Device::Cpu)?),
-        (Weights::Quantised, GgmlDType::Q4_1) => {
+        (Weights::Single, _) => QMatMul::Tensor(tensor.dequantize(device)?),
+        (Weights::Quantised, GgmlDType::Q4_1) if device.is_cpu() => {
             let single = tensor.dequantize(&Device::Cpu)?;
             QMatMul::from_qtensor(QTensor::quantize(&single, GgmlDType::Q8_0)?)?
         }
