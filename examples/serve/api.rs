@@ -32,13 +32,12 @@ enum CompletionPrompt {
 
 /// One message of a chat.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
 struct RawMessage {
     role: Role,
-    content: Content,
-    /// Taken and forgotten: the template has no place for it.
-    #[serde(default, rename = "name")]
-    _name: Option<String>,
+    /// An answer of the assistant may have none.
+    content: Option<Content>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
 }
 
 /// Who speaks.
@@ -135,8 +134,17 @@ pub(crate) struct Ask {
 
 /// Reads the body of a request.
 pub(crate) fn parse(kind: Kind, body: &[u8]) -> Result<Ask, ApiError> {
-    let raw: Raw = serde_json::from_slice(body).map_err(|error| unreadable(&error))?;
+    let body: Value = serde_json::from_slice(body).map_err(|error| unreadable(&error))?;
+    check_types(&body)?;
+    let raw: Raw = serde_json::from_value(body).map_err(|error| unreadable(&error))?;
     refuse_what_is_not_done(&raw.others)?;
+    let of_other_route = match kind {
+        Kind::Completion => raw.messages.is_some().then_some("messages"),
+        Kind::Chat => raw.prompt.is_some().then_some("prompt"),
+    };
+    if let Some(name) = of_other_route {
+        return Err(unrecognised(name));
+    }
     let within = |param, value: Option<f32>, most: f32| match value {
         Some(value) if !(0.0..=most).contains(&value) => {
             let message = format!("Invalid '{param}': {value} is not between 0 and {most}.");
@@ -152,11 +160,6 @@ pub(crate) fn parse(kind: Kind, body: &[u8]) -> Result<Ask, ApiError> {
         return Err(ApiError::invalid(message, "n", "unsupported_value"));
     }
     let max_tokens = raw.max_completion_tokens.or(raw.max_tokens);
-    if max_tokens == Some(0) {
-        let message =
-            "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1, but got 0 instead.";
-        return Err(ApiError::invalid(message, "max_tokens", "integer_below_min_value"));
-    }
     let stream = raw.stream.unwrap_or(false);
     if raw.stream_options.is_some() && !stream {
         let message = "The 'stream_options' parameter is only allowed when 'stream' is enabled.";
@@ -180,6 +183,62 @@ pub(crate) fn parse(kind: Kind, body: &[u8]) -> Result<Ask, ApiError> {
     })
 }
 
+/// Says of the first field that is missing or of a wrong type which it is, in words for a caller rather than for us.
+fn check_types(body: &Value) -> Result<(), ApiError> {
+    let Some(fields) = body.as_object() else {
+        return Err(ApiError::bad_request(
+            "We could not parse the JSON body of your request: expected an object.",
+        ));
+    };
+    if !fields.contains_key("model") {
+        return Err(missing("model"));
+    }
+    type Is = fn(&Value) -> bool;
+    let integer: (&str, Is) = ("an integer", |value| value.is_i64() || value.is_u64());
+    let number: (&str, Is) = ("a number", Value::is_number);
+    let known: [(&str, (&str, Is)); 11] = [
+        ("model", ("a string", Value::is_string)),
+        ("prompt", ("a string or an array", |value| value.is_string() || value.is_array())),
+        (
+            "messages",
+            ("an array of objects", |value| {
+                value.as_array().is_some_and(|messages| messages.iter().all(Value::is_object))
+            }),
+        ),
+        ("max_tokens", integer),
+        ("max_completion_tokens", integer),
+        ("n", integer),
+        ("seed", integer),
+        ("temperature", number),
+        ("top_p", number),
+        ("stream", ("a boolean", Value::is_boolean)),
+        ("stop", ("a string or an array", |value| value.is_string() || value.is_array())),
+    ];
+    for (name, (expected, is)) in known {
+        let Some(value) = fields.get(name).filter(|value| !value.is_null()) else { continue };
+        if !is(value) {
+            let message = format!("Invalid type for '{name}': expected {expected}, but got {value} instead.");
+            // Of a value that is long, the beginning says enough.
+            let message = message.chars().take(300).collect::<String>();
+            return Err(ApiError::invalid(message, name, "invalid_type"));
+        }
+    }
+    for name in ["max_tokens", "max_completion_tokens", "n"] {
+        if let Some(value) = fields.get(name).and_then(Value::as_i64).filter(|value| *value < 1) {
+            let message = format!(
+                "Invalid '{name}': integer below minimum value. Expected a value >= 1, but got {value} instead."
+            );
+            return Err(ApiError::invalid(message, name, "integer_below_min_value"));
+        }
+    }
+    Ok(())
+}
+
+fn unrecognised(name: &str) -> ApiError {
+    let message = format!("Unrecognized request argument supplied: {name}");
+    ApiError { param: Some(name.to_owned()), ..ApiError::bad_request(message) }
+}
+
 fn unreadable(error: &serde_json::Error) -> ApiError {
     match error.classify() {
         serde_json::error::Category::Data => ApiError::bad_request(format!("Invalid request: {error}.")),
@@ -192,6 +251,8 @@ fn refuse_what_is_not_done(others: &Map<String, Value>) -> Result<(), ApiError> 
     for (name, value) in others {
         let nothing = match name.as_str() {
             "user" | "metadata" | "store" | "service_tier" | "safety_identifier" | "prompt_cache_key" => true,
+            // There are no tools to call.
+            "parallel_tool_calls" => true,
             "presence_penalty" | "frequency_penalty" | "top_logprobs" => value.as_f64() == Some(0.0),
             "echo" | "logprobs" => value == &Value::Bool(false),
             "best_of" => value.as_u64() == Some(1),
@@ -199,10 +260,7 @@ fn refuse_what_is_not_done(others: &Map<String, Value>) -> Result<(), ApiError> 
             "tools" => value.as_array().is_some_and(Vec::is_empty),
             "response_format" => value.get("type").is_some_and(|kind| kind == "text"),
             "suffix" | "tool_choice" | "functions" | "function_call" => false,
-            _ => {
-                let message = format!("Unrecognized request argument supplied: {name}");
-                return Err(ApiError { param: Some(name.clone()), ..ApiError::bad_request(message) });
-            }
+            _ => return Err(unrecognised(name)),
         };
         if !nothing && !value.is_null() {
             let message = format!("Unsupported parameter: this server does not do '{name}' with that value.");
@@ -243,14 +301,26 @@ fn chat_input(messages: Option<Vec<RawMessage>>) -> Result<Input, ApiError> {
         let message = "Invalid 'messages': empty array. Expected an array with minimum length 1.";
         return Err(ApiError::invalid(message, "messages", "empty_array"));
     }
-    let text = |message: RawMessage| {
+    let text = |(at, message): (usize, RawMessage)| {
+        for (name, value) in &message.others {
+            // The template has no place for names; answers come back as clients got them, with fields that say nothing.
+            let nothing = value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+            if name != "name" && !nothing {
+                let param = format!("messages[{at}].{name}");
+                let message =
+                    format!("Unsupported parameter: this server does not do '{param}' with that value.");
+                return Err(ApiError::invalid(message, &param, "unsupported_parameter"));
+            }
+        }
         let content = match message.content {
-            Content::Text(text) => text,
-            Content::Parts(parts) => parts.into_iter().map(|Part::Text { text }| text).collect(),
+            Some(Content::Text(text)) => text,
+            Some(Content::Parts(parts)) => parts.into_iter().map(|Part::Text { text }| text).collect(),
+            None if message.role == Role::Assistant => String::new(),
+            None => return Err(missing(&format!("messages[{at}].content"))),
         };
-        (message.role, content)
+        Ok((message.role, content))
     };
-    Ok(Input::Chat(messages.into_iter().map(text).collect()))
+    Ok(Input::Chat(messages.into_iter().enumerate().map(text).collect::<Result<_, _>>()?))
 }
 
 fn stops(stop: Option<OneOrMany>) -> Result<Vec<String>, ApiError> {

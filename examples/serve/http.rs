@@ -86,8 +86,17 @@ async fn read_body(app: &App, body: Body) -> Result<Bytes, ApiError> {
         return Err(ApiError::body_too_large(most));
     }
     let read = tokio::time::timeout(app.body_within, axum::body::to_bytes(body, most));
-    // Too long, or cut off; who was cut off does not read this.
-    read.await.map_err(|_| ApiError::body_too_slow())?.map_err(|_| ApiError::body_too_large(most))
+    read.await.map_err(|_| ApiError::body_too_slow())?.map_err(|error| {
+        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&error);
+        while let Some(error) = cause {
+            if error.is::<http_body_util::LengthLimitError>() {
+                return ApiError::body_too_large(most);
+            }
+            cause = error.source();
+        }
+        // Cut off, or in pieces that are none.
+        ApiError::bad_request(format!("The body of your request could not be read: {error}."))
+    })
 }
 
 fn given_up() -> ApiError {

@@ -120,7 +120,7 @@ fn some_means(geometry: &mut Geometry, seed: u64) -> tempfile::NamedTempFile {
     group.rope = Some(Rope {
         inv_freq: (0..rotary_dims / 2).map(|i| 100f32.powf(-(i as f32) / rotary_dims as f32)).collect(),
         rotary_dims,
-        layout: if seed % 20 == 0 { RopeLayout::HalfSplit } else { RopeLayout::Interleaved },
+        layout: if seed.is_multiple_of(20) { RopeLayout::HalfSplit } else { RopeLayout::Interleaved },
         attention_scale: 1.0,
     });
     let (layers, count) = (group.layers, group.kv_heads * group.key_dim);

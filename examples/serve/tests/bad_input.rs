@@ -28,22 +28,34 @@ async fn serves(server: &TestServer) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bodies_that_are_no_requests() {
     let server = start(Toy::default(), |settings| settings.body_bytes_max = 4096).await;
-    for (body, part) in [
-        ("{\"model\": \"toy\", ", "could not parse"),
-        ("", "could not parse"),
-        ("\u{0}", "could not parse"),
-        ("[]", "Invalid request"),
-        ("{\"prompt\": \"a\"}", "missing field `model`"),
-        ("{\"model\": \"toy\", \"prompt\": 5}", "Invalid request"),
-        ("{\"model\": \"toy\", \"prompt\": \"a\", \"max_tokens\": -1}", "Invalid request"),
-        ("{\"model\": \"toy\", \"prompt\": \"a\", \"max_tokens\": \"many\"}", "Invalid request"),
-        ("{\"model\": \"toy\", \"prompt\": \"a\", \"max_tokens\": 1e40}", "Invalid request"),
+    let invalid_type = |param| (Some(param), Some("invalid_type"));
+    for (body, part, (param, code)) in [
+        (r#"{"model": "toy", "#, "could not parse", (None, None)),
+        ("", "could not parse", (None, None)),
+        ("\u{0}", "could not parse", (None, None)),
+        ("[]", "expected an object", (None, None)),
+        (r#"{"prompt": "a"}"#, "'model'", (Some("model"), Some("missing_required_parameter"))),
+        (r#"{"model": 5}"#, "expected a string, but got 5", invalid_type("model")),
+        (r#"{"model": "toy", "prompt": 5}"#, "expected a string or an array", invalid_type("prompt")),
+        (r#"{"model": "toy", "messages": [5]}"#, "expected an array of objects", invalid_type("messages")),
+        (
+            r#"{"model": "toy", "max_tokens": -1}"#,
+            "but got -1 instead",
+            (Some("max_tokens"), Some("integer_below_min_value")),
+        ),
+        (r#"{"model": "toy", "max_tokens": "many"}"#, "expected an integer", invalid_type("max_tokens")),
+        (r#"{"model": "toy", "max_tokens": 1e40}"#, "expected an integer", invalid_type("max_tokens")),
     ] {
         for path in ["/v1/completions", "/v1/chat/completions"] {
             let reply = server.client.ask("POST", path, body).await.unwrap();
-            let message = check(&reply, 400, None, None);
+            let message = check(&reply, 400, param, code);
             assert!(message.contains(part), "{body}: {message}");
         }
+    }
+    // What belongs to the other route is not passed over.
+    let both = json!({ "model": "toy", "prompt": "a", "messages": [{ "role": "user", "content": "a" }] });
+    for (path, other) in [("/v1/completions", "messages"), ("/v1/chat/completions", "prompt")] {
+        check(&server.post(path, &both).await, 400, Some(other), None);
     }
     let not_utf8 =
         server.client.ask("POST", "/v1/completions", b"{\"model\": \"\xff\"}".to_vec()).await.unwrap();
@@ -64,7 +76,7 @@ async fn parameters_out_of_range_or_not_done_here() {
         (json!({ "temperature": -0.1 }), "temperature", Some("decimal_out_of_range")),
         (json!({ "top_p": 1.5 }), "top_p", Some("decimal_out_of_range")),
         (json!({ "n": 2 }), "n", Some("unsupported_value")),
-        (json!({ "n": 0 }), "n", Some("unsupported_value")),
+        (json!({ "n": 0 }), "n", Some("integer_below_min_value")),
         (json!({ "max_tokens": 0 }), "max_tokens", Some("integer_below_min_value")),
         (json!({ "stop": ["1", "2", "3", "4", "5"] }), "stop", Some("invalid_value")),
         (json!({ "stop": "" }), "stop", Some("invalid_value")),
@@ -170,5 +182,14 @@ async fn broken_connections() {
     assert!(send(b"\x16\x03\x01 this is no HTTP\r\n\r\n").await.starts_with("HTTP/1.1 400"));
     let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 50\r\n\r\n{";
     assert!(send(head.as_bytes()).await.starts_with("HTTP/1.1 408"));
+    server.end().await;
+    // Pieces that are none are not too much.
+    let server = start(Toy::default(), |_| {}).await;
+    let mut stream = TcpStream::connect(server.server.addr).await.unwrap();
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    let _ = stream.read_to_string(&mut answer).await;
+    assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
     server.end().await;
 }

@@ -82,6 +82,16 @@ async fn a_chat_speaks_in_its_role() {
     let begin = first["choices"][0]["delta"]["content"].as_str().unwrap().to_owned();
     let (rest, _, usage) = read(events).await;
     assert_eq!((begin + &rest, usage), (text, Value::Null));
+    // An answer is history as it came, and one without a text too.
+    let mut history = messages.as_array().unwrap().clone();
+    history.push(whole["choices"][0]["message"].clone());
+    history.push(json!({ "role": "assistant", "content": null, "refusal": null, "annotations": [], "tool_calls": null }));
+    history.push(json!({ "role": "user", "content": "And then?", "name": "u" }));
+    let go_on = json!({ "model": "toy", "messages": history, "max_tokens": 4, "parallel_tool_calls": false });
+    assert_eq!(server.post("/v1/chat/completions", &go_on).await.status, 200);
+    history.push(json!({ "role": "user", "content": null }));
+    let empty = json!({ "model": "toy", "messages": history });
+    assert_eq!(server.post("/v1/chat/completions", &empty).await.status, 400);
     server.end().await;
 }
 

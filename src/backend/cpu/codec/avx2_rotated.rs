@@ -154,14 +154,14 @@ fn choose<const BITS: usize>(y: &[__m256], codes: &mut [u8], rows: usize) -> (__
     for (eighth, y) in y.chunks_exact(8).enumerate() {
         let mut word = _mm256_setzero_si256();
         let (mut dot, mut length) = (_mm256_setzero_ps(), _mm256_setzero_ps());
-        for i in 0..8 {
+        for (i, &y) in y.iter().enumerate() {
             // A zero has no sign.
-            let u = _mm256_mul_ps(_mm256_add_ps(y[i], _mm256_setzero_ps()), to_unit);
+            let u = _mm256_mul_ps(_mm256_add_ps(y, _mm256_setzero_ps()), to_unit);
             let (code, c) = nearest::<BITS>(u);
             word = _mm256_or_si256(word, _mm256_sllv_epi32(code, _mm256_set1_epi32((BITS * i) as i32)));
             (dot, length) = match i {
-                0 => (_mm256_mul_ps(y[i], c), _mm256_mul_ps(c, c)),
-                _ => (_mm256_fmadd_ps(y[i], c, dot), _mm256_fmadd_ps(c, c, length)),
+                0 => (_mm256_mul_ps(y, c), _mm256_mul_ps(c, c)),
+                _ => (_mm256_fmadd_ps(y, c, dot), _mm256_fmadd_ps(c, c, length)),
             };
         }
         dots.add(dot);
