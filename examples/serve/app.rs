@@ -33,6 +33,8 @@ pub(crate) struct App {
     /// One permit for each request from its arrival to the end of its sequence.
     pub(crate) places: Arc<Semaphore>,
     pub(crate) places_max: u32,
+    /// One permit of [`DELIVERING_MAX`] for each answer until its connection has taken all of it.
+    pub(crate) delivering: Arc<Semaphore>,
     pub(crate) running_max: usize,
     pub(crate) is_draining: AtomicBool,
     /// Set by the runner's thread when it ends, for whatever reason.
@@ -45,12 +47,16 @@ pub(crate) struct App {
     pub(crate) next_id: AtomicU64,
 }
 
+/// More answers than there can be.
+pub(crate) const DELIVERING_MAX: u32 = 1 << 28;
+
 /// An answer on its way.
 pub(crate) struct Answer {
     pub(crate) header: Header,
     pub(crate) inbox: Inbox,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
+    _delivering: Option<OwnedSemaphorePermit>,
 }
 
 /// Seconds since 1970.
@@ -97,7 +103,8 @@ impl App {
             created_s: unix_s(),
             model: ask.model,
         };
-        Ok(Answer { header, inbox, stream: ask.stream, include_usage: ask.include_usage })
+        let _delivering = self.delivering.clone().try_acquire_owned().ok();
+        Ok(Answer { header, inbox, stream: ask.stream, include_usage: ask.include_usage, _delivering })
     }
 
     /// The prompt as tokens, made away from the executor: a large one takes a while.
@@ -166,6 +173,12 @@ impl App {
     /// Waits until no request is on the books and no sequence of one is open.
     pub(crate) async fn idle(&self) -> Option<OwnedSemaphorePermit> {
         self.places.clone().acquire_many_owned(self.places_max).await.ok()
+    }
+
+    /// Waits until all answers have gone to their connections.
+    pub(crate) async fn delivered(&self) {
+        // It is never closed.
+        let _ = self.delivering.acquire_many(DELIVERING_MAX).await;
     }
 }
 

@@ -18,7 +18,7 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinHandle as Task;
 
-use crate::app::{App, unix_s};
+use crate::app::{App, DELIVERING_MAX, unix_s};
 use crate::figures::Figures;
 use crate::history::History;
 use crate::model::Model;
@@ -86,7 +86,7 @@ pub(crate) struct Server {
 /// How a server has ended.
 #[derive(Debug)]
 pub(crate) struct Ended {
-    /// Every request got its answer before the deadline.
+    /// Every request got its answer before the deadline, and every connection took it.
     pub(crate) drained: bool,
     pub(crate) cache: ShutdownReport,
 }
@@ -139,6 +139,7 @@ impl Server {
             history: History::default(),
             mail,
             places: Arc::new(Semaphore::new(places_max)),
+            delivering: Arc::new(Semaphore::new(DELIVERING_MAX as usize)),
             places_max: u32::try_from(places_max)
                 .context("so many requests may wait that none could be counted")?,
             running_max: limits.running_max,
@@ -172,20 +173,25 @@ impl Server {
     /// When the runner's thread panicked.
     pub(crate) async fn shutdown(self, deadline: Duration) -> anyhow::Result<Ended> {
         self.app.is_draining.store(true, Ordering::Relaxed);
-        let drained = tokio::time::timeout(deadline, self.app.idle()).await.is_ok();
+        let end = tokio::time::Instant::now() + deadline;
+        let answered = async { (self.app.idle().await, self.app.delivered().await) };
+        let drained = tokio::time::timeout_at(end, answered).await.is_ok();
         // It may have ended.
         let _ = self.app.mail.send(Mail::Stop);
         let runner = tokio::task::spawn_blocking(move || self.runner.join()).await?;
         let _ = self.close_http.send(());
-        // Connections that have nothing under way close at once; those of clients that do not read never would.
+        // Connections that have nothing under way close at once, and those of slow clients when the end of their answer is written; those
+        // of clients that do not read never would.
         let mut http = self.http;
-        if tokio::time::timeout(Duration::from_secs(1), &mut http).await.is_err() {
+        let end = end.max(tokio::time::Instant::now() + Duration::from_secs(1));
+        let written = tokio::time::timeout_at(end, &mut http).await.is_ok();
+        if !written {
             http.abort();
         }
         self.sampler.abort();
         let cache = self.app.cache.shutdown(Duration::from_secs(5)).await;
         ensure!(runner.is_ok(), "the thread that runs the model has panicked");
-        Ok(Ended { drained, cache })
+        Ok(Ended { drained: drained && written, cache })
     }
 }
 

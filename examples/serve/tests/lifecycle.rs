@@ -188,6 +188,35 @@ async fn a_model_that_fails_fails_its_requests_and_one_that_panics_shows_in_heal
     assert!(server.server.shutdown(DEADLINE).await.is_err(), "the panic is told");
 }
 
+/// Its answer is done long before it has read it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_client_reads_its_answer_to_the_end_while_the_server_shuts_down() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let server = start(Toy::default(), |settings| settings.send_buffer_bytes = 4096).await;
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(2048).unwrap();
+    let mut stream = socket.connect(server.server.addr).await.unwrap();
+    let body = completion("a long story", json!({ "max_tokens": 500, "stream": true })).to_string();
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all((head + &body).as_bytes()).await.unwrap();
+    let mut answer = vec![0; 100];
+    stream.read_exact(&mut answer).await.unwrap();
+    let shutdown = tokio::spawn(server.server.shutdown(DEADLINE));
+    let reading = async {
+        while stream.read_buf(&mut answer).await.unwrap() > 0 {
+            // Slower than the model.
+            tokio::time::sleep(Duration::from_millis(25)).await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, reading).await.expect("the stream ends");
+    assert!(String::from_utf8_lossy(&answer).contains("[DONE]"), "the end is missing");
+    let ended = shutdown.await.unwrap().unwrap();
+    assert!(ended.drained && ended.cache.drained, "{ended:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn shutdown_lets_streams_end_and_takes_no_more() {
     let server = start(Toy::default(), |_| {}).await;
