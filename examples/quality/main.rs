@@ -37,7 +37,7 @@ use run::Kind;
 #[derive(Debug, Clone, Parser)]
 #[command(about = "What storage formats do to a real model's predictions")]
 struct Args {
-    /// A GGUF file of a Llama or Qwen2 model; `smollm2` and `qwen2.5-coder` are fetched.
+    /// A GGUF file of a Llama model; `smollm2` is fetched.
     #[arg(long, default_value = "smollm2")]
     model: PathBuf,
     /// A text file, instead of the Brown corpus that is fetched.

@@ -154,7 +154,7 @@ fn transform(y: &mut [f32]) {
 }
 
 /// Elements whose products are added one after the other; a group that is smaller is one unit.
-pub(super) const UNIT: usize = 8;
+const UNIT: usize = 8;
 
 /// The sum of the products of the `factors` of all elements: inside a unit one after the other, fused; inside a group neighbouring
 /// units first, then neighbours of those, …; the groups one after the other.
