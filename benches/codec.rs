@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use half::{bf16, f16};
 use kv_cache::codec::Kernels;
-use kv_cache::{ElementType, Format};
+use kv_cache::{ElementType, Format, Plane, RowFormat};
 
 const PLANE_ROWS: usize = 8 * 32;
 const LARGE_BYTES: usize = 256 << 20;
@@ -70,17 +70,16 @@ fn plane(criterion: &mut Criterion) {
             let (codes, scales) = (codes.get(elements), scales.get(scale_bytes));
             fill(element, src);
 
+            let rows = RowFormat { format: Format::Int8, element, plane: Plane::Value, dim };
             let mut group = criterion.benchmark_group(format!("int8 plane {label} D={dim}"));
             group.throughput(Throughput::Bytes((raw_bytes + elements + scale_bytes) as u64));
             for kernels in Kernels::candidates() {
                 group.bench_function(BenchmarkId::new("encode", kernels.name()), |bench| {
-                    bench.iter(|| kernels.encode(Format::Int8, element, dim, black_box(src), codes, scales));
+                    bench.iter(|| kernels.encode(rows, black_box(src), codes, scales));
                 });
                 group.bench_function(BenchmarkId::new("decode", kernels.name()), |bench| {
                     let stride = dim * element.bytes();
-                    bench.iter(|| {
-                        kernels.decode(Format::Int8, element, dim, black_box(codes), scales, dst, stride)
-                    });
+                    bench.iter(|| kernels.decode(rows, 0, black_box(codes), scales, dst, stride));
                 });
             }
             group.finish();
@@ -125,7 +124,7 @@ fn large() {
     let kernels = Kernels::tuned();
     let (mut src, mut dst, mut copy) =
         (Buffer::new(LARGE_BYTES), Buffer::new(LARGE_BYTES), Buffer::new(LARGE_BYTES));
-    let (mut codes, mut scales) = (Buffer::new(LARGE_BYTES / 2), Buffer::new(LARGE_BYTES / 32));
+    let (mut codes, mut scales) = (Buffer::new(LARGE_BYTES / 2), Buffer::new(LARGE_BYTES / 16));
     let (src, dst, copy) = (src.get(LARGE_BYTES), dst.get(LARGE_BYTES), copy.get(LARGE_BYTES));
 
     println!(
@@ -140,12 +139,16 @@ fn large() {
             Format::Int8 => true,
             _ => element == ElementType::F16,
         });
-        for (format, dim) in formats.flat_map(|format| [64, 128].map(|dim| (format, dim))) {
+        // Planes differ in formats with scales for groups alone.
+        let planes = |format: Format| if format.is_grouped() { &Plane::BOTH[..] } else { &Plane::BOTH[1..] };
+        let cases = formats.flat_map(|format| planes(format).iter().map(move |plane| (format, *plane)));
+        for ((format, plane), dim) in cases.flat_map(|case| [64, 128].map(|dim| (case, dim))) {
             let rows = LARGE_BYTES / element.bytes() / dim;
-            let (row_bytes, scale_bytes) = (format.row_bytes(element, dim), format.scale_bytes(element));
-            let (codes, scales) = (codes.get(rows * row_bytes), scales.get(rows * scale_bytes));
+            let of = RowFormat { format, element, plane, dim };
+            let row_bytes = of.row_bytes();
+            let (codes, scales) = (codes.get(rows * row_bytes), scales.get(of.scales_bytes(rows)));
             let (plane_raw, plane_codes) = (PLANE_ROWS * dim * element.bytes(), PLANE_ROWS * row_bytes);
-            let plane_scales = PLANE_ROWS * scale_bytes;
+            let plane_scales = of.scales_bytes(PLANE_ROWS);
 
             let mut times = [const { Vec::new() }; 3];
             for _ in 0..if format == Format::Int8 { TURNS } else { SLOW_TURNS } {
@@ -153,21 +156,22 @@ fn large() {
                 times[1].push(seconds(|| {
                     let outputs = codes.chunks_mut(plane_codes).zip(scales.chunks_mut(plane_scales));
                     for (src, (codes, scales)) in src.chunks(plane_raw).zip(outputs) {
-                        assert!(kernels.encode(format, element, dim, src, codes, scales));
+                        assert!(kernels.encode(of, src, codes, scales));
                     }
                 }));
                 times[2].push(seconds(|| {
                     let inputs = codes.chunks(plane_codes).zip(scales.chunks(plane_scales));
                     for (dst, (codes, scales)) in dst.chunks_mut(plane_raw).zip(inputs) {
-                        kernels.decode(format, element, dim, codes, scales, dst, dim * element.bytes());
+                        kernels.decode(of, 0, codes, scales, dst, dim * element.bytes());
                     }
                 }));
             }
             black_box((&*dst, &*copy));
             let coded = (LARGE_BYTES + codes.len() + scales.len()) as f64 / 1e9;
             let [memcpy, encode, decode] = times;
-            report(&format!("{format} encode {label} D={dim}"), coded, encode, &memcpy);
-            report(&format!("{format} decode {label} D={dim}"), coded, decode, &memcpy);
+            let what = if format.is_grouped() { format!("{format} ({plane:?})") } else { format.to_string() };
+            report(&format!("{what} encode {label} D={dim}"), coded, encode, &memcpy);
+            report(&format!("{what} decode {label} D={dim}"), coded, decode, &memcpy);
         }
     }
     fill(ElementType::F16, src);

@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock, OnceLock};
 use half::{bf16, f16};
 use kv_cache_actors::block::{BlockId, Place};
 use kv_cache_actors::device::ShardView;
-use kv_cache_actors::format::FormatLayout;
+use kv_cache_actors::format::{FormatLayout, RowFormat};
 use kv_cache_actors::sequence::{SequenceShared, SequenceState};
 use kv_cache_actors::slot::SlotPin;
 
@@ -222,11 +222,13 @@ pub enum Rows<'a, T> {
     },
     /// Codes of another format, as [`kv_cache::codec`](crate::codec) describes them and decodes them.
     Coded {
-        /// Which.
-        format: Format,
-        /// `[tokens]`, [`Format::row_bytes`] each.
+        /// Which, of keys or values of which dim.
+        rows: RowFormat,
+        /// Rows before these that share the first scales; 0 but for keys in `int4` and `int2`.
+        skip: usize,
+        /// `[tokens]`, [`RowFormat::row_bytes`] each.
         codes: &'a [u8],
-        /// `[tokens]`.
+        /// One a token, or those of all groups that the tokens are in: see [`RowFormat::scale_bytes`].
         scales: Scales<'a>,
     },
 }
@@ -234,11 +236,11 @@ pub enum Rows<'a, T> {
 /// Scales of a sealed block.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Scales<'a> {
-    /// Of f16 elements in `int8` and `fp8`.
+    /// Of f16 elements in `int8`, `fp8`, `int4` and `int2`.
     F16(&'a [f16]),
-    /// Factors of the rotated formats.
+    /// Factors of the rotated formats; of bf16 elements in `int4` and `int2`.
     Bf16(&'a [bf16]),
-    /// Of bf16 and f32 elements in `int8` and `fp8`.
+    /// Of bf16 elements in `int8` and `fp8`, and of f32 elements in all but the rotated formats.
     F32(&'a [f32]),
 }
 
@@ -299,7 +301,8 @@ impl<'a> BlockView<'a> {
         let first = head * layout.block_tokens + self.piece.inside.start;
         let rows = first..first + self.piece.inside.len();
         let format = self.piece.format;
-        let (codes, scales) = FormatLayout::new(format, layout).places(layout, layer, plane, &rows);
+        let stored = FormatLayout::new(format, layout);
+        let (codes, scales) = stored.places(layout, layer, plane, &rows);
         let codes = pinned.bytes(self.piece, codes)?;
         if format == Format::Raw {
             // Slots and planes begin at multiples of the element size, so the cast cannot fail.
@@ -308,15 +311,19 @@ impl<'a> BlockView<'a> {
         let bytes = pinned.bytes(self.piece, scales)?;
         // They begin at multiples of 4 bytes.
         let scales = match (format, layout.element) {
-            (Format::Int8 | Format::Fp8, ElementType::F16) => Scales::F16(bytemuck::cast_slice(bytes)),
-            (Format::Int8 | Format::Fp8, _) => Scales::F32(bytemuck::cast_slice(bytes)),
-            _ => Scales::Bf16(bytemuck::cast_slice(bytes)),
+            (Format::R4 | Format::R3 | Format::R2, _) => Scales::Bf16(bytemuck::cast_slice(bytes)),
+            (Format::Int4 | Format::Int2, ElementType::Bf16) => Scales::Bf16(bytemuck::cast_slice(bytes)),
+            (_, ElementType::F16) => Scales::F16(bytemuck::cast_slice(bytes)),
+            (_, _) => Scales::F32(bytemuck::cast_slice(bytes)),
         };
         Ok(match format {
             Format::Int8 if !self.is_centred(plane) => {
                 Rows::Int8 { codes: bytemuck::cast_slice(codes), scales }
             }
-            _ => Rows::Coded { format, codes, scales },
+            _ => {
+                let of = stored.rows(plane);
+                Rows::Coded { rows: of, skip: first % of.scale_rows(), codes, scales }
+            }
         })
     }
 
@@ -343,17 +350,18 @@ impl<'a> BlockView<'a> {
         if bytes != expected_bytes {
             return Err(Error::Shape { plane, bytes, expected_bytes, shape });
         }
-        let (codes, scales) = match self.rows::<T>(plane, head)? {
+        let (skip, codes, scales) = match self.rows::<T>(plane, head)? {
             Rows::Raw(raw) => {
                 rows.copy_from_slice(raw);
                 return Ok(());
             }
-            Rows::Int8 { codes, scales } => (bytemuck::cast_slice(codes), scales),
-            Rows::Coded { codes, scales, .. } => (codes, scales),
+            Rows::Int8 { codes, scales } => (0, bytemuck::cast_slice(codes), scales),
+            Rows::Coded { skip, codes, scales, .. } => (skip, codes, scales),
         };
-        let (format, row) = (self.piece.format, dim * size_of::<T>());
+        let row = dim * size_of::<T>();
         let out = bytemuck::cast_slice_mut(rows);
-        KERNELS.decode(format, T::TYPE, dim, codes, scales.bytes(), out, row);
+        let of = RowFormat::new(self.piece.format, &self.pinned.layout, plane);
+        KERNELS.decode(of, skip, codes, scales.bytes(), out, row);
         if let (Some(centres), Plane::Key) = (&self.pinned.centres, plane) {
             let tokens = self.piece.inside.clone();
             let position = self.piece.first_token - tokens.start as u32;

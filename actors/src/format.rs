@@ -8,9 +8,9 @@ use crate::geometry::{BlockLayout, ElementType, Plane};
 
 /// How a sealed block is stored.
 ///
-/// All but `raw` keep a row, the elements of one (token, head), as codes of a fixed width and one scale, so any rows of a block can
-/// be decoded by themselves. The arithmetic is that of
-/// `kv_cache::codec`.
+/// All but `raw` keep a row, the elements of one (token, head), as codes of a fixed width. Scales stand apart: one a row, but for
+/// `int4` and `int2`, where [`RowFormat`] says whose they are. Any rows of a block can be decoded by themselves. The arithmetic is
+/// that of `kv_cache::codec`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
@@ -33,11 +33,30 @@ pub enum Format {
     R3,
     /// As `r4`, with 4 values in 2 bits.
     R2,
+    /// 4 bits per element between the least and the largest of a group of [`GROUP`]: in keys the elements of one channel of as many
+    /// tokens, in values as many neighbours in a row (KIVI: Liu et al. 2024, arXiv 2402.02750). Blocks hold whole groups of tokens.
+    ///
+    /// Keys with large constant channels do not harm it: what is constant is the group's least element.
+    Int4,
+    /// As `int4`, in 2 bits. Coarse: measure your model before you choose it.
+    Int2,
 }
+
+/// Elements that share a scale in `int4` and `int2`, at most.
+pub const GROUP: usize = 32;
 
 impl Format {
     /// Every format.
-    pub const ALL: [Format; 6] = [Format::Raw, Format::Int8, Format::Fp8, Format::R4, Format::R3, Format::R2];
+    pub const ALL: [Format; 8] = [
+        Format::Raw,
+        Format::Int8,
+        Format::Fp8,
+        Format::R4,
+        Format::R3,
+        Format::R2,
+        Format::Int4,
+        Format::Int2,
+    ];
 
     /// Short stable name, as in configuration files and reports.
     pub const fn name(self) -> &'static str {
@@ -48,6 +67,8 @@ impl Format {
             Format::R4 => "r4",
             Format::R3 => "r3",
             Format::R2 => "r2",
+            Format::Int4 => "int4",
+            Format::Int2 => "int2",
         }
     }
 
@@ -56,24 +77,20 @@ impl Format {
         match self {
             Format::Raw => 8 * element.bytes(),
             Format::Int8 | Format::Fp8 => 8,
-            Format::R4 => 4,
+            Format::R4 | Format::Int4 => 4,
             Format::R3 => 3,
-            Format::R2 => 2,
+            Format::R2 | Format::Int2 => 2,
         }
+    }
+
+    /// Whether scales are those of groups of [`GROUP`] elements, which in keys span as many tokens.
+    pub const fn is_grouped(self) -> bool {
+        matches!(self, Format::Int4 | Format::Int2)
     }
 
     /// Bytes of the codes of a row of `dim` elements.
     pub const fn row_bytes(self, element: ElementType, dim: usize) -> usize {
         (dim * self.code_bits(element)).div_ceil(8)
-    }
-
-    /// Bytes of a row's scale; none for `raw`.
-    pub const fn scale_bytes(self, element: ElementType) -> usize {
-        match self {
-            Format::Raw => 0,
-            Format::Int8 | Format::Fp8 => element.scale_bytes(),
-            Format::R4 | Format::R3 | Format::R2 => 2,
-        }
     }
 
     /// Bytes of one block before slot alignment.
@@ -85,6 +102,65 @@ impl Format {
     pub fn bits_per_element(self, layout: &BlockLayout) -> f64 {
         let elements = layout.raw_bytes() / layout.element.bytes();
         self.block_bytes(layout) as f64 * 8.0 / elements as f64
+    }
+}
+
+/// How the rows of one plane are stored: keys or values of some dim, in a format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RowFormat {
+    /// The format.
+    pub format: Format,
+    /// The type of what is decoded.
+    pub element: ElementType,
+    /// Keys or values: `int4` and `int2` group them differently.
+    pub plane: Plane,
+    /// Elements of a row.
+    pub dim: usize,
+}
+
+impl RowFormat {
+    /// Rows of `plane` in blocks of `layout` that are stored in `format`.
+    pub const fn new(format: Format, layout: &BlockLayout, plane: Plane) -> RowFormat {
+        RowFormat { format, element: layout.element, plane, dim: layout.dim(plane) }
+    }
+
+    /// Bytes of the codes of a row.
+    pub const fn row_bytes(self) -> usize {
+        self.format.row_bytes(self.element, self.dim)
+    }
+
+    /// Rows that share their scales: [`GROUP`] tokens of a head for keys in `int4` and `int2`, else 1.
+    pub const fn scale_rows(self) -> usize {
+        match self.plane {
+            Plane::Key if self.format.is_grouped() => GROUP,
+            _ => 1,
+        }
+    }
+
+    /// Bytes of the scales of [`RowFormat::scale_rows`] rows; none for `raw`.
+    ///
+    /// For `int4` and `int2` these are the least elements of all groups and then their steps, in the element type: a group is a
+    /// channel of the keys, [`GROUP`] neighbours (the last group may have fewer) of a row of values.
+    pub const fn scale_bytes(self) -> usize {
+        match self.format {
+            Format::Raw => 0,
+            Format::Int8 | Format::Fp8 => self.element.scale_bytes(),
+            Format::R4 | Format::R3 | Format::R2 => 2,
+            Format::Int4 | Format::Int2 => 2 * self.groups() * self.element.bytes(),
+        }
+    }
+
+    /// Groups of `int4` and `int2` in [`RowFormat::scale_rows`] rows.
+    pub const fn groups(self) -> usize {
+        match self.plane {
+            Plane::Key => self.dim,
+            Plane::Value => self.dim.div_ceil(GROUP),
+        }
+    }
+
+    /// Bytes of the scales of `rows` rows that begin with those of a group.
+    pub const fn scales_bytes(self, rows: usize) -> usize {
+        rows.div_ceil(self.scale_rows()) * self.scale_bytes()
     }
 }
 
@@ -121,7 +197,8 @@ pub struct KeepRaw {
 /// of 4 bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct FormatLayout {
-    format: Format,
+    keys: RowFormat,
+    values: RowFormat,
     /// Where the scales begin.
     pub scales_offset: usize,
     /// All bytes of the block.
@@ -131,23 +208,27 @@ pub struct FormatLayout {
 impl FormatLayout {
     /// The layout of blocks of `format`.
     pub const fn new(format: Format, layout: &BlockLayout) -> Self {
-        let rows = layout.layers * layout.rows_per_plane();
-        let row = format.row_bytes(layout.element, layout.key_dim)
-            + format.row_bytes(layout.element, layout.value_dim);
-        let scales = layout.rows() * format.scale_bytes(layout.element);
-        let scales_offset = if scales == 0 { rows * row } else { (rows * row).next_multiple_of(4) };
-        Self { format, scales_offset, total_bytes: scales_offset + scales }
+        let keys = RowFormat::new(format, layout, Plane::Key);
+        let values = RowFormat::new(format, layout, Plane::Value);
+        let rows = layout.rows_per_plane();
+        let codes = layout.layers * rows * (keys.row_bytes() + values.row_bytes());
+        let scales = layout.layers * (keys.scales_bytes(rows) + values.scales_bytes(rows));
+        let scales_offset = if scales == 0 { codes } else { codes.next_multiple_of(4) };
+        Self { keys, values, scales_offset, total_bytes: scales_offset + scales }
     }
 
-    /// Bytes of the codes of a row.
-    pub const fn row_bytes(&self, layout: &BlockLayout, plane: Plane) -> usize {
-        self.format.row_bytes(layout.element, layout.dim(plane))
+    /// How rows of keys or of values are stored.
+    pub const fn rows(&self, plane: Plane) -> RowFormat {
+        match plane {
+            Plane::Key => self.keys,
+            Plane::Value => self.values,
+        }
     }
 
     /// Where the codes of one plane of one layer begin.
     pub const fn codes_at(&self, layout: &BlockLayout, layer: usize, plane: Plane) -> usize {
-        let keys = layout.rows_per_plane() * self.row_bytes(layout, Plane::Key);
-        let values = layout.rows_per_plane() * self.row_bytes(layout, Plane::Value);
+        let keys = layout.rows_per_plane() * self.keys.row_bytes();
+        let values = layout.rows_per_plane() * self.values.row_bytes();
         layer * (keys + values)
             + match plane {
                 Plane::Key => 0,
@@ -157,14 +238,17 @@ impl FormatLayout {
 
     /// Where the scales of one plane of one layer begin.
     pub const fn scales_at(&self, layout: &BlockLayout, layer: usize, plane: Plane) -> usize {
-        let plane_index = match plane {
-            Plane::Key => 2 * layer,
-            Plane::Value => 2 * layer + 1,
-        };
-        self.scales_offset + plane_index * layout.rows_per_plane() * self.format.scale_bytes(layout.element)
+        let keys = self.keys.scales_bytes(layout.rows_per_plane());
+        let values = self.values.scales_bytes(layout.rows_per_plane());
+        self.scales_offset
+            + layer * (keys + values)
+            + match plane {
+                Plane::Key => 0,
+                Plane::Value => keys,
+            }
     }
 
-    /// Where the codes, and where the scales, of some rows of a plane lie.
+    /// Where the codes of some rows of a plane lie, and where the scales of all groups that they are in.
     pub const fn places(
         &self,
         layout: &BlockLayout,
@@ -172,11 +256,13 @@ impl FormatLayout {
         plane: Plane,
         rows: &Range<usize>,
     ) -> (Range<usize>, Range<usize>) {
-        let (codes, row) = (self.codes_at(layout, layer, plane), self.row_bytes(layout, plane));
-        let (scales, scale) = (self.scales_at(layout, layer, plane), self.format.scale_bytes(layout.element));
+        let of = self.rows(plane);
+        let (codes, row) = (self.codes_at(layout, layer, plane), of.row_bytes());
+        let (scales, scale) = (self.scales_at(layout, layer, plane), of.scale_bytes());
+        let groups = rows.start / of.scale_rows()..rows.end.div_ceil(of.scale_rows());
         (
             codes + rows.start * row..codes + rows.end * row,
-            scales + rows.start * scale..scales + rows.end * scale,
+            scales + groups.start * scale..scales + groups.end * scale,
         )
     }
 }
@@ -225,5 +311,7 @@ mod tests {
         assert_eq!(bits(Format::R4, ElementType::Bf16, 64), 4.25);
         assert_eq!(bits(Format::R3, ElementType::F16, 128), 3.125);
         assert_eq!(bits(Format::R2, ElementType::F16, 64), 2.25);
+        assert_eq!(bits(Format::Int4, ElementType::F16, 64), 5.0);
+        assert_eq!(bits(Format::Int2, ElementType::Bf16, 128), 3.0);
     }
 }

@@ -121,7 +121,7 @@ fn cuda(geometry: Geometry, change: impl FnOnce(&mut CacheConfig)) -> Result<Cac
     Ok(Cache::builder(geometry).devices(Devices::cuda(1)).configure(small).configure(change))
 }
 
-pub const FORMATS: [Format; 6] = Format::ALL;
+pub const FORMATS: [Format; 8] = Format::ALL;
 pub const ELEMENTS: [ElementType; 3] = [ElementType::F16, ElementType::Bf16, ElementType::F32];
 
 /// `(block_tokens, layers, kv_heads, key_dim, value_dim)`: round and odd, keys and values alike and not.
@@ -149,6 +149,13 @@ impl fmt::Display for Combo {
         write!(f, "{} tokens a block, ", self.geometry.block_tokens)?;
         write!(f, "{}x{}x({}+{})", group.layers, group.kv_heads, group.key_dim, group.value_dim)
     }
+}
+
+/// A shape with blocks that `format` takes.
+pub fn shaped(format: Format, shape: (u32, u32, u32, u32, u32), element: ElementType) -> Geometry {
+    let geometry = geometry(shape, element);
+    let block_tokens = geometry.block_tokens;
+    if format.is_grouped() { geometry.block_tokens(block_tokens.next_multiple_of(32)) } else { geometry }
 }
 
 pub fn geometry(shape: (u32, u32, u32, u32, u32), element: ElementType) -> Geometry {
@@ -187,7 +194,7 @@ pub fn all_combos() -> impl Iterator<Item = Combo> {
                 SHAPES.into_iter().map(move |shape| Combo {
                     setup,
                     format,
-                    geometry: geometry(shape, element),
+                    geometry: shaped(format, shape, element),
                 })
             })
         })

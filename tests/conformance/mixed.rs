@@ -14,7 +14,7 @@ fn runs() -> impl Iterator<Item = (Combo, ElementType)> {
         let formats = Format::ALL.into_iter().filter(|format| *format != Format::Raw).enumerate();
         formats.map(move |(at, format)| {
             let element = ELEMENTS[(number + at) % ELEMENTS.len()];
-            let mut geometry = geometry((16, 2, 2, 64, 24), element);
+            let mut geometry = geometry((32, 2, 2, 64, 24), element);
             let layout = [RopeLayout::Interleaved, RopeLayout::HalfSplit][(number / 3 + at) % 2];
             geometry.groups[0].rope = Some(Rope {
                 inv_freq: (0..24).map(|i| 10_000f32.powf(-2.0 * i as f32 / 48.0)).collect(),
@@ -151,10 +151,12 @@ async fn means_take_what_all_keys_share<E: Number>(combo: Combo) {
         Format::Fp8 => 0.04,
         Format::R4 => 0.115,
         Format::R3 => 0.22,
+        Format::Int4 => 0.10,
+        Format::Int2 => 0.50,
         _ => 0.40,
     };
     let rounding = if E::TYPE == ElementType::Bf16 { 0.08 } else { 0.01 };
-    let text = text::<E>(&combo.geometry, 0, 16 * 6 + 5, 1);
+    let text = text::<E>(&combo.geometry, 0, 32 * 6 + 5, 1);
     let sequence = rig.cache.open("tenant", OpenOptions::default().prompt(&text.ids)).await.unwrap();
     sequence.append(&text.ids, &text.keys, &text.values).await.unwrap();
     rig.sealed(&sequence).await;
@@ -164,20 +166,20 @@ async fn means_take_what_all_keys_share<E: Number>(combo: Combo) {
     // Who finds the prefix reads the same, also where blocks have moved to the host.
     sequence.offload().await.unwrap();
     let other = rig.cache.open("tenant", OpenOptions::default().prompt(&text.ids)).await.unwrap();
-    assert_eq!(other.len(), 96);
+    assert_eq!(other.len(), 192);
     for layer in 0..2 {
-        let [mine, theirs] = [&sequence, &other].map(|sequence| sequence.read::<E>(layer, 0..96));
+        let [mine, theirs] = [&sequence, &other].map(|sequence| sequence.read::<E>(layer, 0..192));
         assert_eq!(mine.await.unwrap(), theirs.await.unwrap(), "{combo}");
     }
     sequence.prefetch().await.unwrap();
     // Into a sealed block: it is decoded, written to and encoded again, at its own place.
-    other.truncate(16 * 4 + 7).await.unwrap();
+    other.truncate(32 * 4 + 7).await.unwrap();
     let per_token = [text.keys.len() / 2 / text.ids.len(), text.values.len() / 2 / text.ids.len()];
     let rest = |all: &[E], per_token: usize| -> Vec<E> {
-        all.chunks(all.len() / 2).flat_map(|layer| &layer[(16 * 4 + 7) * per_token..]).copied().collect()
+        all.chunks(all.len() / 2).flat_map(|layer| &layer[(32 * 4 + 7) * per_token..]).copied().collect()
     };
     let (keys, values) = (rest(&text.keys, per_token[0]), rest(&text.values, per_token[1]));
-    other.append(&text.ids[16 * 4 + 7..], &keys, &values).await.unwrap();
+    other.append(&text.ids[32 * 4 + 7..], &keys, &values).await.unwrap();
     rig.sealed(&other).await;
     let twice = error(&rig, &other, &text).await;
     assert!(twice < 1.2 * (share * text.spread + rounding), "{combo}: {twice} after {once}");
@@ -203,7 +205,7 @@ async fn some_blocks_stay_raw<E: Number>(combo: Combo) {
         (c.quantisation.raw_sinks, c.quantisation.raw_window_blocks) = (Some(true), Some(2));
     };
     let Some(rig) = rig::<E>(&combo, keep).await else { return };
-    let text = text::<E>(&combo.geometry, 0, 16 * 6 + 5, 2);
+    let text = text::<E>(&combo.geometry, 0, 32 * 6 + 5, 2);
     let options = || OpenOptions::default().prompt(&text.ids);
     let sequence = rig.cache.open("tenant", options()).await.unwrap();
     sequence.append(&text.ids, &text.keys, &text.values).await.unwrap();
@@ -214,19 +216,19 @@ async fn some_blocks_stay_raw<E: Number>(combo: Combo) {
     };
     assert_eq!(formats(&sequence), [true, false, false, false, true, true, true], "{combo}");
     assert_eq!(sequence.info().blocks_to_seal, 0);
-    let (keys, _) = sequence.read::<E>(0, 0..101).await.unwrap();
+    let (keys, _) = sequence.read::<E>(0, 0..197).await.unwrap();
     let per_token = rig.layout.kv_heads * DIM;
-    let expected = &text.keys[..101 * per_token];
-    assert_eq!(keys[..16 * per_token], expected[..16 * per_token]);
-    assert_eq!(keys[64 * per_token..], expected[64 * per_token..]);
+    let expected = &text.keys[..197 * per_token];
+    assert_eq!(keys[..32 * per_token], expected[..32 * per_token]);
+    assert_eq!(keys[128 * per_token..], expected[128 * per_token..]);
     // A fork has a window of its own: what it grows past is sealed for both.
     let fork = sequence.fork().await.unwrap();
-    let more = self::text::<E>(&combo.geometry, 101, 27, 3);
+    let more = self::text::<E>(&combo.geometry, 197, 59, 3);
     fork.append(&more.ids, &more.keys, &more.values).await.unwrap();
     eventually("the window to have moved on", || fork.info().sealed_blocks == 5).await;
     assert_eq!(formats(&fork), [true, false, false, false, false, false, true, true], "{combo}");
     // Cut back, and grown again.
-    fork.truncate(50).await.unwrap();
+    fork.truncate(98).await.unwrap();
     drop(fork);
     // Once nobody has it open only the sinks are raw.
     drop(sequence);
@@ -236,7 +238,7 @@ async fn some_blocks_stay_raw<E: Number>(combo: Combo) {
     })
     .await;
     let again = rig.cache.open("tenant", options()).await.unwrap();
-    assert_eq!(again.len(), 96);
+    assert_eq!(again.len(), 192);
     assert_eq!(formats(&again), [true, false, false, false, false, false], "{combo}");
     drop(again);
     rig.cache.invalidate(Invalidate::All).await.unwrap();

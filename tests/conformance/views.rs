@@ -61,10 +61,10 @@ pub(super) fn look<E: Number>(layout: &BlockLayout, view: &View) -> Seen<E> {
                         let rows = codes.chunks(dim).zip(scales);
                         rows.flat_map(|(codes, scale)| int8_decode::<E>(codes, scale)).collect()
                     }
-                    Rows::Coded { format, codes, scales } => {
-                        assert_eq!(format, block.format());
-                        assert_eq!(codes.len(), tokens * format.row_bytes(E::TYPE, dim));
-                        assert_eq!(scales.bytes().len(), tokens * format.scale_bytes(E::TYPE));
+                    Rows::Coded { rows, skip, codes, scales } => {
+                        assert_eq!(rows, RowFormat { format: block.format(), element: E::TYPE, plane, dim });
+                        assert_eq!(codes.len(), tokens * rows.row_bytes());
+                        assert_eq!(scales.bytes().len(), rows.scales_bytes(skip + tokens));
                         seen.stored.extend_from_slice(codes);
                         seen.stored.extend_from_slice(scales.bytes());
                         decoded(&block, plane, head, dim)
@@ -222,9 +222,9 @@ async fn a_block_table_agrees_with_the_view<E: Number>(rig: Rig<E>) {
 fn code_bits(format: Format, element_bytes: usize) -> usize {
     match format {
         Format::Int8 | Format::Fp8 => 8,
-        Format::R4 => 4,
+        Format::R4 | Format::Int4 => 4,
         Format::R3 => 3,
-        Format::R2 => 2,
+        Format::R2 | Format::Int2 => 2,
         _ => 8 * element_bytes,
     }
 }

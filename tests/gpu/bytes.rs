@@ -7,7 +7,7 @@ use kv_cache::*;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use crate::common::{Combo, Number, Rig, SETUPS, Tokens, geometry};
+use crate::common::{Combo, Number, Rig, SETUPS, Tokens, geometry, shaped};
 use crate::device::OnDevice;
 
 /// `(block_tokens, layers, kv_heads, key_dim, value_dim)`: every width that a kernel treats on its own, and odd ones.
@@ -135,7 +135,7 @@ fn some_means(geometry: &mut Geometry, seed: u64) -> tempfile::NamedTempFile {
 }
 
 async fn same_bytes<E: OnDevice>(format: Format, shape: (u32, u32, u32, u32, u32), centred: bool, seed: u64) {
-    let mut geometry = geometry(shape, E::TYPE);
+    let mut geometry = shaped(format, shape, E::TYPE);
     let file = centred.then(|| some_means(&mut geometry, seed));
     let means = file.as_ref().map(tempfile::NamedTempFile::path);
     let Some(gpu) = rig::<E>("cuda", format, geometry.clone(), means).await else { return };

@@ -175,7 +175,7 @@ impl CpuLane {
                     }
                     _ => raw,
                 };
-                finite &= self.kernels.encode(format, layout.element, layout.dim(plane), rows, codes, scales);
+                finite &= self.kernels.encode(sealed.rows(plane), rows, codes, scales);
             }
         }
         finite
@@ -226,8 +226,9 @@ impl CpuLane {
         let (layout, layer) = (&self.layout, which.layer);
         let first = which.head * layout.block_tokens + which.tokens.start;
         let rows = first..first + which.tokens.len();
-        let (element, dim, row) = (layout.element, layout.dim(plane), layout.row_bytes(plane));
-        let (codes, scales) = FormatLayout::new(format, layout).places(layout, layer, plane, &rows);
+        let (element, row) = (layout.element, layout.row_bytes(plane));
+        let stored = FormatLayout::new(format, layout);
+        let (codes, scales) = stored.places(layout, layer, plane, &rows);
         // SAFETY: acknowledged rows (4) of a slot that the flight has pinned (3); nobody writes to sealed blocks.
         let (codes, scales) = unsafe {
             (
@@ -240,7 +241,8 @@ impl CpuLane {
                 self.kernels.copy_rows(element, codes, row, target, stride, row, rows.len());
             }
             _ => {
-                self.kernels.decode(format, element, dim, codes, scales, target, stride);
+                let of = stored.rows(plane);
+                self.kernels.decode(of, rows.start % of.scale_rows(), codes, scales, target, stride);
                 if let (Some(centres), Plane::Key) = (&self.centres, plane) {
                     centres.add(which, element, target, stride);
                 }

@@ -4,6 +4,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use kv_cache_actors::format::RowFormat;
 use kv_cache_actors::geometry::{BlockLayout, Plane};
 
 use super::Slab;
@@ -41,15 +42,20 @@ pub struct BlockStrides {
 impl BlockStrides {
     /// For rows of `key` and `value` bytes.
     fn new(layout: &BlockLayout, key: usize, value: usize) -> Self {
-        let block_tokens = layout.block_tokens as u64;
-        let (key, value, heads) = (key as u64, value as u64, layout.kv_heads as u64);
+        Self::grouped(layout, (key, 1), (value, 1))
+    }
+
+    /// For `bytes` that so many tokens have in common.
+    fn grouped(layout: &BlockLayout, key: (usize, usize), value: (usize, usize)) -> Self {
+        let of_head = |(bytes, tokens): (usize, usize)| (layout.block_tokens / tokens * bytes) as u64;
+        let (keys, values, heads) = (of_head(key), of_head(value), layout.kv_heads as u64);
         BlockStrides {
-            key_token_bytes: key,
-            key_head_bytes: block_tokens * key,
-            values_bytes: heads * block_tokens * key,
-            value_token_bytes: value,
-            value_head_bytes: block_tokens * value,
-            layer_bytes: heads * block_tokens * (key + value),
+            key_token_bytes: key.0 as u64,
+            key_head_bytes: keys,
+            values_bytes: heads * keys,
+            value_token_bytes: value.0 as u64,
+            value_head_bytes: values,
+            layer_bytes: heads * (keys + values),
         }
     }
 }
@@ -92,6 +98,10 @@ impl DeviceBlockTable {
     pub const R3: u8 = 4;
     /// The number of `r2` blocks in the `formats` array.
     pub const R2: u8 = 5;
+    /// The number of `int4` blocks in the `formats` array.
+    pub const INT4: u8 = 6;
+    /// The number of `int2` blocks in the `formats` array.
+    pub const INT2: u8 = 7;
 
     /// The same table on the host, and which sequence each row is.
     pub fn host(&self) -> &BlockTable {
@@ -154,10 +164,14 @@ impl DeviceBlockTable {
         BlockStrides::new(&self.layout, row(Plane::Key), row(Plane::Value))
     }
 
-    /// Strides of scales in blocks of `format`; all 0 for `raw`, which has none.
+    /// Strides of scales in blocks of `format`; all 0 for `raw`, which has none. 32 tokens of a head have their key scales in common in
+    /// `int4` and `int2`: there `key_token_bytes` leads from those of 32 tokens to those of the next 32.
     pub fn scale_strides(&self, format: Format) -> BlockStrides {
-        let scale = format.scale_bytes(self.layout.element);
-        BlockStrides::new(&self.layout, scale, scale)
+        let scales = |plane| {
+            let rows = RowFormat::new(format, &self.layout, plane);
+            (rows.scale_bytes(), rows.scale_rows())
+        };
+        BlockStrides::grouped(&self.layout, scales(Plane::Key), scales(Plane::Value))
     }
 }
 

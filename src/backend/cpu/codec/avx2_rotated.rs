@@ -391,7 +391,7 @@ fn transposed(x: [__m256; 8]) -> [__m256; 8] {
 /// The `i`th 8 elements of a row.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn load_8<const E: u8>(row: &[u8], i: usize) -> __m256 {
+pub(super) fn load_8<const E: u8>(row: &[u8], i: usize) -> __m256 {
     if E == F32 {
         return _mm256_castsi256_ps(load_full(row, i));
     }
@@ -404,7 +404,7 @@ fn load_8<const E: u8>(row: &[u8], i: usize) -> __m256 {
 
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn store_8<const E: u8>(row: &mut [u8], i: usize, x: __m256) {
+pub(super) fn store_8<const E: u8>(row: &mut [u8], i: usize, x: __m256) {
     match E {
         F32 => store_full(row, i, _mm256_castps_si256(x)),
         F16 => store_half(row, i, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)),

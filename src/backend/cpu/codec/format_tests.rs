@@ -1,7 +1,8 @@
 //! The formats beside `int8`, and what all have in common: an independent f64 reference, bounds, and bytes that nobody wrote.
 
 use half::{bf16, f16};
-use kv_cache_actors::format::Format;
+use kv_cache_actors::format::{Format, GROUP, RowFormat};
+use kv_cache_actors::geometry::Plane;
 use proptest::prelude::*;
 
 use super::{ElementType, Kernels};
@@ -31,17 +32,22 @@ fn values_of(element: ElementType, bytes: &[u8]) -> Vec<f64> {
     bytes.chunks(element.bytes()).map(value).collect()
 }
 
+/// Rows of values.
 fn encode(
     kernels: Kernels,
     format: Format,
     element: ElementType,
     dim: usize,
-    row: &[u8],
+    rows: &[u8],
 ) -> (bool, Vec<u8>, Vec<u8>) {
-    let rows = row.len() / (dim * element.bytes());
-    let mut codes = vec![0xEE; rows * format.row_bytes(element, dim)];
-    let mut scales = vec![0xEE; rows * format.scale_bytes(element)];
-    let finite = kernels.encode(format, element, dim, row, &mut codes, &mut scales);
+    encode_rows(kernels, RowFormat { format, element, plane: Plane::Value, dim }, rows)
+}
+
+fn encode_rows(kernels: Kernels, of: RowFormat, rows: &[u8]) -> (bool, Vec<u8>, Vec<u8>) {
+    let count = rows.len() / (of.dim * of.element.bytes());
+    let mut codes = vec![0xEE; count * of.row_bytes()];
+    let mut scales = vec![0xEE; of.scales_bytes(count)];
+    let finite = kernels.encode(of, rows, &mut codes, &mut scales);
     (finite, codes, scales)
 }
 
@@ -53,10 +59,14 @@ fn decode(
     codes: &[u8],
     scales: &[u8],
 ) -> Vec<u8> {
-    let rows = scales.len() / format.scale_bytes(element);
+    decode_rows(kernels, RowFormat { format, element, plane: Plane::Value, dim }, 0, codes, scales)
+}
+
+fn decode_rows(kernels: Kernels, of: RowFormat, skip: usize, codes: &[u8], scales: &[u8]) -> Vec<u8> {
+    let (dim, element) = (of.dim, of.element);
     let stride = (dim + 1) * element.bytes();
-    let mut out = vec![0xEE; rows * stride];
-    kernels.decode(format, element, dim, codes, scales, &mut out, stride);
+    let mut out = vec![0xEE; codes.len() / of.row_bytes() * stride];
+    kernels.decode(of, skip, codes, scales, &mut out, stride);
     let row = |row: &[u8]| {
         assert!(row[dim * element.bytes()..].iter().all(|byte| *byte == 0xEE), "wrote between rows");
         row[..dim * element.bytes()].to_vec()
@@ -204,7 +214,9 @@ fn zeros_stay_zeros_and_bad_rows_are_told() {
                     assert!(!finite, "{} {format} {element:?} {bad}", kernels.name());
                     let back = values_of(element, &decode(kernels, format, element, 64, &codes, &scales));
                     assert!(back.iter().all(|x| x.is_finite()));
-                    assert!(back[64..].iter().all(|x| *x == 0.0), "the bad row is stored as zeros");
+                    // Element 36 of the second row: with it goes what shares its scale.
+                    let lost = if format.is_grouped() { 96..128 } else { 64..128 };
+                    assert!(back[lost].iter().all(|x| *x == 0.0), "what is bad is stored as zeros");
                 }
             }
         }
@@ -310,11 +322,120 @@ proptest! {
             (state >> 56) as u8
         };
         let codes = (0..3 * format.row_bytes(element, dim)).map(|_| byte()).collect::<Vec<_>>();
-        let scales = (0..3 * format.scale_bytes(element)).map(|_| byte()).collect::<Vec<_>>();
+        let of = RowFormat { format, element, plane: Plane::Value, dim };
+        let scales = (0..of.scales_bytes(3)).map(|_| byte()).collect::<Vec<_>>();
         let expected = decode(Kernels::scalar(), format, element, dim, &codes, &scales);
         prop_assert!(values_of(element, &expected).iter().all(|x| x.is_finite()));
         for kernels in Kernels::candidates() {
             prop_assert_eq!(&decode(kernels, format, element, dim, &codes, &scales), &expected);
         }
     }
+
+    /// Groups of keys and values are as the definition says, by every kernel set, and any run of rows decodes by itself.
+    #[test]
+    fn grouped_rows_are_those_of_the_reference((of, numbers, run) in grouped()) {
+        let bytes = bytes_of(of.element, &numbers);
+        let rows = numbers.len() / of.dim;
+        let expected = encode_rows(Kernels::scalar(), of, &bytes);
+        prop_assert!(expected.0);
+        let x = values_of(of.element, &bytes);
+        let back = values_of(of.element, &decode_rows(Kernels::scalar(), of, 0, &expected.1, &expected.2));
+        for (at, (x_at, back)) in x.iter().zip(&back).enumerate() {
+            let (row, column) = (at / of.dim, at % of.dim);
+            let group: Vec<f64> = match of.plane {
+                Plane::Key => (row / GROUP * GROUP..(row / GROUP + 1) * GROUP).map(|row| x[row * of.dim + column]).collect(),
+                Plane::Value => {
+                    let first = column / GROUP * GROUP;
+                    x[row * of.dim + first..row * of.dim + of.dim.min(first + GROUP)].to_vec()
+                }
+            };
+            let (low, high) = group.iter().fold((f64::MAX, f64::MIN), |(low, high), x| (low.min(*x), high.max(*x)));
+            let most = if of.format == Format::Int4 { 15.0 } else { 3.0 };
+            if high - low > 3e38 {
+                continue;
+            }
+            // Half a step, what rounding took from the step for the largest code, and rounding of the value.
+            let (digits, tiny): (f64, f64) = match of.element {
+                ElementType::F16 => (11.0, 2f64.powi(-24)),
+                ElementType::Bf16 => (8.0, 2f64.powi(-100)),
+                ElementType::F32 => (24.0, 2f64.powi(-100)),
+            };
+            let step = (high - low) / most;
+            let bound = step * (0.5 + most * 2f64.powf(-digits)) * 1.0001
+                + x_at.abs().max(back.abs()) * 2f64.powf(-digits.min(22.0)) + (most + 1.0) * tiny;
+            prop_assert!((x_at - back).abs() <= bound, "{of:?} {row} {column}: {x_at} became {back}, of {low} to {high}");
+        }
+        for kernels in Kernels::candidates() {
+            let encoded = encode_rows(kernels, of, &bytes);
+            prop_assert_eq!(&encoded, &expected, "{} {:?}", kernels.name(), of);
+            let (first, end) = (run.0 % rows, run.0 % rows + 1 + run.1 % (rows - run.0 % rows));
+            let (skip, row) = (first % of.scale_rows(), of.row_bytes());
+            let sets = first / of.scale_rows()..end.div_ceil(of.scale_rows());
+            let scales = &expected.2[sets.start * of.scale_bytes()..sets.end * of.scale_bytes()];
+            let some = decode_rows(kernels, of, skip, &expected.1[first * row..end * row], scales);
+            prop_assert_eq!(values_of(of.element, &some), &back[first * of.dim..end * of.dim]);
+        }
+    }
+
+    /// A number that is none among others costs its own group.
+    #[test]
+    fn a_bad_element_costs_its_group((of, mut numbers, (at, _)) in grouped()) {
+        let at = at % numbers.len();
+        let before = encode_rows(Kernels::scalar(), of, &bytes_of(of.element, &numbers));
+        numbers[at] = f32::NAN;
+        let bytes = bytes_of(of.element, &numbers);
+        let expected = encode_rows(Kernels::scalar(), of, &bytes);
+        prop_assert!(!expected.0);
+        let decode = |(_, codes, scales): &(bool, Vec<u8>, Vec<u8>)| {
+            values_of(of.element, &decode_rows(Kernels::scalar(), of, 0, codes, scales))
+        };
+        let (row, column) = (at / of.dim, at % of.dim);
+        for (at, (before, after)) in decode(&before).into_iter().zip(decode(&expected)).enumerate() {
+            let is_lost = match of.plane {
+                Plane::Key => at % of.dim == column && at / of.dim / GROUP == row / GROUP,
+                Plane::Value => at / of.dim == row && at % of.dim / GROUP == column / GROUP,
+            };
+            prop_assert_eq!(after, if is_lost { 0.0 } else { before });
+        }
+        for kernels in Kernels::candidates() {
+            prop_assert_eq!(&encode_rows(kernels, of, &bytes), &expected, "{} {:?}", kernels.name(), of);
+        }
+    }
+
+    /// Keys that nobody encoded.
+    #[test]
+    fn random_grouped_keys_decode(element in element(), int4 in any::<bool>(), dim in 1usize..200, seed in any::<u64>()) {
+        let format = if int4 { Format::Int4 } else { Format::Int2 };
+        let of = RowFormat { format, element, plane: Plane::Key, dim };
+        let mut state = seed | 1;
+        let mut byte = || {
+            state = state.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(0x1405_7B7E_F767_814F);
+            (state >> 56) as u8
+        };
+        let codes = (0..40 * of.row_bytes()).map(|_| byte()).collect::<Vec<_>>();
+        let scales = (0..of.scales_bytes(5 + 40)).map(|_| byte()).collect::<Vec<_>>();
+        let expected = decode_rows(Kernels::scalar(), of, 5, &codes, &scales);
+        prop_assert!(values_of(element, &expected).iter().all(|x| x.is_finite()));
+        for kernels in Kernels::candidates() {
+            prop_assert_eq!(&decode_rows(kernels, of, 5, &codes, &scales), &expected);
+        }
+    }
+}
+
+fn grouped() -> impl Strategy<Value = (RowFormat, Vec<f32>, (usize, usize))> {
+    let formats = prop::sample::select(vec![Format::Int4, Format::Int2]);
+    let dims = prop::sample::select(vec![1usize, 7, 24, 32, 64, 80, 96, 128, 256, 288]);
+    let planes = prop::sample::select(Plane::BOTH.to_vec());
+    (formats, element(), planes, dims).prop_flat_map(|(format, element, plane, dim)| {
+        let of = RowFormat { format, element, plane, dim };
+        let rows = if plane == Plane::Key { 2 * GROUP } else { 5 };
+        // All numbers, or all of one size, so that steps are of it too.
+        let any = prop::collection::vec(number(element), rows * dim);
+        let alike = prop::collection::vec(-3.0f32..5.0, rows * dim);
+        (Just(of), prop_oneof![any, alike], (any_place(), any_place()))
+    })
+}
+
+fn any_place() -> impl Strategy<Value = usize> {
+    0usize..10_000
 }

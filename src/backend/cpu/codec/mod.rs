@@ -53,6 +53,20 @@
 //! constant plus a small signal: the error is a share of the whole length (0.95 % of its square with 4 bits, 3.5 % with 3, 12 % with 2).
 //! A dim that is odd is not rotated at all.
 //!
+//! # The formats `int4` and `int2`
+//!
+//! A group is stored as its least element `m`, a step `s` and a code for each element (KIVI: Liu et al. 2024, arXiv 2402.02750). In
+//! keys a group is one channel of 32 consecutive tokens of a head, in values 32 neighbours of a row, the last of which may be fewer.
+//! With `n` = 15 or 3:
+//!
+//! - `m` is exact, in the element type; `s = (max - m) / n`, rounded to the element type, at least the floor of `int8` scales and
+//!   finite. (A group that spans more than the largest f32 is cut off.)
+//! - Code: `round(min((x - m) · (1 / s), n))`, each operation rounded. Element `i` has the bits from `i · bits` of the row's bytes.
+//! - Value: `q · s + m`, fused, saturated and rounded to the element type.
+//!
+//! The error of a value is at most `s / 2`, plus the rounding to the element type, plus `n` times what rounding took from the step.
+//! A group with a NaN or an infinity gets zeros and the floor step.
+//!
 //! # Stores
 //!
 //! All stores are ordinary ones. Non-temporal stores were measured: on buffers far beyond the caches they change
@@ -67,11 +81,14 @@
 //!    bounds-checked slices or arrays and use the unaligned forms.
 
 mod fp8;
+mod grouped;
 mod rotated;
 mod scalar;
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx2_grouped;
 #[cfg(target_arch = "x86_64")]
 mod avx2_rotated;
 
@@ -85,8 +102,8 @@ use std::time::{Duration, Instant};
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use kv_cache_actors::format::Format;
-use kv_cache_actors::geometry::ElementType;
+use kv_cache_actors::format::{Format, RowFormat};
+use kv_cache_actors::geometry::{ElementType, Plane};
 
 /// The least scale of f16 rows, 2^-24: the smallest positive f16.
 const SCALE_FLOOR_F16: f16 = f16::from_bits(1);
@@ -151,16 +168,22 @@ type RotatedEncode = unsafe fn(usize, ElementType, usize, &[u8], &mut [u8], &mut
 /// `(bits, element, dim, codes, factors, dst, dst_stride)`, `dim > 0`
 type RotatedDecode = unsafe fn(usize, ElementType, usize, &[u8], &[u8], &mut [u8], usize);
 
+/// `(rows, src, codes, scales)`
+type GroupedEncode = unsafe fn(RowFormat, &[u8], &mut [u8], &mut [u8]) -> bool;
+/// `(rows, skip, codes, scales, dst, dst_stride)`
+type GroupedDecode = unsafe fn(RowFormat, usize, &[u8], &[u8], &mut [u8], usize);
+
 /// A set of kernels for one instruction set. All sets yield identical bytes.
 ///
 /// ```
 /// use kv_cache::codec::Kernels;
-/// use kv_cache::{ElementType, Format};
+/// use kv_cache::{ElementType, Format, Plane, RowFormat};
 ///
 /// // One row of two f32.
+/// let rows = RowFormat { format: Format::Int8, element: ElementType::F32, plane: Plane::Key, dim: 2 };
 /// let row: Vec<u8> = [1.0f32, -127.0].iter().flat_map(|x| x.to_le_bytes()).collect();
 /// let (mut codes, mut scale) = ([0; 2], [0; 4]);
-/// assert!(Kernels::best().encode(Format::Int8, ElementType::F32, 2, &row, &mut codes, &mut scale));
+/// assert!(Kernels::best().encode(rows, &row, &mut codes, &mut scale));
 /// assert_eq!(codes, [1, 0x81]);
 /// assert_eq!(f32::from_le_bytes(scale), 1.0);
 /// ```
@@ -172,6 +195,8 @@ pub struct Kernels {
     int8_decode: Int8Decode,
     rotated_encode: RotatedEncode,
     rotated_decode: RotatedDecode,
+    grouped_encode: GroupedEncode,
+    grouped_decode: GroupedDecode,
 }
 
 impl Kernels {
@@ -184,6 +209,8 @@ impl Kernels {
             int8_decode: scalar::int8_decode,
             rotated_encode: rotated::encode,
             rotated_decode: rotated::decode,
+            grouped_encode: grouped::encode,
+            grouped_decode: grouped::decode,
         }
     }
 
@@ -201,6 +228,8 @@ impl Kernels {
                 int8_decode: avx2::int8_decode,
                 rotated_encode: avx2_rotated::encode,
                 rotated_decode: avx2_rotated::decode,
+                grouped_encode: avx2_grouped::encode,
+                grouped_decode: avx2_grouped::decode,
             });
         }
         candidates
@@ -248,31 +277,27 @@ impl Kernels {
         unsafe { (self.copy_rows)(element, src, src_stride, dst, dst_stride, row_bytes, rows) }
     }
 
-    /// Encodes rows to `format`, in one pass.
+    /// Encodes rows, in one pass.
     ///
-    /// - `src`: `[rows, dim]` elements, finite ones if the result is to be of use
-    /// - `codes`: `[rows]`, [`Format::row_bytes`] each
-    /// - `scales`: `[rows]`, [`Format::scale_bytes`] each; its length says how many rows there are
+    /// - `src`: `[rows, dim]` elements, finite ones if the result is to be of use; a multiple of [`RowFormat::scale_rows`]
+    /// - `codes`: `[rows]`, [`RowFormat::row_bytes`] each
+    /// - `scales`: [`RowFormat::scale_bytes`] for each `scale_rows` rows
     ///
     /// Returns whether every element is finite.
     ///
     /// # Panics
-    /// If the lengths of the three slices do not agree, or if `format` is [`Format::Raw`], which has no codes.
-    pub fn encode(
-        &self,
-        format: Format,
-        element: ElementType,
-        dim: usize,
-        src: &[u8],
-        codes: &mut [u8],
-        scales: &mut [u8],
-    ) -> bool {
-        let rows = check_rows(format, element, dim, codes, scales);
-        assert!(rows.checked_mul(dim * element.bytes()) == Some(src.len()), "src is not [rows, dim]");
+    /// If the lengths of the three slices do not agree, or if the format is [`Format::Raw`], which has no codes.
+    pub fn encode(&self, rows: RowFormat, src: &[u8], codes: &mut [u8], scales: &mut [u8]) -> bool {
+        let RowFormat { format, element, dim, .. } = rows;
+        let count = check_rows(rows, 0, codes, scales);
+        assert!(count.checked_mul(dim * element.bytes()) == Some(src.len()), "src is not [rows, dim]");
+        assert!(count.is_multiple_of(rows.scale_rows()), "rows that share their scales are encoded together");
         match format {
             // SAFETY: invariant 1.
             Format::Int8 => unsafe { (self.int8_encode)(element, dim, src, codes, scales) },
             Format::Fp8 => fp8::encode(element, dim, src, codes, scales),
+            // SAFETY: invariant 1.
+            Format::Int4 | Format::Int2 => unsafe { (self.grouped_encode)(rows, src, codes, scales) },
             // SAFETY: invariant 1.
             _ => unsafe {
                 (self.rotated_encode)(format.code_bits(element), element, dim, src, codes, scales)
@@ -283,30 +308,36 @@ impl Kernels {
     /// Decodes rows: the inverse of [`encode`](Self::encode), but for the rows of `dst`, which begin `dst_stride` bytes
     /// apart. What lies between them is left alone.
     ///
+    /// `codes` may begin and end in the middle of rows that share their scales: `skip` of those come before the first, so it is 0 but for
+    /// keys in `int4` and `int2`.
+    ///
     /// Any bytes decode to finite values: a scale that is no number acts like one that is too large.
     ///
     /// # Panics
-    /// If the lengths of `codes` and `scales` do not agree, if the rows of `dst` lie outside it or overlap, or if `format` is
+    /// If the lengths of `codes` and `scales` do not agree, if the rows of `dst` lie outside it or overlap, or if the format is
     /// [`Format::Raw`].
-    #[allow(clippy::too_many_arguments, reason = "a strided view and the shape of the rows")]
     pub fn decode(
         &self,
-        format: Format,
-        element: ElementType,
-        dim: usize,
+        rows: RowFormat,
+        skip: usize,
         codes: &[u8],
         scales: &[u8],
         dst: &mut [u8],
         dst_stride: usize,
     ) {
-        let rows = check_rows(format, element, dim, codes, scales);
+        let RowFormat { format, element, dim, .. } = rows;
+        let count = check_rows(rows, skip, codes, scales);
         let row_bytes = dim.saturating_mul(element.bytes());
-        assert!(holds_rows(dst.len(), dst_stride, row_bytes, rows), "a row lies outside dst");
-        assert!(rows < 2 || dst_stride >= row_bytes, "rows of dst overlap");
+        assert!(holds_rows(dst.len(), dst_stride, row_bytes, count), "a row lies outside dst");
+        assert!(count < 2 || dst_stride >= row_bytes, "rows of dst overlap");
         match format {
             // SAFETY: invariant 1.
             Format::Int8 => unsafe { (self.int8_decode)(element, dim, codes, scales, dst, dst_stride) },
             Format::Fp8 => fp8::decode(element, dim, codes, scales, dst, dst_stride),
+            // SAFETY: invariant 1.
+            Format::Int4 | Format::Int2 => unsafe {
+                (self.grouped_decode)(rows, skip, codes, scales, dst, dst_stride)
+            },
             // SAFETY: invariant 1.
             _ => unsafe {
                 let bits = format.code_bits(element);
@@ -327,13 +358,15 @@ impl Kernels {
         let mut scales = vec![0; ROWS * ElementType::F16.scale_bytes()];
         let mut dst = vec![0; src.len()];
 
+        let rows =
+            RowFormat { format: Format::Int8, element: ElementType::F16, plane: Plane::Value, dim: DIM };
         let begin = Instant::now();
         let mut shortest = Duration::MAX;
         // The first round warms caches and clocks up, so at least two.
         for round in 0..16 {
             let start = Instant::now();
-            self.encode(Format::Int8, ElementType::F16, DIM, &src, &mut codes, &mut scales);
-            self.decode(Format::Int8, ElementType::F16, DIM, &codes, &scales, &mut dst, row_bytes);
+            self.encode(rows, &src, &mut codes, &mut scales);
+            self.decode(rows, 0, &codes, &scales, &mut dst, row_bytes);
             shortest = shortest.min(start.elapsed());
             if round > 0 && begin.elapsed() > Duration::from_micros(300) {
                 break;
@@ -343,16 +376,15 @@ impl Kernels {
     }
 }
 
-/// How many rows there are, of which `codes` and `scales` hold the same number.
-fn check_rows(format: Format, element: ElementType, dim: usize, codes: &[u8], scales: &[u8]) -> usize {
-    assert!(format != Format::Raw, "raw rows have no codes");
-    assert!(dim > 0, "dim is 0");
-    let scale = format.scale_bytes(element);
-    let rows = scales.len() / scale;
-    assert!(scales.len() == rows * scale, "scales is not a whole number of scales");
-    let row = format.row_bytes(element, dim);
-    assert!(rows.checked_mul(row) == Some(codes.len()), "codes is not a whole number of rows, one a scale");
-    rows
+/// How many rows there are, `skip` of those that share the first scales left out.
+fn check_rows(rows: RowFormat, skip: usize, codes: &[u8], scales: &[u8]) -> usize {
+    assert!(rows.format != Format::Raw, "raw rows have no codes");
+    assert!(rows.dim > 0, "dim is 0");
+    assert!(skip < rows.scale_rows(), "rows are skipped whose scales are not needed");
+    let count = codes.len() / rows.row_bytes();
+    assert!(codes.len() == count * rows.row_bytes(), "codes is not a whole number of rows");
+    assert!(scales.len() == rows.scales_bytes(skip + count), "scales are not those of the rows");
+    count
 }
 
 /// Whether `rows` rows of `row_bytes`, `stride` apart, lie within `len` bytes.

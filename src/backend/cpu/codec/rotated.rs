@@ -182,7 +182,7 @@ pub(super) fn root(group: usize) -> f32 {
 }
 
 /// Code `i` of a row: bits `i * bits` and up of its bytes, the least significant first.
-fn put(codes: &mut [u8], bits: usize, i: usize, code: u8) {
+pub(super) fn put(codes: &mut [u8], bits: usize, i: usize, code: u8) {
     let (byte, shift) = (i * bits / 8, i * bits % 8);
     let wide = u16::from(code) << shift;
     codes[byte] |= wide as u8;
@@ -191,7 +191,7 @@ fn put(codes: &mut [u8], bits: usize, i: usize, code: u8) {
     }
 }
 
-fn get(codes: &[u8], bits: usize, i: usize) -> u8 {
+pub(super) fn get(codes: &[u8], bits: usize, i: usize) -> u8 {
     let (byte, shift) = (i * bits / 8, i * bits % 8);
     let high = if shift + bits > 8 { codes[byte + 1] } else { 0 };
     let wide = u16::from(codes[byte]) | u16::from(high) << 8;

@@ -2,6 +2,9 @@
 
 use half::{bf16, f16};
 
+use kv_cache_actors::format::RowFormat;
+use kv_cache_actors::geometry::Plane;
+
 use super::{ElementType, Format, Kernels, SCALE_FLOOR_F32};
 
 const ELEMENTS: [ElementType; 3] = [ElementType::F16, ElementType::Bf16, ElementType::F32];
@@ -95,6 +98,10 @@ struct Encoded {
 }
 
 /// Encodes from and to odd addresses, and checks that nothing around the outputs changes.
+fn int8(element: ElementType, dim: usize) -> RowFormat {
+    RowFormat { format: Format::Int8, element, plane: Plane::Value, dim }
+}
+
 fn encode(kernels: Kernels, element: ElementType, dim: usize, src: &[u8]) -> Encoded {
     let rows = src.len() / element.bytes() / dim;
     let mut shifted = vec![0xEE; 1];
@@ -103,7 +110,7 @@ fn encode(kernels: Kernels, element: ElementType, dim: usize, src: &[u8]) -> Enc
     let mut scales = vec![0xEE; rows * element.scale_bytes() + 4];
     let (codes_end, scales_end) = (codes.len() - 1, scales.len() - 1);
     let (codes_out, scales_out) = (&mut codes[3..codes_end], &mut scales[3..scales_end]);
-    let finite = kernels.encode(Format::Int8, element, dim, &shifted[1..], codes_out, scales_out);
+    let finite = kernels.encode(int8(element, dim), &shifted[1..], codes_out, scales_out);
     assert_eq!((&codes[..3], codes[codes_end]), (&[0xEE; 3][..], 0xEE));
     assert_eq!((&scales[..3], scales[scales_end]), (&[0xEE; 3][..], 0xEE));
     Encoded { finite, codes: codes[3..codes_end].to_vec(), scales: scales[3..scales_end].to_vec() }
@@ -113,7 +120,7 @@ fn encode(kernels: Kernels, element: ElementType, dim: usize, src: &[u8]) -> Enc
 fn decode(kernels: Kernels, element: ElementType, dim: usize, codes: &[u8], scales: &[u8]) -> Vec<u8> {
     let stride = (dim + 3) * element.bytes();
     let mut dst = vec![0xEE; codes.len() / dim * stride + 1];
-    kernels.decode(Format::Int8, element, dim, codes, scales, &mut dst[1..], stride);
+    kernels.decode(int8(element, dim), 0, codes, scales, &mut dst[1..], stride);
     for row in dst[1..].chunks(stride) {
         assert!(row[dim * element.bytes()..].iter().all(|byte| *byte == 0xEE), "wrote between rows");
     }
@@ -299,7 +306,7 @@ fn every_pair(element: ElementType, infinity: u16) {
             *code = (factor * q.min(127)) as u8;
         }
         for kernels in &sets {
-            assert!(kernels.encode(Format::Int8, element, span, &src, &mut codes, scales));
+            assert!(kernels.encode(int8(element, span), &src, &mut codes, scales));
             assert!(codes[..count] == expected[..count], "{} {element:?} max {max:#x}", kernels.name());
         }
     }
@@ -375,21 +382,21 @@ fn copies_rows_between_strides() {
 #[test]
 fn no_rows_is_no_work() {
     for kernels in Kernels::candidates() {
-        assert!(kernels.encode(Format::Int8, ElementType::F16, 64, &[], &mut [], &mut []));
-        kernels.decode(Format::Int8, ElementType::F16, 64, &[], &[], &mut [], 128);
+        assert!(kernels.encode(int8(ElementType::F16, 64), &[], &mut [], &mut []));
+        kernels.decode(int8(ElementType::F16, 64), 0, &[], &[], &mut [], 128);
     }
 }
 
 #[test]
 #[should_panic(expected = "a row lies outside dst")]
 fn refuses_a_destination_that_is_too_short() {
-    Kernels::best().decode(Format::Int8, ElementType::F16, 64, &[0; 128], &[0; 4], &mut [0; 255], 128);
+    Kernels::best().decode(int8(ElementType::F16, 64), 0, &[0; 128], &[0; 4], &mut [0; 255], 128);
 }
 
 #[test]
 #[should_panic(expected = "src is not [rows, dim]")]
 fn refuses_lengths_that_do_not_agree() {
-    Kernels::best().encode(Format::Int8, ElementType::F16, 4, &[0; 6], &mut [0; 4], &mut [0; 2]);
+    Kernels::best().encode(int8(ElementType::F16, 4), &[0; 6], &mut [0; 4], &mut [0; 2]);
 }
 
 #[test]
