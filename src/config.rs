@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use kv_cache_actors::block::HashSecret;
 use kv_cache_actors::error::ConfigError;
 use kv_cache_actors::eviction::EvictionPolicy;
-use kv_cache_actors::format::{Format, KeepRaw};
+use kv_cache_actors::format::{Format, GROUP, KeepRaw};
 use kv_cache_actors::geometry::{BlockLayout, Geometry, Plane};
 use kv_cache_actors::limits::TenantLimits;
 use kv_cache_actors::permit::Amount;
@@ -68,11 +68,12 @@ pub struct Quantisation {
     /// In which format: see [`Format`] for what each costs in accuracy.
     pub format: Format,
     /// The first block of a sequence stays raw: its first tokens are those that attention falls back on (sinks). Unless it is said:
-    /// for `r4`, `r3` and `r2`, and wherever there are `key_means`.
+    /// for formats of 4 bits and fewer, and wherever there are `key_means`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub raw_sinks: Option<bool>,
     /// Full blocks at the end of a sequence, behind the one that is being filled, that stay raw too. They are sealed when the
-    /// sequence has grown past them or is closed. Unless it is said: 1 for `r4`, 4 for `r3` and `r2`, 0 for others.
+    /// sequence has grown past them or is closed. Unless it is said: 1 for `r4`, 4 for other formats of 4 bits
+    /// and fewer, 0 for the rest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub raw_window_blocks: Option<u32>,
     /// A file of the model's mean keys ([`KeyMeans`](crate::KeyMeans)): sealed keys are stored as differences from them. Few bits need
@@ -378,6 +379,12 @@ impl CacheConfig {
             return Err(ConfigError::invalid("pinned_memory_bytes", self.pinned_memory_bytes, fix));
         }
         self.check_built()?;
+        let (format, tokens) = (self.sealed_format(), layout.block_tokens);
+        if format.is_grouped() && !tokens.is_multiple_of(GROUP) {
+            let fix =
+                format!("use a multiple of {GROUP}: {format} has a scale for each channel of {GROUP} keys");
+            return Err(ConfigError::invalid("geometry.block_tokens", tokens, fix));
+        }
         let pool = PoolLayout::plan(&layout, self.sealed_format(), self.memory_bytes_per_device)?;
         self.check_tenants(&pool)?;
         let with_tier = pool.with_host_bytes(self.host_tier_bytes_per_device);
@@ -438,7 +445,7 @@ impl CacheConfig {
     pub(crate) fn keep_raw(&self) -> KeepRaw {
         let (sinks, window_blocks) = match self.sealed_format() {
             Format::R4 => (true, 1),
-            Format::R3 | Format::R2 => (true, 4),
+            Format::R3 | Format::R2 | Format::Int4 | Format::Int2 => (true, 4),
             _ => (false, 0),
         };
         // Sinks have small keys, which are far from the mean: a difference would be stored more coarsely.

@@ -25,7 +25,7 @@ async fn refused(config: CacheConfig) -> ConfigError {
 async fn every_field_out_of_range() {
     assert_eq!(base().validate(), Ok(()));
     type Change = fn(&mut CacheConfig);
-    let wrong: [(&str, &str, Change); 29] = [
+    let wrong: [(&str, &str, Change); 30] = [
         ("devices", "cpu = 0", |c| c.devices = Devices::cpu(0)),
         ("devices", "cuda = 0", |c| c.devices = Devices::cuda(0)),
         ("pinned_memory_bytes", "1", |c| (c.devices, c.pinned_memory_bytes) = (Devices::Auto, 1)),
@@ -51,6 +51,9 @@ async fn every_field_out_of_range() {
         ("geometry.groups[0].value_dim", "4294967295", |c| c.geometry.groups[0].value_dim = u32::MAX),
         ("geometry.block_tokens", "0", |c| c.geometry.block_tokens = 0),
         ("geometry.block_tokens", "4294967295", |c| c.geometry.block_tokens = u32::MAX),
+        ("geometry.block_tokens", "40", |c| {
+            (c.quantisation.format, c.geometry.block_tokens) = (Format::Int4, 40)
+        }),
         ("geometry", "a block over 1 GiB", |c| c.geometry = huge()),
         ("geometry.groups[0].rope.rotary_dims", "10", |c| c.geometry.groups[0].rope = rope(10, 5)),
         ("geometry.groups[0].rope.rotary_dims", "3", |c| c.geometry.groups[0].rope = rope(3, 1)),

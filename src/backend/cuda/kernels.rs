@@ -21,6 +21,8 @@ const FP8: [&str; 2] = [include_str!("kernels/fp8.ptx"), include_str!("kernels/f
 const R4: [&str; 2] = [include_str!("kernels/r4.ptx"), include_str!("kernels/r4_rc.ptx")];
 const R3: [&str; 2] = [include_str!("kernels/r3.ptx"), include_str!("kernels/r3_rc.ptx")];
 const R2: [&str; 2] = [include_str!("kernels/r2.ptx"), include_str!("kernels/r2_rc.ptx")];
+const INT4: [&str; 2] = [include_str!("kernels/int4.ptx"), include_str!("kernels/int4_rc.ptx")];
+const INT2: [&str; 2] = [include_str!("kernels/int2.ptx"), include_str!("kernels/int2_rc.ptx")];
 
 /// The module of a format, if it has any kernels: blocks that stay raw are read by `CACHE`.
 ///
@@ -34,6 +36,8 @@ fn source(format: Format, centred: bool) -> Result<Option<&'static str>, DriverE
         Format::R4 => R4,
         Format::R3 => R3,
         Format::R2 => R2,
+        Format::Int4 => INT4,
+        Format::Int2 => INT2,
         other => {
             return Err(DriverError::Call {
                 call: "loading kernels",
@@ -363,21 +367,24 @@ mod tests {
     /// For bf16 and f32 it corrects the product once. Exponents only shift what the significand decides: at the floor of a scale
     /// nothing of it is subnormal yet, and the largest is far from infinity.
     #[test]
-    fn the_corrected_reciprocal_of_127_gives_the_same_f32_scales() {
-        let corrected = |most: f32| {
-            let near = most * 0.007_874_016_f32;
-            near.mul_add(-127.0, most).mul_add(0.007_874_016_f32, near)
-        };
-        let one = 1.0f32.to_bits();
-        for significand in 0..1 << 23 {
-            let most = f32::from_bits(one + significand);
-            assert_eq!(corrected(most).to_bits(), (most / 127.0).to_bits(), "{most}");
-        }
-        for exponent in 30..255 {
-            for significand in [0, 1, 0x2b_cdef, 0x7f_ffff] {
-                let most = f32::from_bits(exponent << 23 | significand);
-                let floor = 2f32.powi(-100);
-                assert_eq!(corrected(most).max(floor), (most / 127.0).max(floor), "{most:e}");
+    fn corrected_reciprocals_give_the_same_f32_scales() {
+        // Of int8, int4 and int2.
+        for codes in [127.0f32, 15.0, 3.0] {
+            let corrected = |most: f32| {
+                let near = most * (1.0 / codes);
+                near.mul_add(-codes, most).mul_add(1.0 / codes, near)
+            };
+            let one = 1.0f32.to_bits();
+            for significand in 0..1 << 23 {
+                let most = f32::from_bits(one + significand);
+                assert_eq!(corrected(most).to_bits(), (most / codes).to_bits(), "{most} / {codes}");
+            }
+            for exponent in 0..255 {
+                for significand in [0, 1, 0x2b_cdef, 0x7f_ffff] {
+                    let most = f32::from_bits(exponent << 23 | significand);
+                    let floor = 2f32.powi(-100);
+                    assert_eq!(corrected(most).max(floor), (most / codes).max(floor), "{most:e} / {codes}");
+                }
             }
         }
     }

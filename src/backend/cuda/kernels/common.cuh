@@ -28,11 +28,11 @@ struct CentreTables {
 };
 
 // Mirrors `abi::Layout`. A raw block is [layer][K|V][kv_head][token][dim], `row_bytes` a row; a sealed one has `code_bytes` a row in
-// the same order, and behind them all scales in the order of the rows.
+// the same order, and behind them all scales in the order of the rows: `scale_bytes` for a row, or for KEY_SCALE_ROWS rows of keys.
 struct Layout {
     u32 layers, kv_heads, block_tokens, element;
     u32 dim[2], row_bytes[2], code_bytes[2];
-    u32 element_bytes, scale_bytes;
+    u32 element_bytes, scale_bytes[2], padding;
     u64 plane_bytes[2];
     u64 layer_bytes;
     u64 scales_offset;
@@ -191,18 +191,27 @@ __device__ __forceinline__ bool aligned16(u64 a, u64 b) { return ((a | b) & 15) 
 // ---------------------------------------------------------------------------------------------------------------------
 // Where the rows of a plane lie, raw and sealed: they are contiguous, [kv_head][token][dim].
 
+// Keys of a head that share their scales.
+#ifndef KEY_SCALE_ROWS
+#define KEY_SCALE_ROWS 1
+#endif
+
 struct Plane {
     u64 raw, codes, scales;
-    u32 rows, dim, row_bytes, code_bytes;
+    u32 rows, dim, row_bytes, code_bytes, scale_bytes;
+    bool keys;
     __device__ __forceinline__ Plane(const Layout& L, u64 raw_slot, u64 sealed_slot, u32 index) {
         const u32 layer = index >> 1, plane = index & 1;
         rows = L.kv_heads * L.block_tokens;
         dim = L.dim[plane];
         row_bytes = L.row_bytes[plane];
         code_bytes = L.code_bytes[plane];
+        scale_bytes = L.scale_bytes[plane];
+        keys = plane == 0;
         raw = raw_slot + layer * L.layer_bytes + plane * L.plane_bytes[0];
         codes = sealed_slot + (u64)rows * (layer * (L.code_bytes[0] + L.code_bytes[1]) + plane * L.code_bytes[0]);
-        scales = sealed_slot + L.scales_offset + (u64)index * rows * L.scale_bytes;
+        const u64 of_keys = rows / KEY_SCALE_ROWS * L.scale_bytes[0], of_values = rows * L.scale_bytes[1];
+        scales = sealed_slot + L.scales_offset + layer * (of_keys + of_values) + plane * of_keys;
     }
 };
 

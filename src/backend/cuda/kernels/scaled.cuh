@@ -110,7 +110,7 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32
                 else __stcs((u32*)(to + k * p.dim), codes.x);
             }
         }
-        if (lane == 0 && count > 0) write_scales<E>(p.scales + (u64)row * L.scale_bytes, scales, count);
+        if (lane == 0 && count > 0) write_scales<E>(p.scales + (u64)row * p.scale_bytes, scales, count);
     }
     if (bad) raise(s.flag);
 }
@@ -136,7 +136,7 @@ __device__ __forceinline__ void plain_seal_rows(const Layout& L, const Convert& 
             ((u8*)p.codes)[(u64)row * p.dim + i] =
                 finite ? (u8)Code::exact(element(i), scale) : 0;
         }
-        write_scale<E>((u8*)p.scales + (u64)row * L.scale_bytes, scale);
+        write_scale<E>((u8*)p.scales + (u64)row * p.scale_bytes, scale);
         if (!finite) raise(s.flag);
     }
 }
@@ -191,7 +191,7 @@ __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, 
             for (u32 k = 0; k < DECODE_UNROLL; k++) {
                 const u32 row = min(first + k * c.rows_at_once, p.rows - 1);
                 codes[k] = load_codes<E>(p.codes + (u64)row * p.dim + c.column * N);
-                scale[k] = read_scale<E>((const u8*)p.scales + (u64)row * L.scale_bytes);
+                scale[k] = read_scale<E>((const u8*)p.scales + (u64)row * p.scale_bytes);
             }
 #pragma unroll
             for (u32 k = 0; k < DECODE_UNROLL; k++) {
@@ -205,7 +205,7 @@ __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, 
         return;
     }
     for (u32 i = threadIdx.x; i < p.rows * p.dim; i += blockDim.x) {
-        const float scale = read_scale<E>((const u8*)p.scales + (u64)(i / p.dim) * L.scale_bytes);
+        const float scale = read_scale<E>((const u8*)p.scales + (u64)(i / p.dim) * p.scale_bytes);
         float x = rounded<E>(decoded<E>(Code::value(((const u8*)p.codes)[i], 0), scale));
         if (centre.on) x = centre.shifted<E>(x, i / p.dim, i % p.dim, 1.0f);
         store<E>((u8*)p.raw + (u64)i * L.element_bytes, x);
@@ -234,7 +234,7 @@ __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool 
                 to[k] = place.target;
                 row[k] = place.row;
                 codes[k] = load_codes<E>(p.codes + (u64)place.row * p.dim + c.column * N);
-                scale[k] = read_scale<E>((const u8*)p.scales + (u64)place.row * L.scale_bytes);
+                scale[k] = read_scale<E>((const u8*)p.scales + (u64)place.row * p.scale_bytes);
             }
 #pragma unroll
             for (u32 k = 0; k < DECODE_UNROLL; k++) {
@@ -249,7 +249,7 @@ __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool 
     for (u32 i = threadIdx.x + blockIdx.z * blockDim.x; i < rows * p.dim; i += gridDim.z * blockDim.x) {
         const u32 column = i % p.dim;
         const Place place(L, r, i / p.dim);
-        const float scale = read_scale<E>((const u8*)p.scales + (u64)place.row * L.scale_bytes);
+        const float scale = read_scale<E>((const u8*)p.scales + (u64)place.row * p.scale_bytes);
         const u32 code = ((const u8*)p.codes)[(u64)place.row * p.dim + column];
         float x = rounded<E>(decoded<E>(Code::value(code, 0), scale));
         if (centre.on) x = centre.shifted<E>(x, place.row, column, 1.0f);

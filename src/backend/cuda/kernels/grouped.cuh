@@ -1,0 +1,390 @@
+// `int4` and `int2`: a least element and a step for each group; a group is a channel of 32 keys of a head, or 32 neighbours of a row of
+// values. Expects BITS. The definition is that of `cpu/codec/grouped.rs`.
+//
+// A warp takes a tile of 32 rows by 8 vectors: lane `l` has rows l / 8, l / 8 + 4, ... of column l % 8. So rows are read 128 bytes at a
+// time, a group of keys is 8 rows of 4 lanes, and one of values a row of 4 neighbouring lanes (8 of f32).
+
+#define KEY_SCALE_ROWS 32
+#include "common.cuh"
+
+// Elements of a group, rows of a tile, vectors across it, and its rows that a lane has.
+enum { GROUP = 32, TILE_ROWS = 32, TILE_COLUMNS = 8, LANE_ROWS = 8 };
+
+constexpr float MOST = (1 << BITS) - 1;
+
+// The two smaller (larger) of each pair of elements in a word; NaN if there is one.
+template <u32 E> __device__ __forceinline__ u32 lesser(u32 a, u32 b) {
+    u32 out;
+    if (E == F16) asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    else if (E == BF16) asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    else asm("min.NaN.f32 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+
+template <u32 E> __device__ __forceinline__ u32 greater(u32 a, u32 b) {
+    u32 out;
+    if (E == F16) asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    else if (E == BF16) asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    else asm("max.NaN.f32 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+    return out;
+}
+
+// What is stored of a group, and what encoding it needs.
+struct Group {
+    float least, step, inverse;
+    bool finite;
+    template <u32 E> __device__ __forceinline__ static Group of(float low, float high) {
+        Group g;
+        g.finite = fabsf(low) <= finite_max<F32>() && fabsf(high) <= finite_max<F32>();
+        // One zero, whichever of the two the least element was.
+        g.least = g.finite ? __fadd_rn(low, 0.0f) : 0.0f;
+        const float span = g.finite ? __fsub_rn(high, low) : 0.0f;
+        // Two steps of fused arithmetic round to the quotient (Markstein 1990): compared for all significands (see kernels.rs).
+        const float near = __fmul_rn(span, 1.0f / MOST);
+        const float quotient = __fmaf_rn(__fmaf_rn(-MOST, near, span), 1.0f / MOST, near);
+        const float floor = E == F16 ? 5.9604644775390625e-8f : 7.888609052210118e-31f;
+        // A span beyond f32 is infinite, and then the quotient no number: the least of that and the largest step is the step.
+        g.step = rounded<E>(fmaxf(fminf(quotient, finite_max<E>()), floor));
+        g.inverse = __frcp_rn(g.step);
+        return g;
+    }
+};
+
+// The code of an element, in the low bits of a word with the exponent of 2^23 above: adding that rounds to an integer.
+__device__ __forceinline__ u32 code_of(float x, float least, float inverse) {
+    return __float_as_uint(__fadd_rn(fminf(__fmul_rn(__fsub_rn(x, least), inverse), MOST), 8388608.0f));
+}
+
+__device__ __forceinline__ float decoded(u32 code, float least, float step) {
+    return __fmaf_rn(__fsub_rn(__uint_as_float(code | 0x4b000000u), 8388608.0f), step, least);
+}
+
+// Saturates, and takes a NaN for a number that is too large.
+template <u32 E> __device__ __forceinline__ float saturated(float x) { return fmaxf(fminf(x, finite_max<E>()), -finite_max<E>()); }
+
+// Codes of one vector: the first in the lowest bits.
+template <u32 E> struct Codes {
+    static constexpr u32 N = Vector<E>::N, BYTES = Vector<E>::N * BITS / 8;
+
+    __device__ __forceinline__ static u32 pack(const u32* codes) {
+        // The exponents add up to a constant.
+        constexpr u32 EXPONENTS = 0x4b000000u + (0x4b000000u << BITS) + (BITS == 2 ? 0x4b000000u << 4 : 0) + (BITS == 2 ? 0x4b000000u << 6 : 0);
+        u32 word = codes[N - 1];
+#pragma unroll
+        for (int i = N - 2; i >= 0; i--) word = (word << BITS) + codes[i];
+        return word - EXPONENTS;
+    }
+
+    __device__ __forceinline__ static u32 code(u32 word, u32 i) { return word >> BITS * i & ((1 << BITS) - 1); }
+
+    __device__ __forceinline__ static void store(u64 at, u32 word) {
+        if (BYTES == 4) __stcs((u32*)at, word);
+        else if (BYTES == 2) __stcs((u16*)at, (u16)word);
+        else __stcs((u8*)at, (u8)word);
+    }
+
+    __device__ __forceinline__ static u32 load(u64 at) {
+        if (BYTES == 4) return __ldcs((const u32*)at);
+        if (BYTES == 2) return __ldcs((const u16*)at);
+        return __ldcs((const u8*)at);
+    }
+};
+
+// Whether the plane's rows and scales are whole vectors. The planes before this one may leave it at an odd address.
+template <u32 E> __device__ __forceinline__ bool are_vectors(const Plane& p) {
+    return ((p.row_bytes | p.raw) & 15) == 0 && p.codes % Codes<E>::BYTES == 0 && (!p.keys || (p.scales & 15) == 0);
+}
+
+// Where the tile with this number lies, and this lane in it.
+template <u32 E> struct Tile {
+    u32 row, column;
+    bool active;
+    __device__ __forceinline__ Tile(const Plane& p, u32 tile) {
+        const u32 lane = threadIdx.x % 32, per_row = p.dim / Vector<E>::N, across = (per_row + TILE_COLUMNS - 1) / TILE_COLUMNS;
+        row = tile / across * TILE_ROWS + lane / TILE_COLUMNS;
+        column = tile % across * TILE_COLUMNS + lane % TILE_COLUMNS;
+        active = column < per_row;
+    }
+    __device__ __forceinline__ static u32 count(const Plane& p, u32 rows) {
+        return rows / TILE_ROWS * ((p.dim / Vector<E>::N + TILE_COLUMNS - 1) / TILE_COLUMNS);
+    }
+    __device__ __forceinline__ static u32 stride() { return TILE_ROWS / LANE_ROWS; }
+};
+
+// The least elements and the steps of the keys of a lane, or one of a row of its values.
+template <u32 E> __device__ __forceinline__ u64 leasts_of(const Layout& L, const Plane& p, u32 row, u32 first) {
+    return p.scales + (u64)(row / (p.keys ? KEY_SCALE_ROWS : 1)) * p.scale_bytes + (u64)first * L.element_bytes;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Seal: extremes, encode and finite check in one read.
+
+template <u32 E> __device__ __forceinline__ bool seal_keys(const Layout& L, const Plane& p, const Tile<E>& t, const uint4* v) {
+    constexpr u32 N = Vector<E>::N;
+    uint4 low = v[0], high = v[0];
+    const auto widen = [&](const uint4& a, const uint4& b) {
+        low = make_uint4(lesser<E>(low.x, a.x), lesser<E>(low.y, a.y), lesser<E>(low.z, a.z), lesser<E>(low.w, a.w));
+        high = make_uint4(greater<E>(high.x, b.x), greater<E>(high.y, b.y), greater<E>(high.z, b.z), greater<E>(high.w, b.w));
+    };
+#pragma unroll
+    for (u32 k = 1; k < LANE_ROWS; k++) widen(v[k], v[k]);
+#pragma unroll
+    for (u32 step = TILE_COLUMNS; step < 32; step *= 2) {
+        const auto other = [&](u32 word) { return __shfl_xor_sync(0xffffffffu, word, step); };
+        const uint4 a = make_uint4(other(low.x), other(low.y), other(low.z), other(low.w));
+        const uint4 b = make_uint4(other(high.x), other(high.y), other(high.z), other(high.w));
+        widen(a, b);
+    }
+    float least[N], step[N], inverse[N], most[N];
+    unpack<E>(low, least), unpack<E>(high, most);
+    u32 kept = 0;
+#pragma unroll
+    for (u32 i = 0; i < N; i++) {
+        const Group g = Group::of<E>(least[i], most[i]);
+        least[i] = g.least, step[i] = g.step, inverse[i] = g.inverse;
+        kept |= g.finite ? (1u << BITS) - 1 << BITS * i : 0;
+    }
+    if (t.active) {
+        const u32 quarter = threadIdx.x % 32 / TILE_COLUMNS;
+        const u64 at = leasts_of<E>(L, p, t.row, t.column * N);
+        if (quarter == 0) __stcs((uint4*)at, pack<E>(least));
+        if (quarter == 1) __stcs((uint4*)(at + p.scale_bytes / 2), pack<E>(step));
+#pragma unroll
+        for (u32 k = 0; k < LANE_ROWS; k++) {
+            float x[N];
+            u32 codes[N];
+            unpack<E>(v[k], x);
+#pragma unroll
+            for (u32 i = 0; i < N; i++) codes[i] = code_of(x[i], least[i], inverse[i]);
+            const u64 to = p.codes + (u64)(t.row + k * t.stride()) * p.code_bytes + t.column * Codes<E>::BYTES;
+            Codes<E>::store(to, Codes<E>::pack(codes) & kept);
+        }
+    }
+    return kept != (u32)((1ull << BITS * N) - 1);
+}
+
+template <u32 E> __device__ __forceinline__ bool seal_values(const Layout& L, const Plane& p, const Tile<E>& t, const uint4* v) {
+    constexpr u32 N = Vector<E>::N, LANES = GROUP / N;
+    const u32 lane = threadIdx.x % LANES, group = t.column * N / GROUP;
+    bool bad = false;
+#pragma unroll
+    for (u32 k = 0; k < LANE_ROWS; k++) {
+        const uint4& w = v[k];
+        u32 low = lesser<E>(lesser<E>(w.x, w.y), lesser<E>(w.z, w.w)), high = greater<E>(greater<E>(w.x, w.y), greater<E>(w.z, w.w));
+        // Beyond the last column there is nothing, which changes neither.
+        if (!t.active) low = E == F16 ? 0x7bff7bffu : E == BF16 ? 0x7f7f7f7fu : 0x7f7fffffu, high = low | 0x80008000u;
+        float least, most;
+        if constexpr (E == F32) {
+#pragma unroll
+            for (u32 step = 1; step < LANES; step *= 2) {
+                low = lesser<E>(low, __shfl_xor_sync(0xffffffffu, low, step));
+                high = greater<E>(high, __shfl_xor_sync(0xffffffffu, high, step));
+            }
+            least = __uint_as_float(low), most = __uint_as_float(high);
+        } else {
+            // Both in one word: the greatest as the least of what is negated.
+            low = lesser<E>(low, __byte_perm(low, low, 0x1032)), high = greater<E>(high, __byte_perm(high, high, 0x1032));
+            u32 both = __byte_perm(low, high ^ 0x80008000u, 0x5410);
+#pragma unroll
+            for (u32 step = 1; step < LANES; step *= 2) both = lesser<E>(both, __shfl_xor_sync(0xffffffffu, both, step));
+            float pair[2 * 4];
+            unpack<E>(make_uint4(both, 0, 0, 0), pair);
+            least = pair[0], most = -pair[1];
+        }
+        const Group g = Group::of<E>(least, most);
+        bad |= !g.finite;
+        if (!t.active) continue;
+        const u32 row = t.row + k * t.stride();
+        // The lanes of a group take turns in storing what they share.
+        if (lane == k % LANES) {
+            const u64 at = leasts_of<E>(L, p, row, group);
+            store<E>((u8*)at, g.least);
+            store<E>((u8*)at + p.scale_bytes / 2, g.step);
+        }
+        float x[N];
+        u32 codes[N];
+        unpack<E>(w, x);
+#pragma unroll
+        for (u32 i = 0; i < N; i++) codes[i] = code_of(x[i], g.least, g.inverse);
+        const u32 word = g.finite ? Codes<E>::pack(codes) : 0;
+        Codes<E>::store(p.codes + (u64)row * p.code_bytes + t.column * Codes<E>::BYTES, word);
+    }
+    return bad;
+}
+
+template <u32 E> __device__ __forceinline__ void seal_tiles(const Layout& L, const Convert& s, const Plane& p) {
+    constexpr u32 N = Vector<E>::N;
+    const Centre centre(L, blockIdx.y, s.index);
+    bool bad = false;
+    for (u32 tile = threadIdx.x / 32; tile < Tile<E>::count(p, p.rows); tile += blockDim.x / 32) {
+        const Tile<E> t(p, tile);
+        uint4 v[LANE_ROWS];
+#pragma unroll
+        for (u32 k = 0; k < LANE_ROWS; k++) {
+            v[k] = make_uint4(0, 0, 0, 0);
+            const u32 row = t.row + k * t.stride();
+            if (t.active) v[k] = __ldcs((const uint4*)(p.raw + (u64)row * p.row_bytes) + t.column);
+        }
+#pragma unroll
+        for (u32 k = 0; k < LANE_ROWS; k++) {
+            if (centre.on && t.active) v[k] = centre.shifted<E>(v[k], t.row + k * t.stride(), t.column * N, -1.0f);
+        }
+        bad |= p.keys ? seal_keys<E>(L, p, t, v) : seal_values<E>(L, p, t, v);
+    }
+    if (bad) raise(s.flag);
+}
+
+// One group after the other, a thread each.
+template <u32 E> __device__ __forceinline__ void plain_seal(const Layout& L, const Convert& s, const Plane& p) {
+    const Centre centre(L, blockIdx.y, s.index);
+    // Bytes of codes have more than one writer, of which each knows its own bits only.
+    for (u32 i = threadIdx.x; i < p.rows * p.code_bytes; i += blockDim.x) ((u8*)p.codes)[i] = 0;
+    __syncthreads();
+    const u32 at_once = p.keys ? KEY_SCALE_ROWS : 1, per_set = p.keys ? p.dim : (p.dim + GROUP - 1) / GROUP;
+    const u32 per_byte = 8 / BITS;
+    // So a thread takes the channels (or groups) of as many keys (or values) as share a byte.
+    const u32 width = p.keys ? per_byte : 1, parts = (per_set + width - 1) / width;
+    for (u32 i = threadIdx.x; i < p.rows / at_once * parts; i += blockDim.x) {
+        const u32 set = i / parts, first = i % parts * width;
+        for (u32 group = first; group < min(first + width, per_set); group++) {
+            const u32 from = p.keys ? group : group * GROUP, to = p.keys ? group + 1 : min(p.dim, from + GROUP);
+            const auto element = [&](u32 row, u32 column) {
+                const float x = load<E>((const u8*)p.raw + (u64)row * p.row_bytes + column * L.element_bytes);
+                return centre.on ? centre.shifted<E>(x, row, column, -1.0f) : x;
+            };
+            float low = finite_max<F32>(), high = -finite_max<F32>();
+            bool finite = true;
+            for (u32 row = set * at_once; row < (set + 1) * at_once; row++) {
+                for (u32 column = from; column < to; column++) {
+                    const float x = element(row, column);
+                    finite &= fabsf(x) <= finite_max<F32>();
+                    low = fminf(low, x), high = fmaxf(high, x);
+                }
+            }
+            const Group g = Group::of<E>(finite ? low : __uint_as_float(0x7fc00000u), high);
+            const u64 at = leasts_of<E>(L, p, set * at_once, group);
+            store<E>((u8*)at, g.least);
+            store<E>((u8*)at + p.scale_bytes / 2, g.step);
+            if (!finite) {
+                raise(s.flag);
+                continue;
+            }
+            for (u32 row = set * at_once; row < (set + 1) * at_once; row++) {
+                for (u32 column = from; column < to; column++) {
+                    u8* byte = (u8*)p.codes + (u64)row * p.code_bytes + column / per_byte;
+                    *byte |= (code_of(element(row, column), g.least, g.inverse) & ((1 << BITS) - 1)) << column % per_byte * BITS;
+                }
+            }
+        }
+    }
+}
+
+template <u32 E> __device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s, bool plain) {
+    const Plane p(L, s.from, s.to, blockIdx.y);
+    if (plain || !are_vectors<E>(p)) plain_seal<E>(L, s, p);
+    else seal_tiles<E>(L, s, p);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Decode
+
+// Tiles of a plane, as many rows of each as `target` wants: it says where a row goes, or 0.
+template <u32 E, class Target>
+__device__ __forceinline__ void decode_tile(const Layout& L, const Plane& p, const Centre& centre, const Tile<E>& t, Target target) {
+    constexpr u32 N = Vector<E>::N;
+    if (!t.active) return;
+    u32 codes[LANE_ROWS];
+#pragma unroll
+    for (u32 k = 0; k < LANE_ROWS; k++) {
+        codes[k] = Codes<E>::load(p.codes + (u64)(t.row + k * t.stride()) * p.code_bytes + t.column * Codes<E>::BYTES);
+    }
+    float least[N], step[N];
+    if (p.keys) {
+        const u64 at = leasts_of<E>(L, p, t.row, t.column * N);
+        unpack<E>(__ldg((const uint4*)at), least), unpack<E>(__ldg((const uint4*)(at + p.scale_bytes / 2)), step);
+    } else {
+        // The same of a row for all N: here of the rows of the lane.
+#pragma unroll
+        for (u32 k = 0; k < LANE_ROWS; k++) {
+            const u64 at = leasts_of<E>(L, p, t.row + k * t.stride(), t.column * N / GROUP);
+            if (k < N) least[k] = load<E>((const u8*)at), step[k] = load<E>((const u8*)at + p.scale_bytes / 2);
+        }
+    }
+#pragma unroll
+    for (u32 k = 0; k < LANE_ROWS; k++) {
+        const u32 row = t.row + k * t.stride();
+        const u64 to = target(row);
+        if (to == 0) continue;
+        float x[N];
+        float m = least[k % N], s = step[k % N];
+        if (!p.keys && k >= N) {
+            const u64 at = leasts_of<E>(L, p, row, t.column * N / GROUP);
+            m = load<E>((const u8*)at), s = load<E>((const u8*)at + p.scale_bytes / 2);
+        }
+#pragma unroll
+        for (u32 i = 0; i < N; i++) {
+            const u32 code = Codes<E>::code(codes[k], i);
+            x[i] = saturated<E>(p.keys ? decoded(code, least[i], step[i]) : decoded(code, m, s));
+        }
+        uint4 v = pack<E>(x);
+        if (centre.on) v = centre.shifted<E>(v, row, t.column * N, 1.0f);
+        __stcs((uint4*)to + t.column, v);
+    }
+}
+
+// One element.
+template <u32 E>
+__device__ __forceinline__ float decode_one(const Layout& L, const Plane& p, const Centre& centre, u32 row, u32 column) {
+    const u64 at = leasts_of<E>(L, p, row, p.keys ? column : column / GROUP);
+    const float least = load<E>((const u8*)at), step = load<E>((const u8*)at + p.scale_bytes / 2);
+    const u32 byte = ((const u8*)p.codes)[(u64)row * p.code_bytes + column * BITS / 8];
+    const float x = rounded<E>(saturated<E>(decoded(byte >> column * BITS % 8 & ((1 << BITS) - 1), least, step)));
+    return centre.on ? centre.shifted<E>(x, row, column, 1.0f) : x;
+}
+
+// Decodes a whole plane back to rows as they were.
+template <u32 E> __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
+    const Plane p(L, s.to, s.from, blockIdx.y);
+    const Centre centre(L, blockIdx.y, s.index);
+    if (!plain && are_vectors<E>(p)) {
+        for (u32 tile = threadIdx.x / 32; tile < Tile<E>::count(p, p.rows); tile += blockDim.x / 32) {
+            decode_tile<E>(L, p, centre, Tile<E>(p, tile), [&](u32 row) { return p.raw + (u64)row * p.row_bytes; });
+        }
+        return;
+    }
+    for (u32 i = threadIdx.x; i < p.rows * p.dim; i += blockDim.x) {
+        store<E>((u8*)p.raw + (u64)i * L.element_bytes, decode_one<E>(L, p, centre, i / p.dim, i % p.dim));
+    }
+}
+
+// Gathers and decodes tokens of one layer: [kv_head][token][dim] to [tokens, kv_heads, dim].
+template <u32 E> __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
+    const u32 plane = blockIdx.y, row_bytes = L.row_bytes[plane];
+    const Plane p(L, r.slot, r.slot, 2 * r.layer + plane);
+    const Centre centre(L, 2 * r.layer + plane, r.index);
+    const u64 output = r.output[plane];
+    if (!plain && are_vectors<E>(p) && (output & 15) == 0) {
+        // Rows of each head from the beginning of a tile on.
+        const u32 begin = r.first_token / TILE_ROWS * TILE_ROWS;
+        const u32 rows = (r.first_token + r.tokens - begin + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+        const u32 of_head = Tile<E>::count(p, rows), warps = blockDim.x / 32;
+        for (u32 i = blockIdx.z * warps + threadIdx.x / 32; i < L.kv_heads * of_head; i += gridDim.z * warps) {
+            const u32 head = i / of_head;
+            Tile<E> t(p, i % of_head);
+            t.row += head * L.block_tokens + begin;
+            decode_tile<E>(L, p, centre, t, [&](u32 row) -> u64 {
+                const u32 token = row - head * L.block_tokens - r.first_token;
+                return token < r.tokens ? output + (u64)(token * L.kv_heads + head) * row_bytes : 0;
+            });
+        }
+        return;
+    }
+    for (u32 i = threadIdx.x + blockIdx.z * blockDim.x; i < r.tokens * L.kv_heads * p.dim; i += gridDim.z * blockDim.x) {
+        const Place place(L, r, i / p.dim);
+        store<E>((u8*)output + (u64)place.target * row_bytes + i % p.dim * L.element_bytes, decode_one<E>(L, p, centre, place.row, i % p.dim));
+    }
+}
+
+FORMAT_KERNELS(F16, f16)
+FORMAT_KERNELS(BF16, bf16)
+FORMAT_KERNELS(F32, f32)

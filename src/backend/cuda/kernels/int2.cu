@@ -1,0 +1,2 @@
+#define BITS 2
+#include "grouped.cuh"

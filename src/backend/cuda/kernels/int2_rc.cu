@@ -1,0 +1,2 @@
+#define CENTRED 1
+#include "int2.cu"

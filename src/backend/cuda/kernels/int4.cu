@@ -1,0 +1,2 @@
+#define BITS 4
+#include "grouped.cuh"

@@ -1,0 +1,2 @@
+#define CENTRED 1
+#include "int4.cu"
