@@ -118,9 +118,9 @@ impl Range {
     }
 }
 
-/// What the elements of 8 groups are told apart by: a least element, and one over the step as it is stored.
+/// What the elements of 8 groups are told apart by: half the least element, and one over half the step as it is stored.
 struct Steps {
-    least: __m256,
+    half_least: __m256,
     inverse: __m256,
 }
 
@@ -136,11 +136,13 @@ fn write_steps<const BITS: usize, const E: u8>(
     let element = element::<E>();
     // One zero, whichever of the two the least element was.
     let least = _mm256_add_ps(low, _mm256_setzero_ps());
-    let ideal = _mm256_div_ps(_mm256_sub_ps(high, least), _mm256_set1_ps(most(BITS)));
-    let bounded = _mm256_max_ps(ideal, _mm256_set1_ps(floor(element)));
-    store_8::<E>(steps, 0, _mm256_min_ps(bounded, _mm256_set1_ps(saturation::<E>())));
+    let half = _mm256_set1_ps(0.5);
+    let half_least = _mm256_mul_ps(half, least);
+    let ideal = _mm256_div_ps(_mm256_fmsub_ps(half, high, half_least), _mm256_set1_ps(0.5 * most(BITS)));
+    store_8::<E>(steps, 0, _mm256_max_ps(ideal, _mm256_set1_ps(floor(element))));
     store_8::<E>(leasts, 0, least);
-    Steps { least, inverse: _mm256_div_ps(_mm256_set1_ps(1.0), load_8::<E>(steps, 0)) }
+    let half_step = _mm256_mul_ps(half, load_8::<E>(steps, 0));
+    Steps { half_least, inverse: _mm256_div_ps(_mm256_set1_ps(1.0), half_step) }
 }
 
 /// Keys of 32 tokens. If false nothing of it is of use.
@@ -200,10 +202,11 @@ fn encode_values<const BITS: usize, const E: u8>(
         scales[..row].copy_from_slice(&leasts[at * row..][..row]);
         scales[row..].copy_from_slice(&steps[at * row..][..row]);
     }
-    let (least, inverse) = (lanes(eight.least), lanes(eight.inverse));
+    let (half_least, inverse) = (lanes(eight.half_least), lanes(eight.inverse));
     let inputs = src.chunks_exact(GROUP * element_bytes(E)).zip(codes.chunks_exact_mut(4 * BITS));
     for (at, (src, codes)) in inputs.enumerate() {
-        let group = || Steps { least: _mm256_set1_ps(least[at]), inverse: _mm256_set1_ps(inverse[at]) };
+        let group =
+            || Steps { half_least: _mm256_set1_ps(half_least[at]), inverse: _mm256_set1_ps(inverse[at]) };
         let x = std::array::from_fn(|i| load_8::<E>(src, i));
         encode_32::<BITS>(x, &[group(), group(), group(), group()], codes);
     }
@@ -230,7 +233,8 @@ fn reduced(v: [__m256; 8], pick: impl Fn(__m256, __m256) -> __m256) -> __m256 {
 #[target_feature(enable = "avx2,fma,f16c")]
 fn encode_32<const BITS: usize>(x: [__m256; 4], steps: &[Steps; 4], codes: &mut [u8]) {
     let q = |i: usize| {
-        let off = _mm256_mul_ps(_mm256_sub_ps(x[i], steps[i].least), steps[i].inverse);
+        let half = _mm256_fmsub_ps(_mm256_set1_ps(0.5), x[i], steps[i].half_least);
+        let off = _mm256_mul_ps(half, steps[i].inverse);
         _mm256_cvtps_epi32(_mm256_min_ps(off, _mm256_set1_ps(most(BITS))))
     };
     // The packs work in each 128-bit half apart: a permutation puts things in order.

@@ -5,7 +5,7 @@ use kv_cache_actors::geometry::Plane;
 
 use super::rotated::{get, put};
 use super::scalar::{finite, read, write};
-use super::{ElementType, SCALE_FLOOR_F16, SCALE_FLOOR_F32, finite_max};
+use super::{ElementType, SCALE_FLOOR_F16, SCALE_FLOOR_F32};
 
 /// The largest code.
 pub(super) const fn most(bits: usize) -> f32 {
@@ -52,10 +52,12 @@ pub(super) fn encode(rows: RowFormat, src: &[u8], codes: &mut [u8], scales: &mut
             // One zero, whichever of the two the least element was.
             let low = low + 0.0;
             write(element, low, least);
-            write(element, ((high - low) / most(bits)).clamp(floor(element), finite_max(element)), step);
-            let inverse = 1.0 / read(element, step, 0);
+            // Halves: what a group spans may be too much for a number.
+            let half = |x: f32| 0.5f32.mul_add(x, -0.5 * low);
+            write(element, (half(high) / (0.5 * most(bits))).max(floor(element)), step);
+            let inverse = 1.0 / (0.5 * read(element, step, 0));
             for (row, column) in members(rows, g) {
-                let code = ((at((row, column)) - low) * inverse).min(most(bits)).round_ties_even();
+                let code = (half(at((row, column))) * inverse).min(most(bits)).round_ties_even();
                 put(&mut codes[row * row_bytes..], bits, column, code as u8);
             }
         }

@@ -59,9 +59,9 @@
 //! keys a group is one channel of 32 consecutive tokens of a head, in values 32 neighbours of a row, the last of which may be fewer.
 //! With `n` = 15 or 3:
 //!
-//! - `m` is exact, in the element type; `s = (max - m) / n`, rounded to the element type, at least the floor of `int8` scales and
-//!   finite. (A group that spans more than the largest f32 is cut off.)
-//! - Code: `round(min((x - m) · (1 / s), n))`, each operation rounded. Element `i` has the bits from `i · bits` of the row's bytes.
+//! - `m` is exact, in the element type; `s = h(max) / (n/2)`, rounded to the element type, at least the floor of `int8` scales.
+//!   `h(x) = x/2 - m/2`, fused: the halves, since a group may span more than there are numbers for.
+//! - Code: `round(min(h(x) · (1 / (s/2)), n))`, each operation rounded. Element `i` has the bits from `i · bits` of the row's bytes.
 //! - Value: `q · s + m`, fused, saturated and rounded to the element type.
 //!
 //! The error of a value is at most `s / 2`, plus the rounding to the element type, plus `n` times what rounding took from the step.

@@ -31,28 +31,29 @@ template <u32 E> __device__ __forceinline__ u32 greater(u32 a, u32 b) {
 
 // What is stored of a group, and what encoding it needs.
 struct Group {
-    float least, step, inverse;
+    float least, half_least, step, inverse;
     bool finite;
     template <u32 E> __device__ __forceinline__ static Group of(float low, float high) {
         Group g;
         g.finite = fabsf(low) <= finite_max<F32>() && fabsf(high) <= finite_max<F32>();
         // One zero, whichever of the two the least element was.
         g.least = g.finite ? __fadd_rn(low, 0.0f) : 0.0f;
-        const float span = g.finite ? __fsub_rn(high, low) : 0.0f;
+        // Halves: what a group spans may be too much for a number.
+        g.half_least = __fmul_rn(0.5f, g.least);
+        const float span = g.finite ? __fmaf_rn(0.5f, high, -g.half_least) : 0.0f;
         // Two steps of fused arithmetic round to the quotient (Markstein 1990): compared for all significands (see kernels.rs).
-        const float near = __fmul_rn(span, 1.0f / MOST);
-        const float quotient = __fmaf_rn(__fmaf_rn(-MOST, near, span), 1.0f / MOST, near);
+        const float near = __fmul_rn(span, 2.0f / MOST);
+        const float quotient = __fmaf_rn(__fmaf_rn(-0.5f * MOST, near, span), 2.0f / MOST, near);
         const float floor = E == F16 ? 5.9604644775390625e-8f : 7.888609052210118e-31f;
-        // A span beyond f32 is infinite, and then the quotient no number: the least of that and the largest step is the step.
-        g.step = rounded<E>(fmaxf(fminf(quotient, finite_max<E>()), floor));
-        g.inverse = __frcp_rn(g.step);
+        g.step = rounded<E>(fmaxf(quotient, floor));
+        g.inverse = __frcp_rn(__fmul_rn(0.5f, g.step));
         return g;
     }
 };
 
 // The code of an element, in the low bits of a word with the exponent of 2^23 above: adding that rounds to an integer.
-__device__ __forceinline__ u32 code_of(float x, float least, float inverse) {
-    return __float_as_uint(__fadd_rn(fminf(__fmul_rn(__fsub_rn(x, least), inverse), MOST), 8388608.0f));
+__device__ __forceinline__ u32 code_of(float x, float half_least, float inverse) {
+    return __float_as_uint(__fadd_rn(fminf(__fmul_rn(__fmaf_rn(0.5f, x, -half_least), inverse), MOST), 8388608.0f));
 }
 
 __device__ __forceinline__ float decoded(u32 code, float least, float step) {
@@ -135,13 +136,13 @@ template <u32 E> __device__ __forceinline__ bool seal_keys(const Layout& L, cons
         const uint4 b = make_uint4(other(high.x), other(high.y), other(high.z), other(high.w));
         widen(a, b);
     }
-    float least[N], step[N], inverse[N], most[N];
+    float least[N], half_least[N], step[N], inverse[N], most[N];
     unpack<E>(low, least), unpack<E>(high, most);
     u32 kept = 0;
 #pragma unroll
     for (u32 i = 0; i < N; i++) {
         const Group g = Group::of<E>(least[i], most[i]);
-        least[i] = g.least, step[i] = g.step, inverse[i] = g.inverse;
+        least[i] = g.least, half_least[i] = g.half_least, step[i] = g.step, inverse[i] = g.inverse;
         kept |= g.finite ? (1u << BITS) - 1 << BITS * i : 0;
     }
     if (t.active) {
@@ -155,7 +156,7 @@ template <u32 E> __device__ __forceinline__ bool seal_keys(const Layout& L, cons
             u32 codes[N];
             unpack<E>(v[k], x);
 #pragma unroll
-            for (u32 i = 0; i < N; i++) codes[i] = code_of(x[i], least[i], inverse[i]);
+            for (u32 i = 0; i < N; i++) codes[i] = code_of(x[i], half_least[i], inverse[i]);
             const u64 to = p.codes + (u64)(t.row + k * t.stride()) * p.code_bytes + t.column * Codes<E>::BYTES;
             Codes<E>::store(to, Codes<E>::pack(codes) & kept);
         }
@@ -205,7 +206,7 @@ template <u32 E> __device__ __forceinline__ bool seal_values(const Layout& L, co
         u32 codes[N];
         unpack<E>(w, x);
 #pragma unroll
-        for (u32 i = 0; i < N; i++) codes[i] = code_of(x[i], g.least, g.inverse);
+        for (u32 i = 0; i < N; i++) codes[i] = code_of(x[i], g.half_least, g.inverse);
         const u32 word = g.finite ? Codes<E>::pack(codes) : 0;
         Codes<E>::store(p.codes + (u64)row * p.code_bytes + t.column * Codes<E>::BYTES, word);
     }
@@ -272,7 +273,7 @@ template <u32 E> __device__ __forceinline__ void plain_seal(const Layout& L, con
             for (u32 row = set * at_once; row < (set + 1) * at_once; row++) {
                 for (u32 column = from; column < to; column++) {
                     u8* byte = (u8*)p.codes + (u64)row * p.code_bytes + column / per_byte;
-                    *byte |= (code_of(element(row, column), g.least, g.inverse) & ((1 << BITS) - 1)) << column % per_byte * BITS;
+                    *byte |= (code_of(element(row, column), g.half_least, g.inverse) & ((1 << BITS) - 1)) << column % per_byte * BITS;
                 }
             }
         }
