@@ -43,9 +43,13 @@ struct Args {
     /// A text file, instead of the Brown corpus that is fetched.
     #[arg(long)]
     corpus: Option<PathBuf>,
-    /// Formats, each with `+rc` for keys as differences from the model's mean keys, and with `+all` to seal every full block, sinks
-    /// and window too.
-    #[arg(long, value_delimiter = ',', default_value = "int8,int8+rc,fp8,fp8+rc,r4,r4+rc,r3+rc,r2+rc")]
+    /// Formats, each with `+rc` for keys as differences from the model's mean keys, with `+all` to seal every full block, sinks
+    /// and window too, and with `+nosinks` to seal the first block only: `int2+nosinks` is what was published as KIVI-2.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "int8,int8+rc,fp8,fp8+rc,int4,r4,r4+rc,r3+rc,int2,int2+nosinks,r2+rc"
+    )]
     formats: Vec<Kind>,
     /// Tokens to score.
     #[arg(long, default_value_t = 4096)]

@@ -25,6 +25,14 @@ pub(crate) struct Kind {
     pub(crate) centred: bool,
     /// `+all`: no full block stays raw.
     pub(crate) all: bool,
+    /// `+nosinks`: the first does not.
+    pub(crate) no_sinks: bool,
+}
+
+impl Kind {
+    fn of(format: Format) -> Kind {
+        Kind { format, centred: false, all: false, no_sinks: false }
+    }
 }
 
 impl FromStr for Kind {
@@ -32,12 +40,13 @@ impl FromStr for Kind {
 
     fn from_str(name: &str) -> Result<Kind, String> {
         let mut parts = name.split('+');
-        let mut kind = Kind { format: parts.next().unwrap_or_default().parse()?, centred: false, all: false };
+        let mut kind = Kind::of(parts.next().unwrap_or_default().parse()?);
         for part in parts {
             match part {
                 "rc" => kind.centred = true,
                 "all" => kind.all = true,
-                _ => return Err(format!("+{part} is neither +rc nor +all")),
+                "nosinks" => kind.no_sinks = true,
+                _ => return Err(format!("+{part} is neither +rc, +all nor +nosinks")),
             }
         }
         Ok(kind)
@@ -47,7 +56,7 @@ impl FromStr for Kind {
 impl std::fmt::Display for Kind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (rc, all) = (if self.centred { "+rc" } else { "" }, if self.all { "+all" } else { "" });
-        write!(f, "{}{rc}{all}", self.format)
+        write!(f, "{}{rc}{all}{}", self.format, if self.no_sinks { "+nosinks" } else { "" })
     }
 }
 
@@ -86,7 +95,7 @@ impl Texts {
 
 /// Mean keys of some text, as the model computes them over a raw cache.
 pub(crate) async fn calibrate(model: &Model, tokens: &[u32]) -> anyhow::Result<KeyMeans> {
-    let raw = Kind { format: Format::Raw, centred: false, all: true };
+    let raw = Kind::of(Format::Raw);
     let cache = open(model, &raw, Path::new("")).await?;
     let mut means = KeyMeansBuilder::new(&model.geometry(f16::TYPE))?;
     for passage in tokens.chunks(1024) {
@@ -111,7 +120,7 @@ pub(crate) async fn score(
     kind: &Kind,
     means: &Path,
 ) -> anyhow::Result<Row> {
-    let raw = Kind { format: Format::Raw, centred: false, all: true };
+    let raw = Kind::of(Format::Raw);
     let caches = [open(model, &raw, means).await?, open(model, kind, means).await?];
     let layout = model.geometry(f16::TYPE).layout()?;
     let token_elements = layout.raw_bytes() / layout.element.bytes() / layout.block_tokens;
@@ -151,8 +160,10 @@ pub(crate) async fn score(
 async fn open(model: &Model, kind: &Kind, means: &Path) -> anyhow::Result<Cache> {
     let configure = |config: &mut kv_cache::CacheConfig| {
         config.quantisation.key_means = kind.centred.then(|| means.to_owned());
-        if kind.all {
+        if kind.all || kind.no_sinks {
             config.quantisation.raw_sinks = Some(false);
+        }
+        if kind.all {
             config.quantisation.raw_window_blocks = Some(0);
         }
     };
@@ -167,7 +178,7 @@ mod tests {
 
     #[test]
     fn kinds_are_read_as_they_are_written() {
-        for name in ["raw", "int8", "r4+rc", "r2+rc+all", "fp8+all"] {
+        for name in ["raw", "int8", "r4+rc", "r2+rc+all", "fp8+all", "int2+nosinks"] {
             assert_eq!(name.parse::<Kind>().unwrap().to_string(), name);
         }
         for name in ["", "int7", "int8+", "int8+rd"] {
