@@ -85,7 +85,7 @@ fn kernels(table: &mut Table) -> anyhow::Result<()> {
             let rotated = ["r4", "r3", "r2"].iter().any(|format| figure.what.contains(format));
             let reach = if rotated { "of the copy rate, reach 0.85" } else { "of the copy rate, reach 0.90" };
             table.row(&figure.what, figure.gb_per_s, "GB/s", Some((share, reach)));
-            if figure.what == "seal r4" {
+            if ["seal r4", "seal int4"].contains(&figure.what.as_str()) {
                 let faster = 2.0 * raw_bytes / (copy * 1e3) / figure.median_us;
                 let of = "times as fast as a copy of what it reads, reach 1.35";
                 table.row("the same against a copy", figure.median_us, "us", Some((faster, of)));

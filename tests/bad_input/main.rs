@@ -175,9 +175,9 @@ mod each {
             assert_eq!(sequence.view(layer).unwrap_err(), error);
             assert_eq!(rig.cache.block_table(&[&sequence], layer).unwrap_err(), error);
         }
-        #[allow(clippy::reversed_empty_ranges)]
         let visible = rig.layout.block_tokens as u32 + 2;
         let past = visible + 1;
+        #[allow(clippy::reversed_empty_ranges)]
         for range in [0..past, visible..past, past..past, 5..2, 1000..1001] {
             let error = sequence.read::<E>(1, range.clone()).await.unwrap_err();
             match error {

@@ -7,7 +7,7 @@ use kv_cache::*;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use crate::common::{Combo, Number, Rig, SETUPS, Tokens, geometry, shaped};
+use crate::common::{Combo, Number, Rig, SETUPS, Tokens, shaped};
 use crate::device::OnDevice;
 
 /// `(block_tokens, layers, kv_heads, key_dim, value_dim)`: every width that a kernel treats on its own, and odd ones.

@@ -347,7 +347,7 @@ impl Kernels {
 #[cfg(test)]
 mod tests {
     use half::{bf16, f16};
-    use kv_cache_actors::format::Format;
+    use kv_cache_actors::format::{Format, GROUP};
     use kv_cache_actors::geometry::Geometry;
     use rand::rngs::SmallRng;
     use rand::{Rng, SeedableRng};
@@ -636,7 +636,10 @@ mod tests {
         }
         for element in [ElementType::F16, ElementType::Bf16, ElementType::F32] {
             for shape in SHAPES {
-                let (block_tokens, layers, heads, key_dim, value_dim) = shape;
+                let (mut block_tokens, layers, heads, key_dim, value_dim) = shape;
+                if format.is_grouped() {
+                    block_tokens = block_tokens.next_multiple_of(GROUP as u32);
+                }
                 let mut geometry = Geometry::new(layers, heads, key_dim, element).block_tokens(block_tokens);
                 geometry.groups[0].value_dim = value_dim;
                 let layout = geometry.layout().unwrap();

@@ -108,7 +108,8 @@ mod tests {
         assert!(encode(rows, bytemuck::cast_slice(&row), &mut codes, &mut scales));
         let stored: Vec<f32> = scales.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect();
         assert_eq!(stored, [-8.0, 5.0, 1.0, 1.0]);
-        let pairs: Vec<u8> = (0..16).map(|i| (2 * i % 16) | (2 * i + 1) % 16 << 4).chain([0xF0]).collect();
+        let pairs: Vec<u8> =
+            (0..16).map(|i| (2 * i % 16) | (((2 * i + 1) % 16) << 4)).chain([0xF0]).collect();
         assert_eq!(codes, pairs);
         let mut back = vec![0.0f32; 34];
         decode(rows, 0, &codes, &scales, bytemuck::cast_slice_mut(&mut back), 136);

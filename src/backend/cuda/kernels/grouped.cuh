@@ -167,6 +167,8 @@ template <u32 E> __device__ __forceinline__ bool seal_keys(const Layout& L, cons
 template <u32 E> __device__ __forceinline__ bool seal_values(const Layout& L, const Plane& p, const Tile<E>& t, const uint4* v) {
     constexpr u32 N = Vector<E>::N, LANES = GROUP / N;
     const u32 lane = threadIdx.x % LANES, group = t.column * N / GROUP;
+    // Lanes of the group that have elements: the last group of a row may be shorter.
+    const u32 lanes = t.active ? min(LANES, p.dim / N - group * LANES) : LANES;
     bool bad = false;
 #pragma unroll
     for (u32 k = 0; k < LANE_ROWS; k++) {
@@ -197,7 +199,7 @@ template <u32 E> __device__ __forceinline__ bool seal_values(const Layout& L, co
         if (!t.active) continue;
         const u32 row = t.row + k * t.stride();
         // The lanes of a group take turns in storing what they share.
-        if (lane == k % LANES) {
+        if (lane == k % lanes) {
             const u64 at = leasts_of<E>(L, p, row, group);
             store<E>((u8*)at, g.least);
             store<E>((u8*)at + p.scale_bytes / 2, g.step);
