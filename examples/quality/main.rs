@@ -106,17 +106,16 @@ async fn main() -> anyhow::Result<()> {
         }
         None => PathBuf::new(),
     };
-    let mut rows = Vec::new();
+    let scores = run::score(&model, &texts.passages, &args.formats, &means).await?;
+    let raw = format!("perplexity over the raw cache {:.2}", scores.raw_perplexity);
     if !args.json {
-        println!("{}", report::HEAD);
+        println!("{raw}\n{}", report::HEAD);
     }
-    for kind in &args.formats {
-        let row = run::score(&model, &texts.passages, kind, &means).await?;
-        println!("{}", if args.json { serde_json::to_string(&row)? } else { row.line() });
-        rows.push(row);
+    for row in &scores.rows {
+        println!("{}", if args.json { serde_json::to_string(row)? } else { row.line() });
     }
-    let what = format!("{}, {of}, passages of {} tokens", model.config().name, args.passage_tokens);
-    report::write(&args.report, &what, &rows)?;
+    let what = format!("{}, {of}, passages of {} tokens, {raw}", model.config().name, args.passage_tokens);
+    report::write(&args.report, &what, &scores.rows)?;
     eprintln!("report: {}", args.report.display());
     Ok(())
 }

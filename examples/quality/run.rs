@@ -4,18 +4,22 @@ use std::path::Path;
 use std::str::FromStr;
 
 use anyhow::{Context, ensure};
+use indicatif::ProgressBar;
 use kv_cache::half::f16;
 use kv_cache::{Cache, Devices, Element as _, Format, KeyMeans, KeyMeansBuilder, OpenOptions};
 
 use crate::llm::CHUNK_TOKENS;
 use crate::llm::generate::{CachedSequences, Sequences, until_sealed};
 use crate::llm::model::{Model, ModelConfig, Wanted};
-use crate::llm::score::Scorer;
+use crate::llm::score::{Predictions, Scorer};
 use crate::llm::tokenizer::Tokenizer;
 use crate::report::Row;
 
 /// Tokens that mean keys are made from.
 const CALIBRATION_TOKENS: usize = 4096;
+
+/// How many of them at a time.
+const PASSAGE_TOKENS: usize = 1024;
 
 /// A format, and how it is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,9 +100,9 @@ impl Texts {
 /// Mean keys of some text, as the model computes them over a raw cache.
 pub(crate) async fn calibrate(model: &Model, tokens: &[u32]) -> anyhow::Result<KeyMeans> {
     let raw = Kind::of(Format::Raw);
-    let cache = open(model, &raw, Path::new("")).await?;
+    let cache = open(model, &raw, Path::new(""), PASSAGE_TOKENS).await?;
     let mut means = KeyMeansBuilder::new(&model.geometry(f16::TYPE))?;
-    for passage in tokens.chunks(1024) {
+    for passage in tokens.chunks(PASSAGE_TOKENS) {
         let sequence = cache.open("calibrate", OpenOptions::default()).await?;
         let mut sequences = CachedSequences::<f16>::new(&cache, vec![sequence]);
         for chunk in passage.chunks(CHUNK_TOKENS) {
@@ -113,51 +117,89 @@ pub(crate) async fn calibrate(model: &Model, tokens: &[u32]) -> anyhow::Result<K
     Ok(means.finish())
 }
 
-/// The passages over a cache of the kind, and over a raw one beside it.
+/// What was found out.
+pub(crate) struct Scores {
+    /// A row for each kind, in their order.
+    pub(crate) rows: Vec<Row>,
+    /// Perplexity of the text over the raw cache.
+    pub(crate) raw_perplexity: f64,
+}
+
+/// A kind while it is scored.
+struct Scored<'a> {
+    kind: &'a Kind,
+    cache: Cache,
+    scorer: Scorer,
+    stored_bits: usize,
+}
+
+/// The passages over a cache of each kind, and over a raw one that all are compared with.
 pub(crate) async fn score(
     model: &Model,
     passages: &[Vec<u32>],
-    kind: &Kind,
+    kinds: &[Kind],
     means: &Path,
-) -> anyhow::Result<Row> {
-    let raw = Kind::of(Format::Raw);
-    let caches = [open(model, &raw, means).await?, open(model, kind, means).await?];
+) -> anyhow::Result<Scores> {
+    let longest = passages.iter().map(Vec::len).max().unwrap_or_default();
+    let raw = open(model, &Kind::of(Format::Raw), Path::new(""), longest).await?;
+    let mut scored = Vec::with_capacity(kinds.len());
+    for kind in kinds {
+        let cache = open(model, kind, means, longest).await?;
+        scored.push(Scored { kind, cache, scorer: Scorer::default(), stored_bits: 0 });
+    }
     let layout = model.geometry(f16::TYPE).layout()?;
-    let token_elements = layout.raw_bytes() / layout.element.bytes() / layout.block_tokens;
-    let mut scorer = Scorer::default();
-    let (mut stored_bits, mut elements) = (0usize, 0usize);
+    let tokens = passages.iter().map(Vec::len).sum::<usize>();
+    let (mut surprise, mut predicted) = (0.0, 0);
+    let bar = ProgressBar::new((tokens * (1 + kinds.len())) as u64);
     for passage in passages {
-        let mut both = Vec::new();
-        for cache in &caches {
-            let sequence = cache.open("score", OpenOptions::default()).await?;
-            both.push(CachedSequences::<f16>::new(cache, vec![sequence]));
+        let mut expected = begin(&raw).await?;
+        let mut sequences = Vec::with_capacity(scored.len());
+        for scored in &scored {
+            sequences.push(begin(&scored.cache).await?);
         }
         for (at, chunk) in passage.chunks(CHUNK_TOKENS).enumerate() {
-            let mut logits = Vec::new();
-            for sequences in &mut both {
-                logits.push(sequences.step(model, &[0], &[chunk], Wanted::All).await?);
-                until_sealed(&sequences.sequences[0]).await;
-            }
+            let logits = expected.step(model, &[0], &[chunk], Wanted::All).await?;
+            let predictions = Predictions::new(&logits);
             let next = &passage[(at * CHUNK_TOKENS + 1).min(passage.len())..];
-            scorer.add(&logits[0], &logits[1], next);
+            surprise += predictions.surprise(next);
+            predicted += next.len().min(chunk.len());
+            bar.inc(chunk.len() as u64);
+            for (scored, sequences) in scored.iter_mut().zip(&mut sequences) {
+                let logits = sequences.step(model, &[0], &[chunk], Wanted::All).await?;
+                until_sealed(&sequences.sequences[0]).await;
+                scored.scorer.add(&predictions, &logits, next);
+                bar.inc(chunk.len() as u64);
+            }
         }
         // Blocks as they are stored; of the last one, what its tokens take.
-        let sequence = &both[1].sequences[0];
-        for block in sequence.view(0).context("what was stored")?.blocks() {
-            let bytes = block.format().block_bytes(&layout);
-            stored_bits += 8 * bytes * block.tokens() as usize / layout.block_tokens;
+        for (scored, sequences) in scored.iter_mut().zip(&sequences) {
+            for block in sequences.sequences[0].view(0).context("what was stored")?.blocks() {
+                let bytes = block.format().block_bytes(&layout);
+                scored.stored_bits += 8 * bytes * block.tokens() as usize / layout.block_tokens;
+            }
         }
-        elements += sequence.len() as usize * token_elements;
     }
-    Ok(Row {
-        format: kind.to_string(),
-        bits_per_element: kind.format.bits_per_element(&layout),
-        bits_per_element_with_raw: stored_bits as f64 / elements as f64,
-        score: scorer.finish(),
+    bar.finish_and_clear();
+    let elements = tokens * layout.raw_bytes() / layout.element.bytes() / layout.block_tokens;
+    let row = |scored: Scored<'_>| Row {
+        format: scored.kind.to_string(),
+        bits_per_element: scored.kind.format.bits_per_element(&layout),
+        bits_per_element_with_raw: scored.stored_bits as f64 / elements as f64,
+        score: scored.scorer.finish(),
+    };
+    Ok(Scores {
+        rows: scored.into_iter().map(row).collect(),
+        raw_perplexity: (surprise / predicted.max(1) as f64).exp(),
     })
 }
 
-async fn open(model: &Model, kind: &Kind, means: &Path) -> anyhow::Result<Cache> {
+async fn begin(cache: &Cache) -> anyhow::Result<CachedSequences<f16>> {
+    let sequence = cache.open("score", OpenOptions::default()).await?;
+    Ok(CachedSequences::new(cache, vec![sequence]))
+}
+
+/// A cache with room for one sequence of so many tokens, twice.
+async fn open(model: &Model, kind: &Kind, means: &Path, tokens: usize) -> anyhow::Result<Cache> {
     let configure = |config: &mut kv_cache::CacheConfig| {
         config.quantisation.key_means = kind.centred.then(|| means.to_owned());
         if kind.all || kind.no_sinks {
@@ -167,8 +209,11 @@ async fn open(model: &Model, kind: &Kind, means: &Path) -> anyhow::Result<Cache>
             config.quantisation.raw_window_blocks = Some(0);
         }
     };
-    let builder = Cache::builder(model.geometry(f16::TYPE)).devices(Devices::cpu(1));
-    let builder = builder.memory_bytes_per_device(1 << 29).sealed_format(kind.format).configure(configure);
+    let geometry = model.geometry(f16::TYPE);
+    let layout = geometry.layout()?;
+    let bytes = 2 * tokens.div_ceil(layout.block_tokens) * layout.raw_bytes() + (64 << 20);
+    let builder = Cache::builder(geometry).devices(Devices::cpu(1)).memory_bytes_per_device(bytes as u64);
+    let builder = builder.sealed_format(kind.format).configure(configure);
     Ok(builder.build().await?)
 }
 

@@ -1,11 +1,16 @@
 //! How far one model's predictions are from another's.
 
+use rayon::prelude::*;
+
 use super::model::{Logits, greedy};
 
 /// Kullback-Leibler divergence of what `logits` predict from what `expected` predict, in nats.
 pub fn divergence(expected: &[f32], logits: &[f32]) -> f64 {
-    let (p, q) = (log_softmax(expected), log_softmax(logits));
-    p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum()
+    between(&log_softmax(expected), &log_softmax(logits))
+}
+
+fn between(expected: &[f64], got: &[f64]) -> f64 {
+    expected.iter().zip(got).map(|(p, q)| p.exp() * (p - q)).sum()
 }
 
 fn log_softmax(logits: &[f32]) -> Vec<f64> {
@@ -26,6 +31,30 @@ pub struct Score {
     pub tokens_scored: usize,
 }
 
+/// What is predicted behind consecutive tokens, for any number of others to be compared with it.
+#[derive(Debug)]
+pub struct Predictions {
+    /// Of each token, the logarithm of how likely the model holds every word.
+    rows: Vec<Vec<f64>>,
+    /// Of each token, the most likely word.
+    first: Vec<u32>,
+}
+
+impl Predictions {
+    pub fn new(logits: &Logits) -> Self {
+        let rows = logits.rows().collect::<Vec<_>>();
+        Predictions {
+            rows: rows.par_iter().map(|row| log_softmax(row)).collect(),
+            first: rows.iter().map(|row| greedy(row)).collect(),
+        }
+    }
+
+    /// How unlikely what came next was found, in nats: the sum over those tokens behind which something came.
+    pub fn surprise(&self, next: &[u32]) -> f64 {
+        self.rows.iter().zip(next).map(|(row, next)| -row[*next as usize]).sum()
+    }
+}
+
 /// Compares predictions, token by token.
 #[derive(Debug, Default)]
 pub struct Scorer {
@@ -37,17 +66,15 @@ pub struct Scorer {
 }
 
 impl Scorer {
-    /// Predictions behind consecutive tokens; `next` are the tokens that came, as far as there are any.
-    pub fn add(&mut self, expected: &Logits, got: &Logits, next: &[u32]) {
-        for (row, (expected, got)) in expected.rows().zip(got.rows()).enumerate() {
-            self.divergences.push(divergence(expected, got));
-            self.agreed += usize::from(greedy(expected) == greedy(got));
-            if let Some(next) = next.get(row) {
-                let next = *next as usize;
-                self.surprise += log_softmax(expected)[next] - log_softmax(got)[next];
-                self.predicted += 1;
-            }
-        }
+    /// Predictions behind the same tokens; `next` are the tokens that came, as far as there are any.
+    pub fn add(&mut self, expected: &Predictions, got: &Logits, next: &[u32]) {
+        let got = Predictions::new(got);
+        let rows = expected.rows.par_iter().zip(&got.rows);
+        self.divergences.par_extend(rows.map(|(expected, got)| between(expected, got)));
+        self.agreed +=
+            expected.first.iter().zip(&got.first).filter(|(expected, got)| expected == got).count();
+        self.surprise += got.surprise(next) - expected.surprise(next);
+        self.predicted += next.len().min(got.rows.len());
     }
 
     pub fn finish(mut self) -> Score {
