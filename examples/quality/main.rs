@@ -6,6 +6,7 @@
 //! cargo run --release --example quality -- --formats int8,int8+rc,r4+rc --tokens 1024 --json
 //! cargo run --release --example quality -- --calibrate means.json         # only the mean keys that `+rc` needs
 //! cargo run --release --example quality -- --model qwen2.5-coder          # a model whose keys have a bias: 491 MB
+//! cargo run --release --example quality -- --dump-kv kv.safetensors       # only keys and values, to measure codecs on
 //! ```
 //!
 //! `+rc` is a format with the model's mean keys: without `--key-means` they are made first, from another part of the text.
@@ -13,8 +14,10 @@
 //! | module | what |
 //! |---|---|
 //! | `run.rs` | scores a format |
+//! | `dump.rs` | keys and values in a file |
 //! | `report.rs` | the figures as JSON, a table, and a page with plots |
 
+mod dump;
 #[path = "../common/llm/mod.rs"]
 mod llm;
 #[path = "../common/page.rs"]
@@ -28,7 +31,7 @@ mod run;
 
 use std::path::PathBuf;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use clap::Parser;
 use kv_cache::KeyMeans;
 use llm::model::{Model, Weights};
@@ -65,6 +68,12 @@ struct Args {
     /// Makes the mean keys, writes them to this file, and does nothing else.
     #[arg(long, value_name = "FILE")]
     calibrate: Option<PathBuf>,
+    /// Writes keys and values of the first passage to this file, and does nothing else.
+    #[arg(long, value_name = "FILE", conflicts_with = "calibrate")]
+    dump_kv: Option<PathBuf>,
+    /// Layers of `--dump-kv`, counted from 0, instead of all.
+    #[arg(long, value_delimiter = ',', requires = "dump_kv")]
+    layers: Vec<u32>,
     /// The model's matrices on a GPU (needs `--features candle-cuda`); the cache stays in host memory.
     #[arg(long)]
     gpu: bool,
@@ -94,6 +103,12 @@ async fn main() -> anyhow::Result<()> {
     if let Some(file) = &args.calibrate {
         run::calibrate(&model, &texts.other).await?.save(file)?;
         println!("mean keys of {} tokens: {}", texts.other.len(), file.display());
+        return Ok(());
+    }
+    if let Some(file) = &args.dump_kv {
+        let passage = texts.passages.first().context("the text has no token")?;
+        dump::write(&model, passage, &args.layers, file).await?;
+        println!("keys and values of {} tokens: {}", passage.len(), file.display());
         return Ok(());
     }
     // Caches read them from a file.
