@@ -6,6 +6,7 @@ mod blocking;
 mod cache;
 #[cfg(feature = "candle")]
 pub mod candle;
+pub mod cold;
 #[cfg(any(feature = "candle", feature = "cuda"))]
 mod columns;
 mod config;

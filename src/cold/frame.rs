@@ -1,0 +1,135 @@
+//! Header and checksum.
+
+use xxhash_rust::xxh3::xxh3_64;
+
+use super::{Codec, ColdError, Element, Shape};
+
+pub(super) const MAGIC: [u8; 4] = *b"kvcf";
+const VERSION: u16 = 1;
+pub(super) const HEADER_BYTES: usize = 44;
+const CHECKSUM_BYTES: usize = 8;
+
+/// What a frame says of itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct FrameInfo {
+    /// How the block was encoded.
+    pub codec: Codec,
+    /// What it consists of.
+    pub element: Element,
+    /// How that lies.
+    pub shape: Shape,
+    /// Bytes of the block.
+    pub block_bytes: usize,
+}
+
+impl FrameInfo {
+    /// Reads the header of a whole frame, and checks all of its bytes against the checksum.
+    ///
+    /// # Errors
+    /// What is wrong with the frame, but for its payload: [`ColdError::FrameBytes`], [`Magic`](ColdError::Magic),
+    /// [`Version`](ColdError::Version), [`UnknownCodec`](ColdError::UnknownCodec), [`UnknownElement`](ColdError::UnknownElement),
+    /// [`Checksum`](ColdError::Checksum), [`Shape`](ColdError::Shape), [`BlockBytes`](ColdError::BlockBytes).
+    pub fn read(frame: &[u8]) -> Result<FrameInfo, ColdError> {
+        let given_bytes = frame.len();
+        let least = HEADER_BYTES + CHECKSUM_BYTES;
+        let Some((body, checksum)) = frame.split_last_chunk().filter(|_| given_bytes >= least) else {
+            return Err(ColdError::FrameBytes { frame_bytes: least as u64, given_bytes });
+        };
+        if body[..4] != MAGIC {
+            return Err(ColdError::Magic { found: field(body, 0) });
+        }
+        let found = u16::from_le_bytes(field(body, 4));
+        if found != VERSION {
+            return Err(ColdError::Version { found, supported: VERSION });
+        }
+        let payload_bytes = u64::from_le_bytes(field(body, 36));
+        if payload_bytes != (given_bytes - least) as u64 {
+            let frame_bytes = payload_bytes.saturating_add(least as u64);
+            return Err(ColdError::FrameBytes { frame_bytes, given_bytes });
+        }
+        let (stored, computed) = (u64::from_le_bytes(*checksum), xxh3_64(body));
+        if stored != computed {
+            return Err(ColdError::Checksum { stored, computed });
+        }
+        let codec = Codec::ALL.into_iter().find(|codec| number_of_codec(*codec) == body[6]);
+        let codec = codec.ok_or(ColdError::UnknownCodec { found: body[6] })?;
+        let element = Element::ALL.into_iter().find(|element| number_of_element(*element) == body[7]);
+        let element = element.ok_or(ColdError::UnknownElement { found: body[7] })?;
+        if codec != Codec::Lossless && element == Element::Int8 {
+            return Err(ColdError::Unsupported { codec, element });
+        }
+        let dim = |at| u32::from_le_bytes(field(body, at));
+        let shape = Shape {
+            layers: dim(8),
+            kv_heads: dim(12),
+            tokens: dim(16),
+            key_dim: dim(20),
+            value_dim: dim(24),
+        };
+        let block_bytes = shape.bytes(element)?;
+        let claimed = u64::from_le_bytes(field(body, 28));
+        if claimed != block_bytes as u64 {
+            let given_bytes = usize::try_from(claimed).unwrap_or(usize::MAX);
+            return Err(ColdError::BlockBytes { shape_bytes: block_bytes, given_bytes });
+        }
+        Ok(FrameInfo { codec, element, shape, block_bytes })
+    }
+
+    /// The payload of the frame that this was read from.
+    pub(super) fn payload(self, frame: &[u8]) -> &[u8] {
+        &frame[HEADER_BYTES..frame.len() - CHECKSUM_BYTES]
+    }
+}
+
+const fn number_of_codec(codec: Codec) -> u8 {
+    match codec {
+        Codec::Lossless => 1,
+        Codec::Lossy32 => 2,
+        Codec::Lossy16 => 3,
+    }
+}
+
+const fn number_of_element(element: Element) -> u8 {
+    match element {
+        Element::F16 => 1,
+        Element::Bf16 => 2,
+        Element::F32 => 3,
+        Element::Int8 => 4,
+    }
+}
+
+/// Of a body that is long enough for a header.
+fn field<const N: usize>(body: &[u8], at: usize) -> [u8; N] {
+    let mut field = [0; N];
+    field.copy_from_slice(&body[at..at + N]);
+    field
+}
+
+/// Appends a header whose payload is still to come; gives where it begins.
+pub(super) fn begin(
+    codec: Codec,
+    element: Element,
+    shape: &Shape,
+    block_bytes: usize,
+    out: &mut Vec<u8>,
+) -> usize {
+    let first = out.len();
+    out.extend(MAGIC);
+    out.extend(VERSION.to_le_bytes());
+    out.extend([number_of_codec(codec), number_of_element(element)]);
+    for dim in [shape.layers, shape.kv_heads, shape.tokens, shape.key_dim, shape.value_dim] {
+        out.extend(dim.to_le_bytes());
+    }
+    out.extend((block_bytes as u64).to_le_bytes());
+    out.extend(0u64.to_le_bytes());
+    first
+}
+
+/// Ends the frame that [`begin`] has begun at `first`.
+pub(super) fn end(first: usize, out: &mut Vec<u8>) {
+    let payload_bytes = (out.len() - first - HEADER_BYTES) as u64;
+    out[first + 36..first + HEADER_BYTES].copy_from_slice(&payload_bytes.to_le_bytes());
+    let checksum = xxh3_64(&out[first..]);
+    out.extend(checksum.to_le_bytes());
+}

@@ -1,0 +1,307 @@
+//! Blocks for tiers where bytes are dear and a millisecond is not: host memory, disk, the network.
+//!
+//! Pure functions between the bytes of a block, as they lie in a slot, and a *frame*: a header that says what it is, a payload, and a
+//! checksum over both. [`Codec::Lossless`] gives back every bit. The lossy ones keep a few levels an element and are for copies whose
+//! lossy history their owner records: what they give back is never the first-hand content of a block.
+//!
+//! ```
+//! use kv_cache::cold::{self, Codec, Element, Shape};
+//! use kv_cache::half::bf16;
+//!
+//! let shape = Shape { layers: 2, kv_heads: 1, tokens: 32, key_dim: 64, value_dim: 64 };
+//! let elements = (0..2 * 2 * 32 * 64).map(|x| bf16::from_f32((x as f32).sin()));
+//! let block: Vec<u8> = elements.flat_map(bf16::to_le_bytes).collect();
+//!
+//! let mut frame = Vec::new();
+//! cold::encode(Codec::Lossless, Element::Bf16, &shape, &block, &mut frame)?;
+//! let mut decoded = vec![0; block.len()];
+//! let info = cold::decode(&frame, &mut decoded)?;
+//! assert_eq!((info.shape, decoded), (shape, block));
+//! # Ok::<(), cold::ColdError>(())
+//! ```
+//!
+//! | codec | what is done |
+//! |---|---|
+//! | [`Codec::Lossless`] | sign and exponent (of f16 two bits of the mantissa too, of `int8` codes everything) are entropy-coded under what the same channel held in the two tokens before; the other bits are stored as they are |
+//! | [`Codec::Lossy32`], [`Codec::Lossy16`] | after CacheGen ([Liu et al. 2024](https://arxiv.org/abs/2310.07240)): a step a token over all heads of a layer, keys and values apart, 31 or 15 levels, entropy-coded in the same way |
+//!
+//! A sealed block of `int8` is two frames: its codes, and its scales as elements of their own type with a dim of 1.
+//! Formats that rotate leave nothing for an entropy coder to find.
+//!
+//! # A frame
+//!
+//! Numbers are little-endian.
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 0–3 | `kvcf` |
+//! | 4–5 | version, 1 |
+//! | 6 | codec: 1 lossless, 2 lossy with 32 bins, 3 lossy with 16 |
+//! | 7 | element: 1 f16, 2 bf16, 3 f32, 4 `int8` codes |
+//! | 8–27 | layers, KV heads, tokens, key dim, value dim, 4 bytes each |
+//! | 28–35 | bytes of the block |
+//! | 36–43 | bytes of the payload, which follows at 44 |
+//! | the last 8 | XXH3 (64 bits, no seed) of all bytes before |
+//!
+//! The checksum is for accidents: it has no key, and tells nothing about who wrote a frame. Decoding trusts nothing in a frame all the
+//! same: whatever its bytes are, it ends with the block or with an error, and allocates little more than the block that its caller made
+//! room for.
+
+mod coder;
+mod frame;
+mod input;
+mod lossless;
+mod lossy;
+mod tables;
+#[cfg(test)]
+mod tests;
+
+use kv_cache_actors::geometry::{BlockLayout, ElementType};
+
+pub use frame::FrameInfo;
+
+/// How a block becomes a payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Codec {
+    /// Every bit comes back, NaNs and their payloads too.
+    Lossless,
+    /// 31 levels an element (32 bins without the one that would make them uneven).
+    Lossy32,
+    /// 15 levels an element.
+    Lossy16,
+}
+
+impl Codec {
+    /// All of them.
+    pub const ALL: [Codec; 3] = [Codec::Lossless, Codec::Lossy32, Codec::Lossy16];
+
+    /// Levels on each side of zero, of a lossy codec.
+    const fn levels(self) -> u16 {
+        match self {
+            Codec::Lossless => 0,
+            Codec::Lossy32 => 15,
+            Codec::Lossy16 => 7,
+        }
+    }
+}
+
+/// What a block consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Element {
+    /// IEEE 754 half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// IEEE 754 single precision.
+    F32,
+    /// Signed bytes: the codes of a block that is sealed in `int8`.
+    Int8,
+}
+
+impl Element {
+    /// All of them.
+    pub const ALL: [Element; 4] = [Element::F16, Element::Bf16, Element::F32, Element::Int8];
+
+    /// Bytes of one.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Element::F16 | Element::Bf16 => 2,
+            Element::F32 => 4,
+            Element::Int8 => 1,
+        }
+    }
+}
+
+impl From<ElementType> for Element {
+    fn from(element: ElementType) -> Self {
+        match element {
+            ElementType::F16 => Element::F16,
+            ElementType::Bf16 => Element::Bf16,
+            ElementType::F32 => Element::F32,
+        }
+    }
+}
+
+/// How the elements of a block lie: `[layers][keys, values][kv_heads][tokens][dim]`. A `value_dim` of 0 is for keys alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[allow(missing_docs, reason = "a geometry's own words")]
+pub struct Shape {
+    pub layers: u32,
+    pub kv_heads: u32,
+    pub tokens: u32,
+    pub key_dim: u32,
+    pub value_dim: u32,
+}
+
+/// Keys or values of one layer.
+#[derive(Debug, Clone)]
+struct Plane {
+    /// 0 for keys, 1 for values.
+    kind: usize,
+    dim: usize,
+    /// Elements of the block before it.
+    first: usize,
+    /// Elements of one head.
+    head: usize,
+}
+
+impl Shape {
+    /// Elements of a block; none if they are more than can be counted.
+    pub fn elements(&self) -> Option<usize> {
+        let dims = u64::from(self.key_dim) + u64::from(self.value_dim);
+        let elements = [self.layers, self.kv_heads, self.tokens]
+            .into_iter()
+            .try_fold(dims, |all, n| all.checked_mul(u64::from(n)));
+        elements.and_then(|elements| usize::try_from(elements).ok())
+    }
+
+    fn bytes(&self, element: Element) -> Result<usize, ColdError> {
+        let bytes = self.elements().and_then(|elements| elements.checked_mul(element.bytes()));
+        bytes.filter(|bytes| *bytes <= isize::MAX as usize).ok_or(ColdError::Shape { shape: *self })
+    }
+
+    /// Planes that hold elements. Of a shape whose bytes were counted.
+    fn planes(&self) -> impl Iterator<Item = Plane> + use<> {
+        let [heads, tokens] = [self.kv_heads, self.tokens].map(|n| n as usize);
+        let dims = [self.key_dim, self.value_dim].map(|dim| dim as usize);
+        let layer = heads.saturating_mul(tokens).saturating_mul(dims[0] + dims[1]);
+        // A shape without elements may have any number of layers.
+        let layers = if layer == 0 { 0 } else { self.layers as usize };
+        (0..layers).flat_map(move |at| {
+            let plane = move |kind: usize| Plane {
+                kind,
+                dim: dims[kind],
+                first: at * layer + kind * heads * tokens * dims[0],
+                head: tokens * dims[kind],
+            };
+            [0, 1].map(plane).into_iter().filter(|plane| plane.dim > 0)
+        })
+    }
+}
+
+impl From<&BlockLayout> for Shape {
+    /// Of raw blocks, and of the codes of those sealed in `int8`.
+    fn from(layout: &BlockLayout) -> Self {
+        Shape {
+            layers: layout.layers as u32,
+            kv_heads: layout.kv_heads as u32,
+            tokens: layout.block_tokens as u32,
+            key_dim: layout.key_dim as u32,
+            value_dim: layout.value_dim as u32,
+        }
+    }
+}
+
+/// Appends the frame of a block to `out`.
+///
+/// A lossless frame is never longer than the block by more than 53 bytes.
+///
+/// # Errors
+/// [`ColdError::Shape`] or [`ColdError::BlockBytes`] if `block` is none of that shape; [`ColdError::Unsupported`] for a lossy codec on codes;
+/// [`ColdError::NotFinite`] for a lossy codec on what is no number. `out` is then as it was.
+pub fn encode(
+    codec: Codec,
+    element: Element,
+    shape: &Shape,
+    block: &[u8],
+    out: &mut Vec<u8>,
+) -> Result<(), ColdError> {
+    let bytes = shape.bytes(element)?;
+    if bytes != block.len() {
+        return Err(ColdError::BlockBytes { shape_bytes: bytes, given_bytes: block.len() });
+    }
+    if codec != Codec::Lossless && element == Element::Int8 {
+        return Err(ColdError::Unsupported { codec, element });
+    }
+    let first = out.len();
+    let begun = frame::begin(codec, element, shape, bytes, out);
+    let written = match codec {
+        Codec::Lossless => {
+            lossless::encode(element, shape, block, out);
+            Ok(())
+        }
+        Codec::Lossy32 | Codec::Lossy16 => lossy::encode(codec, element, shape, block, out),
+    };
+    match written {
+        Ok(()) => frame::end(begun, out),
+        Err(_) => out.truncate(first),
+    }
+    written
+}
+
+/// Writes the block of a frame to `out`, which must be as long as the block.
+///
+/// # Errors
+/// Those of [`FrameInfo::read`]; [`ColdError::Room`] if `out` is shorter or longer; [`ColdError::Payload`] and
+/// [`ColdError::PayloadEnds`] if the payload is none of an encoder's: then `out` holds anything.
+pub fn decode(frame: &[u8], out: &mut [u8]) -> Result<FrameInfo, ColdError> {
+    let info = FrameInfo::read(frame)?;
+    if info.block_bytes != out.len() {
+        return Err(ColdError::Room { block_bytes: info.block_bytes, room_bytes: out.len() });
+    }
+    match info.codec {
+        Codec::Lossless => lossless::decode(info.element, &info.shape, info.payload(frame), out)?,
+        codec => lossy::decode(codec, info.element, &info.shape, info.payload(frame), out)?,
+    }
+    Ok(info)
+}
+
+/// The block of a frame, if it has at most `limit_bytes`.
+///
+/// # Errors
+/// As [`decode`]; [`ColdError::Room`] if the block is larger.
+pub fn decode_to_vec(frame: &[u8], limit_bytes: usize) -> Result<(FrameInfo, Vec<u8>), ColdError> {
+    let info = FrameInfo::read(frame)?;
+    if info.block_bytes > limit_bytes {
+        return Err(ColdError::Room { block_bytes: info.block_bytes, room_bytes: limit_bytes });
+    }
+    let mut block = vec![0; info.block_bytes];
+    let info = decode(frame, &mut block)?;
+    Ok((info, block))
+}
+
+/// Why a block is not encoded or a frame not decoded.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum ColdError {
+    /// More elements than memory can hold.
+    #[error("{shape:?} has more bytes than can be addressed")]
+    Shape { shape: Shape },
+    /// The block is not of the shape.
+    #[error("the shape has {shape_bytes} bytes, the block {given_bytes}")]
+    BlockBytes { shape_bytes: usize, given_bytes: usize },
+    /// The codec is not for these elements.
+    #[error("{codec:?} does not code {element:?}")]
+    Unsupported { codec: Codec, element: Element },
+    /// Lossy codecs need numbers.
+    #[error("element {at} is {bits:#x}, which is no finite number")]
+    NotFinite { at: usize, bits: u32 },
+    /// Too short for a header and a checksum, or not as long as its header says.
+    #[error("the frame has {given_bytes} bytes instead of {frame_bytes}")]
+    FrameBytes { frame_bytes: u64, given_bytes: usize },
+    /// Something else.
+    #[error("a frame begins with {expected:?}, this with {found:?}", expected = frame::MAGIC)]
+    Magic { found: [u8; 4] },
+    /// Of a later version.
+    #[error("the frame is of version {found}, {supported} is understood")]
+    Version { found: u16, supported: u16 },
+    /// A codec of no known number.
+    #[error("there is no codec {found}")]
+    UnknownCodec { found: u8 },
+    /// An element of no known number.
+    #[error("there is no element type {found}")]
+    UnknownElement { found: u8 },
+    /// Bytes have changed.
+    #[error("the checksum is {stored:#018x}, the bytes have {computed:#018x}")]
+    Checksum { stored: u64, computed: u64 },
+    /// The caller has no room, or more than the block.
+    #[error("the block has {block_bytes} bytes, there is room for {room_bytes}")]
+    Room { block_bytes: usize, room_bytes: usize },
+    /// The payload is too short.
+    #[error("{needed_bytes} bytes are needed at byte {at_byte} of the payload, {left_bytes} are left")]
+    PayloadEnds { at_byte: usize, needed_bytes: usize, left_bytes: usize },
+    /// The payload holds what no encoder writes.
+    #[error("at byte {at_byte} of the payload: {what} is {found}, expected {least} to {most}")]
+    Payload { what: &'static str, at_byte: usize, found: usize, least: usize, most: usize },
+}
