@@ -2,7 +2,7 @@
 //!
 //! `cargo bench --bench cold` takes the tensors that lie beside the tests (three layers of SmolLM2-135M, 128 tokens of text), one frame a block of
 //! 32 tokens. `KV_CACHE_KV=FILE` takes all that `quality --dump-kv FILE` has written instead. Rates are bytes of the block a second, for
-//! `memcpy` too; medians over turns.
+//! `memcpy` too, each block in the fastest of many turns: what else runs on a machine disturbs the others.
 
 #[path = "../tests/common/kv.rs"]
 mod kv;
@@ -15,16 +15,16 @@ use half::{bf16, f16};
 use kv::Kv;
 use kv_cache::cold::{self, Codec, Element};
 
-const TURNS: usize = 7;
-/// What a turn goes through, at least.
-const TURN_BYTES: usize = 8 << 20;
+const TURNS: usize = 60;
+/// What is copied in one go: more than a core's own caches hold.
+const COPY_BYTES: usize = 16 << 20;
 
 fn main() -> anyhow::Result<()> {
     let file = std::env::var_os("KV_CACHE_KV");
     let kv = file.as_ref().map_or_else(Kv::fixture, |file| Kv::read(Path::new(file)))?;
     // `cargo test --benches` only checks that things run.
-    let (turns, turn_bytes) =
-        if std::env::args().any(|arg| arg == "--bench") { (TURNS, TURN_BYTES) } else { (1, 1) };
+    let (turns, copy_bytes) =
+        if std::env::args().any(|arg| arg == "--bench") { (TURNS, COPY_BYTES) } else { (1, 1) };
     println!("{} layers, {} tokens, blocks of {} tokens", kv.layers.len(), kv.tokens, kv::BLOCK_TOKENS);
     println!(
         "| codec | element | times smaller | bits/element | encode MB/s | decode MB/s | memcpy MB/s | error |"
@@ -33,59 +33,51 @@ fn main() -> anyhow::Result<()> {
     for codec in Codec::ALL {
         for element in Element::ALL {
             if codec == Codec::Lossless || matches!(element, Element::F16 | Element::Bf16) {
-                measure(&kv, codec, element, turns, turn_bytes)?;
+                measure(&kv, codec, element, turns, copy_bytes)?;
             }
         }
     }
     Ok(())
 }
 
-fn measure(kv: &Kv, codec: Codec, element: Element, turns: usize, turn_bytes: usize) -> anyhow::Result<()> {
+fn measure(kv: &Kv, codec: Codec, element: Element, turns: usize, copy_bytes: usize) -> anyhow::Result<()> {
     let (blocks, shape) = (kv.blocks(element), kv.shape());
     let total = blocks.iter().map(Vec::len).sum::<usize>();
-    let rounds = turn_bytes.div_ceil(total);
     let mut frames = vec![Vec::new(); blocks.len()];
-    // A place of its own for every block of a turn.
-    let mut room = vec![1u8; rounds * total];
-    let mut times = [const { Vec::new() }; 3];
+    let mut room = vec![1; blocks[0].len()];
+    let (source, mut copy) = (vec![1u8; copy_bytes], vec![2u8; copy_bytes]);
+    // Of encoding and decoding each block, and of copying.
+    let mut fastest =
+        [vec![f64::INFINITY; blocks.len()], vec![f64::INFINITY; blocks.len()], vec![f64::INFINITY]];
     for _ in 0..turns {
-        let start = Instant::now();
-        for _ in 0..rounds {
-            for (block, frame) in blocks.iter().zip(&mut frames) {
-                frame.clear();
-                cold::encode(codec, element, &shape, black_box(block), frame)?;
+        for (at, (block, frame)) in blocks.iter().zip(&mut frames).enumerate() {
+            frame.clear();
+            let start = Instant::now();
+            cold::encode(codec, element, &shape, black_box(block), frame)?;
+            let encoded = Instant::now();
+            cold::decode(black_box(frame), &mut room)?;
+            let times = [encoded - start, encoded.elapsed()].map(|time| time.as_secs_f64());
+            for (fastest, time) in fastest.iter_mut().zip(times) {
+                fastest[at] = fastest[at].min(time);
             }
         }
-        times[0].push(start.elapsed().as_secs_f64());
-        let mut places = room.chunks_exact_mut(blocks[0].len());
         let start = Instant::now();
-        for _ in 0..rounds {
-            for (frame, place) in frames.iter().zip(places.by_ref()) {
-                cold::decode(black_box(frame), place)?;
-            }
-        }
-        times[1].push(start.elapsed().as_secs_f64());
-        let mut places = room.chunks_exact_mut(blocks[0].len());
-        let start = Instant::now();
-        for _ in 0..rounds {
-            for (block, place) in blocks.iter().zip(places.by_ref()) {
-                place.copy_from_slice(black_box(block));
-            }
-        }
-        black_box(&room);
-        times[2].push(start.elapsed().as_secs_f64());
+        copy.copy_from_slice(black_box(&source));
+        black_box(&copy);
+        fastest[2][0] = fastest[2][0].min(start.elapsed().as_secs_f64());
     }
-    let mut place = vec![0; blocks[0].len()];
+    let rate = |bytes: usize, times: &[f64]| bytes as f64 / 1e6 / times.iter().sum::<f64>();
+    let [encode, decode] = [0, 1].map(|at| rate(total, &fastest[at]));
+    let memcpy = rate(copy_bytes, &fastest[2]);
     let mut decoded = Vec::with_capacity(total);
     for frame in &frames {
-        cold::decode(frame, &mut place)?;
-        decoded.extend_from_slice(&place);
+        cold::decode(frame, &mut room)?;
+        decoded.extend_from_slice(&room);
     }
     let error = error(element, &blocks, &decoded);
     anyhow::ensure!(codec != Codec::Lossless || error == 0.0, "{codec:?} {element:?} has lost something");
     let stored = frames.iter().map(Vec::len).sum::<usize>();
     let bits = 8.0 * stored as f64 / (total / element.bytes()) as f64;
-    let [encode, decode, memcpy] = times.map(|times| (rounds * total) as f64 / 1e6 / median(times));
     let ratio = total as f64 / stored as f64;
     println!(
         "| {codec:?} | {element:?} | {ratio:.3} | {bits:.2} | {encode:.0} | {decode:.0} | {memcpy:.0} | {error:.4} |"
@@ -110,9 +102,4 @@ fn error(element: Element, blocks: &[Vec<u8>], decoded: &[u8]) -> f64 {
         }
     }
     (noise / power).sqrt()
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }

@@ -19,31 +19,53 @@ const SYMBOL_BITS: u32 = 9;
 /// Symbols of one kind, in order: neighbours in number are neighbours in value.
 #[derive(Debug, Clone)]
 pub(super) struct Alphabet {
+    symbols: usize,
     /// Of each symbol, where it stands as a context: below 64, so that two add up to less than [`FIRST`].
-    levels: Vec<u8>,
+    levels: [u8; 1 << SYMBOL_BITS],
 }
 
 impl Alphabet {
     /// `symbols` (at most 512), each a context of `level`.
     pub(super) fn new(symbols: u16, level: impl Fn(u16) -> u8) -> Self {
-        debug_assert!(symbols <= 1 << SYMBOL_BITS);
-        Alphabet { levels: (0..symbols).map(|symbol| level(symbol).min(63)).collect() }
+        let mut levels = [0; 1 << SYMBOL_BITS];
+        for (symbol, to) in (0..symbols).zip(&mut levels) {
+            *to = level(symbol).min(63);
+        }
+        Alphabet { symbols: usize::from(symbols), levels }
+    }
+}
+
+/// What the rows above say about the next one of a plane.
+#[derive(Debug)]
+struct Above {
+    rows: usize,
+    /// Levels of the last row and of the one before.
+    last: Vec<u8>,
+    before: Vec<u8>,
+}
+
+impl Above {
+    fn new(dim: usize) -> Self {
+        Above { rows: 0, last: vec![0; dim], before: vec![0; dim] }
     }
 
-    fn level(&self, symbol: u16) -> u8 {
-        self.levels.get(usize::from(symbol)).copied().unwrap_or_default()
+    /// A new plane begins.
+    fn clear(&mut self) {
+        self.rows = 0;
     }
 
-    /// Contexts of the row that begins at `first` in a plane of rows of `dim`.
-    fn contexts(&self, plane: &[u16], first: usize, dim: usize, contexts: &mut [u8]) {
-        if first == 0 {
-            return contexts.fill(FIRST);
+    /// Contexts of the next row. A plane's second row has one above, which counts twice.
+    fn contexts(&self) -> impl Iterator<Item = u8> {
+        let (first, before) = (self.rows == 0, if self.rows < 2 { &self.last } else { &self.before });
+        self.last.iter().zip(before).map(move |(last, before)| if first { FIRST } else { last + before })
+    }
+
+    fn push(&mut self, alphabet: &Alphabet, row: &[u16]) {
+        std::mem::swap(&mut self.last, &mut self.before);
+        for (level, symbol) in self.last.iter_mut().zip(row) {
+            *level = alphabet.levels[usize::from(*symbol) % alphabet.levels.len()];
         }
-        let above = &plane[first - dim..first];
-        let two_above = if first >= 2 * dim { &plane[first - 2 * dim..first - dim] } else { above };
-        for ((context, above), two_above) in contexts.iter_mut().zip(above).zip(two_above) {
-            *context = self.level(*above) + self.level(*two_above);
-        }
+        self.rows += 1;
     }
 }
 
@@ -52,41 +74,47 @@ pub(super) fn encode(alphabet: &Alphabet, plane: usize, dim: usize, symbols: &[u
     if symbols.is_empty() {
         return;
     }
-    let count = alphabet.levels.len();
-    let mut contexts = vec![0; symbols.len()];
+    let count = alphabet.symbols;
+    let mut contexts = Vec::with_capacity(symbols.len());
     let mut counts = vec![0u32; CELLS * count];
-    for (symbols, contexts) in symbols.chunks_exact(plane).zip(contexts.chunks_exact_mut(plane)) {
-        for first in (0..plane).step_by(dim) {
-            let contexts = &mut contexts[first..first + dim];
-            alphabet.contexts(symbols, first, dim, contexts);
-            for (symbol, context) in symbols[first..].iter().zip(contexts) {
-                counts[usize::from(*context) * count + usize::from(*symbol)] += 1;
-            }
+    let mut above = Above::new(dim);
+    for plane in symbols.chunks_exact(plane) {
+        above.clear();
+        for row in plane.chunks_exact(dim) {
+            contexts.extend(above.contexts());
+            above.push(alphabet, row);
         }
+    }
+    for (symbol, context) in symbols.iter().zip(&contexts) {
+        counts[usize::from(*context) * count + usize::from(*symbol)] += 1;
     }
     let tables = Tables::of(&counts);
     tables.write(count, out);
 
     let codes = codes(&tables, count);
+    let bases = tables.class_of.map(|class| usize::from(class) * count);
     let mut states = [LEAST; STATES];
-    let mut words = Vec::with_capacity(symbols.len() / 2);
-    // From the last to the first: the decoder undoes it in order.
+    // Filled from its end: from the last symbol to the first, which the decoder undoes in order. One word a symbol at most.
+    let mut words = vec![0u16; symbols.len() + 1];
+    let mut begin = words.len() - 1;
     for (symbols, contexts) in symbols.chunks_exact(dim).zip(contexts.chunks_exact(dim)).rev() {
         for (at, (symbol, context)) in symbols.iter().zip(contexts).enumerate().rev() {
-            let class = usize::from(tables.class_of[usize::from(*context)]);
-            let Code { frequency, start } = codes[class * count + usize::from(*symbol)];
-            let state = &mut states[at % STATES];
-            if u64::from(*state) >= u64::from(frequency) << (32 - SCALE_BITS) {
-                words.push(*state as u16);
-                *state >>= 16;
-            }
-            let (whole, part) = (*state / frequency, *state % frequency);
-            *state = (whole << SCALE_BITS) + part + start;
+            let Code { frequency, start } =
+                codes[bases[usize::from(*context) % CELLS] + usize::from(*symbol)];
+            let state = states[at % STATES];
+            // Without a branch: nobody can foretell it. What is written and not kept is written over.
+            words[begin] = state as u16;
+            let full = u64::from(state) >= u64::from(frequency) << (32 - SCALE_BITS);
+            begin -= usize::from(full);
+            let state = if full { state >> 16 } else { state };
+            let (whole, part) = (state / frequency, state % frequency);
+            states[at % STATES] = (whole << SCALE_BITS) + part + start;
         }
     }
+    let words = &words[begin + 1..];
     out.extend((words.len() as u32).to_le_bytes());
     out.extend(states.iter().flat_map(|state| state.to_le_bytes()));
-    out.extend(words.iter().rev().flat_map(|word| word.to_le_bytes()));
+    out.extend(words.iter().flat_map(|word| word.to_le_bytes()));
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -113,22 +141,23 @@ fn codes(tables: &Tables, symbols: usize) -> Vec<Code> {
 #[derive(Debug)]
 pub(super) struct Decoder {
     alphabet: Alphabet,
-    class_of: [u8; CELLS],
+    /// Of each cell, where its class begins in `entries`.
+    base_of: [u32; CELLS],
     /// `[classes, SCALE]` entries: frequency less 1, offset within the symbol's range, symbol.
     entries: Vec<u32>,
     states: [u32; STATES],
     words: Vec<u16>,
     /// Words that were read, or would have been.
     read: usize,
+    above: Above,
     /// Of one row: where its class begins in `entries`.
     bases: Vec<u32>,
-    contexts: Vec<u8>,
 }
 
 impl Decoder {
-    /// Reads tables and words. Allocates what they take in the input, and a bounded number of decoding tables.
-    pub(super) fn new(alphabet: Alphabet, input: &mut Input<'_>) -> Result<Decoder, ColdError> {
-        let tables = Tables::read(alphabet.levels.len(), input)?;
+    /// Reads tables and words of rows of `dim`. Allocates what they take in the input, and a bounded number of decoding tables.
+    pub(super) fn new(alphabet: Alphabet, dim: usize, input: &mut Input<'_>) -> Result<Decoder, ColdError> {
+        let tables = Tables::read(alphabet.symbols, input)?;
         let mut entries = Vec::with_capacity(tables.classes() * SCALE as usize);
         for frequencies in tables.frequencies.chunks_exact(tables.active.len()) {
             for (symbol, frequency) in tables.active.iter().zip(frequencies) {
@@ -144,48 +173,32 @@ impl Decoder {
         }
         let words = input.take(len.saturating_mul(2))?;
         let words = words.chunks_exact(2).map(|word| u16::from_le_bytes([word[0], word[1]])).collect();
-        let (bases, contexts) = (Vec::new(), Vec::new());
-        Ok(Decoder { alphabet, class_of: tables.class_of, entries, states, words, read: 0, bases, contexts })
+        let base_of = tables.class_of.map(|class| u32::from(class) << SCALE_BITS);
+        let (above, bases) = (Above::new(dim), vec![0; dim]);
+        Ok(Decoder { alphabet, base_of, entries, states, words, read: 0, above, bases })
     }
 
-    /// The next plane, in rows of `dim`.
-    pub(super) fn plane(&mut self, dim: usize, symbols: &mut [u16]) {
-        self.bases.resize(dim, 0);
-        self.contexts.resize(dim, 0);
-        for first in (0..symbols.len()).step_by(dim) {
-            self.alphabet.contexts(symbols, first, dim, &mut self.contexts);
-            for (base, context) in self.bases.iter_mut().zip(&self.contexts) {
-                let class = self.class_of[usize::from(*context) % CELLS];
-                *base = u32::from(class) << SCALE_BITS;
+    /// The next plane.
+    pub(super) fn plane(&mut self, symbols: &mut [u16]) {
+        self.above.clear();
+        for row in symbols.chunks_exact_mut(self.bases.len()) {
+            for (base, context) in self.bases.iter_mut().zip(self.above.contexts()) {
+                *base = self.base_of[usize::from(context) % CELLS];
             }
-            self.row(&mut symbols[first..first + dim]);
+            self.row(row);
+            self.above.push(&self.alphabet, row);
         }
     }
 
     fn row(&mut self, row: &mut [u16]) {
-        for (symbols, bases) in row.chunks_mut(STATES).zip(self.bases.chunks(STATES)) {
-            // Behind the last word come zeros: `finish` tells that there were too few.
-            let mut next = [0; STATES];
-            match self.words.get(self.read..self.read + STATES) {
-                Some(words) => next.copy_from_slice(words),
-                None => {
-                    let words = self.words.get(self.read..).unwrap_or_default();
-                    next[..words.len()].copy_from_slice(words);
-                }
-            }
-            let mut taken = 0;
-            for ((symbol, base), state) in symbols.iter_mut().zip(bases).zip(&mut self.states) {
-                let entry = self.entries[(base + *state % SCALE) as usize];
-                let frequency = (entry >> (SYMBOL_BITS + SCALE_BITS)) + 1;
-                *symbol = (entry & ((1 << SYMBOL_BITS) - 1)) as u16;
-                let decoded = frequency * (*state >> SCALE_BITS) + (entry >> SYMBOL_BITS) % SCALE;
-                let short = decoded < LEAST;
-                let longer = decoded << 16 | u32::from(next[taken % STATES]);
-                *state = if short { longer } else { decoded };
-                taken += usize::from(short);
-            }
-            self.read += taken;
+        let (symbols, last_symbols) = row.as_chunks_mut::<STATES>();
+        let (bases, last_bases) = self.bases.as_chunks::<STATES>();
+        let mut states = self.states;
+        for (symbols, bases) in symbols.iter_mut().zip(bases) {
+            self.read += turn(&self.entries, &mut states, &self.words, self.read, symbols, bases);
         }
+        self.read += turn(&self.entries, &mut states, &self.words, self.read, last_symbols, last_bases);
+        self.states = states;
     }
 
     /// All words are read, and the states are back where they began.
@@ -196,4 +209,37 @@ impl Decoder {
         }
         Ok(())
     }
+}
+
+/// A symbol of each state, as far as there are any; how many words that took.
+#[inline(always)]
+fn turn(
+    entries: &[u32],
+    states: &mut [u32; STATES],
+    words: &[u16],
+    read: usize,
+    symbols: &mut [u16],
+    bases: &[u32],
+) -> usize {
+    // Behind the last word come zeros: `finish` tells that there were too few.
+    let mut next = [0; STATES];
+    match words.get(read..read + STATES) {
+        Some(words) => next.copy_from_slice(words),
+        None => {
+            let words = words.get(read..).unwrap_or_default();
+            next[..words.len()].copy_from_slice(words);
+        }
+    }
+    let mut taken = 0;
+    for ((symbol, base), state) in symbols.iter_mut().zip(bases).zip(states) {
+        let entry = entries[(base + *state % SCALE) as usize];
+        let frequency = (entry >> (SYMBOL_BITS + SCALE_BITS)) + 1;
+        *symbol = (entry & ((1 << SYMBOL_BITS) - 1)) as u16;
+        let decoded = frequency * (*state >> SCALE_BITS) + (entry >> SYMBOL_BITS) % SCALE;
+        let short = decoded < LEAST;
+        let longer = decoded << 16 | u32::from(next[taken % STATES]);
+        *state = if short { longer } else { decoded };
+        taken += usize::from(short);
+    }
+    taken
 }

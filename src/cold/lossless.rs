@@ -64,7 +64,7 @@ pub(super) fn decode(
     let mut decoders = Vec::with_capacity(2);
     for dim in [shape.key_dim, shape.value_dim] {
         let some = dim > 0 && !out.is_empty();
-        decoders.push(some.then(|| Decoder::new(alphabet(element), &mut input)).transpose()?);
+        decoders.push(some.then(|| Decoder::new(alphabet(element), dim as usize, &mut input)).transpose()?);
     }
     let mut symbols = Vec::new();
     for plane in shape.planes() {
@@ -73,7 +73,7 @@ pub(super) fn decode(
         let bytes = element.bytes();
         let out = &mut out[plane.first * bytes..][..heads * plane.head * bytes];
         for head in out.chunks_exact_mut(plane.head * bytes) {
-            decoder.plane(plane.dim, &mut symbols);
+            decoder.plane(&mut symbols);
             let plain = plain.take(plain_bytes(element, plane.head))?;
             match element {
                 Element::F16 => join_f16(&symbols, plain, head),

@@ -52,7 +52,7 @@ pub(super) fn decode(
     let mut decoders = Vec::with_capacity(2);
     for dim in [shape.key_dim, shape.value_dim] {
         let some = dim > 0 && !out.is_empty();
-        decoders.push(some.then(|| Decoder::new(alphabet(levels), &mut input)).transpose()?);
+        decoders.push(some.then(|| Decoder::new(alphabet(levels), dim as usize, &mut input)).transpose()?);
     }
     let mut symbols = Vec::new();
     for plane in shape.planes() {
@@ -62,7 +62,7 @@ pub(super) fn decode(
         let steps = steps.take(2 * tokens)?;
         let out = &mut out[plane.first * bytes..][..heads * plane.head * bytes];
         for head in out.chunks_exact_mut(plane.head * bytes) {
-            decoder.plane(plane.dim, &mut symbols);
+            decoder.plane(&mut symbols);
             let rows = symbols.chunks_exact(plane.dim).zip(head.chunks_exact_mut(plane.dim * bytes));
             for ((symbols, row), step) in rows.zip(steps.chunks_exact(2)) {
                 let step = bf16::from_le_bytes([step[0], step[1]]).to_f32();
@@ -82,8 +82,10 @@ fn alphabet(levels: u16) -> Alphabet {
 }
 
 fn level(x: f32, step: f32, levels: u16) -> u16 {
+    /// What is added to this has no room for fractions: they are rounded, half to even.
+    const ROUND: f32 = 12_582_912.0;
     let most = f32::from(levels);
-    ((x / step).round_ties_even().clamp(-most, most) + most) as u16
+    (((x / step).clamp(-most, most) + ROUND) - ROUND + most) as u16
 }
 
 /// Of each token, what the largest magnitude of all its heads is the last level of; never zero.

@@ -53,8 +53,6 @@ mod input;
 mod lossless;
 mod lossy;
 mod tables;
-#[cfg(test)]
-mod tests;
 
 use kv_cache_actors::geometry::{BlockLayout, ElementType};
 

@@ -35,8 +35,11 @@ impl Tables {
     /// Of `counts`, `[CELLS, symbols]`; at least one is not zero.
     pub(super) fn of(counts: &[u32]) -> Tables {
         let symbols = counts.len() / CELLS;
-        let occurs = |symbol: &usize| counts[*symbol..].iter().step_by(symbols).any(|count| *count > 0);
-        let active = (0..symbols).filter(occurs).collect::<Vec<_>>();
+        let mut all = vec![0u32; symbols];
+        for cell in counts.chunks_exact(symbols) {
+            all.iter_mut().zip(cell).for_each(|(all, count)| *all |= count);
+        }
+        let active = (0..symbols).filter(|symbol| all[*symbol] > 0).collect::<Vec<_>>();
         let classes =
             merged(counts.chunks_exact(symbols).map(|cell| active.iter().map(|symbol| cell[*symbol])));
         let mut class_of = [0; CELLS];
