@@ -14,9 +14,11 @@
 //! | module | what |
 //! |---|---|
 //! | `run.rs` | scores a format |
+//! | `cold.rs` | blocks that have been in a cold tier |
 //! | `dump.rs` | keys and values in a file |
 //! | `report.rs` | the figures as JSON, a table, and a page with plots |
 
+mod cold;
 mod dump;
 #[path = "../common/llm/mod.rs"]
 mod llm;
@@ -50,6 +52,7 @@ struct Args {
     corpus: Option<PathBuf>,
     /// Formats, each with `+rc` for keys as differences from the model's mean keys, with `+all` to seal every full block, sinks
     /// and window too, and with `+nosinks` to seal the first block only: `int2+nosinks` is what was published as KIVI-2.
+    /// `raw+cold32` and `raw+cold16` put every full block but the first through a frame of a lossy cold codec.
     #[arg(
         long,
         value_delimiter = ',',

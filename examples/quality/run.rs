@@ -5,9 +5,11 @@ use std::str::FromStr;
 
 use anyhow::{Context, ensure};
 use indicatif::ProgressBar;
+use kv_cache::cold::Codec;
 use kv_cache::half::f16;
 use kv_cache::{Cache, Devices, Element as _, Format, KeyMeans, KeyMeansBuilder, OpenOptions};
 
+use crate::cold::recode;
 use crate::llm::CHUNK_TOKENS;
 use crate::llm::generate::{CachedSequences, Sequences, until_sealed};
 use crate::llm::model::{Model, ModelConfig, Wanted};
@@ -31,11 +33,13 @@ pub(crate) struct Kind {
     pub(crate) all: bool,
     /// `+nosinks`: the first does not.
     pub(crate) no_sinks: bool,
+    /// `+cold32`, `+cold16`: full blocks go through frames of this codec.
+    pub(crate) cold: Option<Codec>,
 }
 
 impl Kind {
     fn of(format: Format) -> Kind {
-        Kind { format, centred: false, all: false, no_sinks: false }
+        Kind { format, centred: false, all: false, no_sinks: false, cold: None }
     }
 }
 
@@ -50,8 +54,13 @@ impl FromStr for Kind {
                 "rc" => kind.centred = true,
                 "all" => kind.all = true,
                 "nosinks" => kind.no_sinks = true,
-                _ => return Err(format!("+{part} is neither +rc, +all nor +nosinks")),
+                "cold32" => kind.cold = Some(Codec::Lossy32),
+                "cold16" => kind.cold = Some(Codec::Lossy16),
+                _ => return Err(format!("+{part} is none of +rc, +all, +nosinks, +cold32 and +cold16")),
             }
+        }
+        if kind.cold.is_some() && kind.format != Format::Raw {
+            return Err(format!("{name}: frames are made of raw blocks"));
         }
         Ok(kind)
     }
@@ -60,7 +69,13 @@ impl FromStr for Kind {
 impl std::fmt::Display for Kind {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (rc, all) = (if self.centred { "+rc" } else { "" }, if self.all { "+all" } else { "" });
-        write!(f, "{}{rc}{all}{}", self.format, if self.no_sinks { "+nosinks" } else { "" })
+        let no_sinks = if self.no_sinks { "+nosinks" } else { "" };
+        let cold = match self.cold {
+            Some(Codec::Lossy32) => "+cold32",
+            Some(Codec::Lossy16) => "+cold16",
+            _ => "",
+        };
+        write!(f, "{}{rc}{all}{no_sinks}{cold}", self.format)
     }
 }
 
@@ -131,6 +146,9 @@ struct Scored<'a> {
     cache: Cache,
     scorer: Scorer,
     stored_bits: usize,
+    /// Of elements that went through frames, how many, and the bits that frames take instead.
+    framed: usize,
+    frame_bits: usize,
 }
 
 /// The passages over a cache of each kind, and over a raw one that all are compared with.
@@ -145,9 +163,17 @@ pub(crate) async fn score(
     let mut scored = Vec::with_capacity(kinds.len());
     for kind in kinds {
         let cache = open(model, kind, means, longest).await?;
-        scored.push(Scored { kind, cache, scorer: Scorer::default(), stored_bits: 0 });
+        scored.push(Scored {
+            kind,
+            cache,
+            scorer: Scorer::default(),
+            stored_bits: 0,
+            framed: 0,
+            frame_bits: 0,
+        });
     }
     let layout = model.geometry(f16::TYPE).layout()?;
+    let token_elements = layout.raw_bytes() / layout.element.bytes() / layout.block_tokens;
     let tokens = passages.iter().map(Vec::len).sum::<usize>();
     let (mut surprise, mut predicted) = (0.0, 0);
     let bar = ProgressBar::new((tokens * (1 + kinds.len())) as u64);
@@ -167,6 +193,12 @@ pub(crate) async fn score(
             for (scored, sequences) in scored.iter_mut().zip(&mut sequences) {
                 let logits = sequences.step(model, &[0], &[chunk], Wanted::All).await?;
                 until_sealed(&sequences.sequences[0]).await;
+                // The sinks stay as they are, as in formats of few bits. A chunk is a block.
+                let is_framed = chunk.len() == layout.block_tokens && (scored.kind.all || at > 0);
+                if let Some(codec) = scored.kind.cold.filter(|_| is_framed) {
+                    scored.frame_bits += 8 * recode(&sequences.sequences[0], &layout, chunk, codec).await?;
+                    scored.framed += chunk.len() * token_elements;
+                }
                 scored.scorer.add(&predictions, &logits, next);
                 bar.inc(chunk.len() as u64);
             }
@@ -180,12 +212,15 @@ pub(crate) async fn score(
         }
     }
     bar.finish_and_clear();
-    let elements = tokens * layout.raw_bytes() / layout.element.bytes() / layout.block_tokens;
-    let row = |scored: Scored<'_>| Row {
-        format: scored.kind.to_string(),
-        bits_per_element: scored.kind.format.bits_per_element(&layout),
-        bits_per_element_with_raw: scored.stored_bits as f64 / elements as f64,
-        score: scored.scorer.finish(),
+    let row = |Scored { kind, scorer, stored_bits, framed, frame_bits, .. }: Scored<'_>| {
+        let stored_bits = stored_bits - 8 * layout.element.bytes() * framed + frame_bits;
+        let sealed_bits = kind.format.bits_per_element(&layout);
+        Row {
+            format: kind.to_string(),
+            bits_per_element: if framed > 0 { frame_bits as f64 / framed as f64 } else { sealed_bits },
+            bits_per_element_with_raw: stored_bits as f64 / (tokens * token_elements) as f64,
+            score: scorer.finish(),
+        }
     };
     Ok(Scores {
         rows: scored.into_iter().map(row).collect(),
@@ -223,10 +258,12 @@ mod tests {
 
     #[test]
     fn kinds_are_read_as_they_are_written() {
-        for name in ["raw", "int8", "r4+rc", "r2+rc+all", "fp8+all", "int2+nosinks"] {
+        for name in
+            ["raw", "int8", "r4+rc", "r2+rc+all", "fp8+all", "int2+nosinks", "raw+cold32", "raw+all+cold16"]
+        {
             assert_eq!(name.parse::<Kind>().unwrap().to_string(), name);
         }
-        for name in ["", "int7", "int8+", "int8+rd"] {
+        for name in ["", "int7", "int8+", "int8+rd", "raw+cold8", "int8+cold16"] {
             assert!(name.parse::<Kind>().is_err(), "{name}");
         }
     }
