@@ -211,7 +211,7 @@ fn log2(x: u32) -> u64 {
     let part = u64::from(x) << 32 >> whole & 0xFFFF_FFFF;
     let (at, between) = ((part >> 24) as usize, part & 0xFF_FFFF);
     let (low, high) = (u64::from(TABLE[at]), u64::from(TABLE[at + 1]));
-    (u64::from(whole) << 16) + low + ((high - low) * between >> 24)
+    (u64::from(whole) << 16) + low + (((high - low) * between) >> 24)
 }
 
 /// Appends frequencies that add up to [`SCALE`] and are not zero where a count is not.

@@ -58,7 +58,7 @@ fn cases(cases: u32) -> ProptestConfig {
 }
 
 proptest! {
-    #![proptest_config(cases(400))]
+    #![proptest_config(cases(2000))]
 
     #[test]
     fn every_bit_comes_back(
@@ -107,8 +107,8 @@ proptest! {
         end in any::<prop::sample::Index>(),
         cut: bool,
     ) {
-        let (element, codec) = (Element::ALL[which], Codec::ALL[lossy]);
-        prop_assume!(codec == Codec::Lossless || element != Element::Int8);
+        let element = Element::ALL[which];
+        let codec = if element == Element::Int8 { Codec::Lossless } else { Codec::ALL[lossy] };
         let shape = shape(2, 2, 9, 11, 10);
         let block = bytes(element, shape.elements().unwrap(), 3, true);
         let mut frame = encoded(codec, element, &shape, &block);
