@@ -20,6 +20,7 @@ use crate::sync::lock_free::{Arc, AtomicU64, Ordering, loom_fence};
 
 /// Entries of a bucket. With the count they fill a cache line.
 const BUCKET_ENTRIES: usize = 7;
+const BUCKET_WORDS: usize = BUCKET_ENTRIES + 1;
 
 /// The part of an entry that names a block.
 const BLOCK: u64 = (1 << 32) - 1;
@@ -39,6 +40,8 @@ struct Bucket {
 struct Entry {
     /// 1 while the block can be found.
     published: AtomicU64,
+    /// Where its entry is, in words of the buckets. The writer's own.
+    place: AtomicU64,
     /// Pins for which no stripe had room.
     pins: AtomicU64,
     /// Words that can be read while they are written: whoever reads them has pinned the block, and then they are not.
@@ -52,6 +55,47 @@ struct Table {
     buckets: Box<[Bucket]>,
     /// Bits of a key that place it. Fewer in tests, where everything shall collide.
     hash_mask: u64,
+}
+
+impl Bucket {
+    /// Two bits for each entry: whether it has this fingerprint (in place), and whether it is vacant. Without a branch for each: which places
+    /// of a bucket are taken cannot be foretold, and a wrong guess costs more than all seven entries.
+    #[inline]
+    fn look(&self, fingerprint: u64) -> Look {
+        let mut look = Look { alike: 0, vacant: 0 };
+        for (at, entry) in self.entries.iter().enumerate() {
+            let entry = entry.load(Ordering::Relaxed);
+            look.alike |= u32::from(entry & !BLOCK == fingerprint) << at;
+            look.vacant |= u32::from(entry == 0) << at;
+        }
+        look
+    }
+}
+
+/// What a glance at a bucket shows: a bit for each entry.
+#[derive(Debug, Clone, Copy)]
+struct Look {
+    alike: u32,
+    vacant: u32,
+}
+
+/// The numbers of the bits that are set.
+fn set_bits(mut bits: u32) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let at = bits.trailing_zeros() as usize;
+        (bits != 0).then(|| bits &= bits - 1)?;
+        Some(at)
+    })
+}
+
+/// Where a key that was not found goes, until the next change.
+#[derive(Debug, Clone, Copy)]
+#[must_use]
+pub struct Vacancy {
+    /// Where its look-up begins, and the places that are vacant there.
+    bucket: usize,
+    vacant: u32,
+    fingerprint: u64,
 }
 
 fn words(key: &BlockKey) -> [u64; 4] {
@@ -70,6 +114,7 @@ impl Table {
         Table {
             blocks: zeroed(blocks, || Entry {
                 published: zero(),
+                place: zero(),
                 pins: zero(),
                 key: std::array::from_fn(|_| zero()),
             }),
@@ -95,17 +140,18 @@ impl Table {
     fn search<T>(&self, key: &[u64; 4], mut found: impl FnMut(BlockId) -> Option<T>) -> Option<T> {
         let (mut bucket, fingerprint) = self.place(key);
         for _ in 0..self.buckets.len() {
-            let Bucket { entries, passed_on } = &self.buckets[bucket];
-            for entry in entries {
-                let entry = entry.load(Ordering::Relaxed);
-                if entry != 0
+            let here = &self.buckets[bucket];
+            for at in set_bits(here.look(fingerprint).alike) {
+                let entry = here.entries[at].load(Ordering::Relaxed);
+                // It may have changed since, or be vacant where the fingerprint is zero.
+                if entry as u32 != 0
                     && entry & !BLOCK == fingerprint
                     && let Some(answer) = found(BlockId(entry as u32 - 1))
                 {
                     return Some(answer);
                 }
             }
-            if passed_on.load(Ordering::Relaxed) == 0 {
+            if here.passed_on.load(Ordering::Relaxed) == 0 {
                 break;
             }
             bucket = self.after(bucket);
@@ -226,6 +272,21 @@ impl IndexWriter {
         self.0.table.find(&words(key))
     }
 
+    /// The block with this key, or where a block with this key can be inserted.
+    pub fn find_or_vacancy(&self, key: &BlockKey) -> Result<BlockId, Vacancy> {
+        let (table, key) = (&*self.0.table, words(key));
+        let (bucket, fingerprint) = table.place(&key);
+        let here = &table.buckets[bucket];
+        let Look { alike, vacant } = here.look(fingerprint);
+        // Most often nothing is like it, and nothing has been passed on from here.
+        if (alike != 0 || here.passed_on.load(Ordering::Relaxed) != 0)
+            && let Some(block) = table.find(&key)
+        {
+            return Ok(block);
+        }
+        Err(Vacancy { bucket, vacant, fingerprint })
+    }
+
     /// Gives a block its key. The block is not found, and nobody has it pinned.
     pub fn set_key(&mut self, block: BlockId, key: &BlockKey) {
         let entry = self.0.table.entry(block);
@@ -247,20 +308,27 @@ impl IndexWriter {
 
     /// From now on its key finds `block`.
     pub fn insert(&mut self, block: BlockId) {
-        let key = self.key_words(block);
+        let (bucket, fingerprint) = self.0.table.place(&self.key_words(block));
+        let vacant = self.0.table.buckets[bucket].look(fingerprint).vacant;
+        self.insert_at(block, Vacancy { bucket, vacant, fingerprint });
+    }
+
+    /// From now on the block's key, for which this is the vacancy, finds it.
+    pub fn insert_at(&mut self, block: BlockId, vacancy: Vacancy) {
         let table = &*self.0.table;
-        // Release: whoever sees this sees the key.
-        table.entry(block).published.store(1, Ordering::Release);
-        let (mut bucket, fingerprint) = table.place(&key);
+        let Vacancy { mut bucket, mut vacant, fingerprint } = vacancy;
         // Twice as many places as blocks, so one is vacant.
-        loop {
-            let Bucket { entries, passed_on } = &table.buckets[bucket];
-            if let Some(entry) = entries.iter().find(|entry| entry.load(Ordering::Relaxed) == 0) {
-                return entry.store(fingerprint | u64::from(block.0 + 1), Ordering::Release);
-            }
-            passed_on.fetch_add(1, Ordering::Relaxed);
+        while vacant == 0 {
+            table.buckets[bucket].passed_on.fetch_add(1, Ordering::Relaxed);
             bucket = table.after(bucket);
+            vacant = table.buckets[bucket].look(fingerprint).vacant;
         }
+        let at = vacant.trailing_zeros() as usize;
+        let of_block = table.entry(block);
+        of_block.place.store((bucket * BUCKET_WORDS + at) as u64, Ordering::Relaxed);
+        // Release: whoever sees this sees the key.
+        of_block.published.store(1, Ordering::Release);
+        table.buckets[bucket].entries[at].store(fingerprint | u64::from(block.0 + 1), Ordering::Release);
     }
 
     /// Whether somebody holds a lease on the block, which is not found any more or never was.
@@ -302,27 +370,24 @@ impl IndexWriter {
     /// Loads what removing the block will need.
     pub fn warm_removal(&self, block: BlockId) {
         let table = &*self.0.table;
-        let (bucket, _) = table.place(&self.key_words(block));
-        std::hint::black_box(table.buckets[bucket].passed_on.load(Ordering::Relaxed));
+        let place = table.entry(block).place.load(Ordering::Relaxed) as usize;
+        std::hint::black_box(table.buckets[place / BUCKET_WORDS].passed_on.load(Ordering::Relaxed));
     }
 
     fn remove_entry(&mut self, block: BlockId) {
-        let key = self.key_words(block);
         let table = &*self.0.table;
-        let (first, fingerprint) = table.place(&key);
-        let entry_of = fingerprint | u64::from(block.0 + 1);
-        let mut bucket = first;
-        loop {
-            let entries = &table.buckets[bucket].entries;
-            if let Some(entry) = entries.iter().find(|entry| entry.load(Ordering::Relaxed) == entry_of) {
-                entry.store(0, Ordering::Relaxed);
-                break;
-            }
-            bucket = table.after(bucket);
-            assert!(bucket != first, "a published block is in the table");
-        }
+        let of_block = table.entry(block);
+        let place = of_block.place.load(Ordering::Relaxed) as usize;
+        let (bucket, at) = (place / BUCKET_WORDS, place % BUCKET_WORDS);
+        let entry = &table.buckets[bucket].entries[at];
+        debug_assert_eq!(
+            entry.load(Ordering::Relaxed) as u32,
+            block.0 + 1,
+            "a published block is in the table"
+        );
+        entry.store(0, Ordering::Relaxed);
         // After the entry: whoever still needs the way finds it.
-        let mut before = first;
+        let (mut before, _) = table.place(&self.key_words(block));
         while before != bucket {
             table.buckets[before].passed_on.fetch_sub(1, Ordering::Relaxed);
             before = table.after(before);

@@ -69,7 +69,8 @@ impl BlockStore {
         self.index.set_key(id, key);
         let block = self.get_mut(id);
         (block.has_key, block.has_extra) = (true, has_extra);
-        if let Some(twin) = self.index.find(key) {
+        let found = self.index.find_or_vacancy(key);
+        if let Ok(twin) = found {
             // Somebody else who holds ours keeps it.
             if self.get(id).refs > 1 || self.get(twin).class == SizeClass::Host {
                 return Published::Itself;
@@ -80,8 +81,10 @@ impl BlockStore {
             return Published::Twin(twin);
         }
         // Nobody would find it behind a parent that is not found.
-        if parent.is_none_or(|parent| self.get(parent).published) {
-            self.index.insert(id);
+        if let Err(vacancy) = found
+            && parent.is_none_or(|parent| self.get(parent).published)
+        {
+            self.index.insert_at(id, vacancy);
             let identity = u64::from_le_bytes(std::array::from_fn(|at| key.0[at]));
             self.evictor.insert(id, parent, identity, self.blocks[id.0 as usize].tenant, touch);
             self.lineage.insert(id, parent, root);
