@@ -51,7 +51,7 @@ impl Bookkeeping {
         };
         let mut blocks =
             BlockStore::new(Pool::new(pool), 0, &layout, Format::Raw, KeepRaw::default(), policy, 64);
-        blocks.ledger.open(Default::default());
+        blocks.open_owner(0, Default::default());
         Bookkeeping {
             reader: blocks.index().clone(),
             blocks,

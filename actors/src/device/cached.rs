@@ -14,6 +14,7 @@ use crate::events::BlockEvent;
 use crate::eviction::{Retention, Touch};
 use crate::format::Format;
 use crate::index::{Lease, PrefixIndex};
+use crate::limits::TenantLimits;
 use crate::pool::{Pool, SizeClass};
 use crate::sequence::RetentionHint;
 use crate::slot::FilledSlot;
@@ -256,7 +257,7 @@ impl BlockStore {
     /// Evicts a victim, unless somebody has just pinned it.
     fn try_evict(&mut self, victim: BlockId, counters: &mut CoreCounters) -> bool {
         // They come one after the other: what the next will need is on its way by then.
-        for next in self.evictor.likely_next(victim).into_iter().flatten() {
+        if let Some(next) = self.evictor.likely_next(victim) {
             self.index.warm_removal(next);
         }
         let free = self.index.try_remove(victim);
@@ -272,6 +273,14 @@ impl BlockStore {
             self.evictor.pass(victim, self.now_ms);
         }
         free
+    }
+
+    /// A new owner, with the next number.
+    pub(super) fn open_owner(&mut self, number: u32, limits: TenantLimits) {
+        self.ledger.open(limits);
+        if limits.quota_bytes.is_some() {
+            self.evictor.order(number);
+        }
     }
 
     /// Counts `slots` more slots of this class as its owner's. What lies in host memory counts as nothing.

@@ -884,7 +884,7 @@ impl DeviceCore {
                 Owner::Tenant(tenant) => self.config.tenants.get(tenant.name()).copied(),
                 Owner::Domain(_) => None,
             };
-            self.blocks.ledger.open(limits.unwrap_or_default());
+            self.blocks.open_owner(number, limits.unwrap_or_default());
         }
         number
     }

@@ -206,6 +206,11 @@ impl Evictor {
         self.tenants.protect(tenant, is_protected);
     }
 
+    /// Blocks of this tenant will have to go for each other: [`Evictor::victim_of`] will ask for them. Best said before it has any.
+    pub fn order(&mut self, tenant: u32) {
+        self.tenants.order(&self.nodes, tenant);
+    }
+
     /// The block to evict next: nobody holds it and no cached block continues it. It stays where it is until
     /// [`Evictor::remove`]. None if there is no such block, or all of them are of protected tenants or have been
     /// [passed](Evictor::pass) in turn.
@@ -231,15 +236,19 @@ impl Evictor {
         victim.map(BlockId)
     }
 
-    /// Blocks that may come up as victims when this one has gone: its parent, and the candidate behind it.
-    pub fn likely_next(&self, victim: BlockId) -> [Option<BlockId>; 2] {
+    /// The block that comes up as victim when this one has gone, most often: its parent, if nothing else continues that, or the
+    /// candidate behind it.
+    pub fn likely_next(&self, victim: BlockId) -> Option<BlockId> {
         let Node { parent, next, .. } = self.nodes[victim.0 as usize];
-        [parent, next].map(|block| (block != NONE).then_some(BlockId(block)))
+        let is_last_child = parent != NONE && self.nodes[parent as usize].children == 1;
+        let block = if is_last_child { parent } else { next };
+        (block != NONE).then_some(BlockId(block))
     }
 
     /// The block of the tenant to evict next, protected or not: the one that was let go of longest ago.
     pub fn victim_of(&mut self, tenant: u32, now_ms: u64) -> Option<BlockId> {
         self.advance(now_ms);
+        self.order(tenant);
         let victim = self.tenants.first(tenant);
         if victim.is_none() {
             while self.recall() {}

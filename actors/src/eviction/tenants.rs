@@ -1,5 +1,7 @@
 //! Whose candidates are whose: the order of each tenant's own, and tenants whose blocks must not go for others.
 //!
+//! An order of its own costs a list to keep, beside the ranking. Only tenants have one whose blocks may have to go for each other.
+//!
 //! The candidates of a protected tenant leave the ranking one at a time, when they come up as victims, and are *parked*.
 //! When the tenant is not protected any more, they go back a few per victim. So switching costs nothing, however often a
 //! tenant crosses its reserve.
@@ -7,7 +9,7 @@
 use std::collections::BTreeMap;
 
 use super::queue::{Links, List};
-use super::{NONE, Node};
+use super::{NONE, Node, PASSED};
 
 /// How far a candidate that comes late is carried towards its place in the order of its tenant.
 const STEPS_MAX: usize = 8;
@@ -33,6 +35,8 @@ impl Links for Member {
 struct Tenant {
     number: u32,
     blocks: usize,
+    /// Whether `candidates` is kept.
+    is_ordered: bool,
     /// Its candidates, by last use.
     candidates: List,
     /// Those that are not in the ranking.
@@ -100,15 +104,34 @@ impl Tenants {
 
     fn forget(&mut self, index: u32) {
         let tenant = &self.tenants[index as usize];
-        if tenant.blocks == 0 && !tenant.is_protected && self.indexes.remove(&tenant.number).is_some() {
+        let is_needed = tenant.blocks > 0 || tenant.is_protected || tenant.is_ordered;
+        if !is_needed && self.indexes.remove(&tenant.number).is_some() {
             self.unused.push(index);
         }
+    }
+
+    /// Keeps an order of the tenant's own candidates from now on. Looks at all blocks if it has some already.
+    pub(super) fn order(&mut self, nodes: &[Node], tenant: u32) {
+        let index = self.index(tenant);
+        let (of_tenant, members) = (&mut self.tenants[index as usize], &mut self.members);
+        if std::mem::replace(&mut of_tenant.is_ordered, true) || of_tenant.blocks == 0 {
+            return;
+        }
+        let is_listed = |node: &Node| node.tenant == index && node.is_candidate() && !node.is(PASSED);
+        let mut listed: Vec<u32> =
+            (0..).zip(nodes).filter(|(_, node)| is_listed(node)).map(|(at, _)| at).collect();
+        listed.sort_unstable_by_key(|block| nodes[*block as usize].used);
+        listed.into_iter().for_each(|block| of_tenant.candidates.push_back(members, block));
     }
 
     /// A block has become a candidate.
     pub(super) fn enter(&mut self, nodes: &[Node], block: u32) {
         let Tenants { members, tenants, .. } = self;
-        let list = &mut tenants[nodes[block as usize].tenant as usize].candidates;
+        let Tenant { candidates: list, is_ordered: true, .. } =
+            &mut tenants[nodes[block as usize].tenant as usize]
+        else {
+            return;
+        };
         let used = nodes[block as usize].used;
         if list.back().is_none_or(|back| nodes[back as usize].used < used) {
             return list.push_back(members, block);
@@ -126,10 +149,14 @@ impl Tenants {
     /// A block is no candidate any more.
     pub(super) fn leave(&mut self, nodes: &[Node], block: u32) {
         let Tenants { members, tenants, .. } = self;
-        tenants[nodes[block as usize].tenant as usize].candidates.remove(members, block);
+        if let Tenant { candidates, is_ordered: true, .. } =
+            &mut tenants[nodes[block as usize].tenant as usize]
+        {
+            candidates.remove(members, block);
+        }
     }
 
-    /// The candidate of the tenant that was used longest ago.
+    /// The candidate of the tenant that was used longest ago, if its candidates are [ordered](Tenants::order).
     pub(super) fn first(&self, tenant: u32) -> Option<u32> {
         self.tenants[*self.indexes.get(&tenant)? as usize].candidates.front()
     }
