@@ -5,24 +5,23 @@ use super::rank::{CELLS, Order};
 use super::{Info, Node};
 use crate::eviction::queue::List;
 
-/// Cells that are looked at for blocks that have got older, per victim. Blocks get older slowly.
-const LOOKS: usize = 4;
+/// Cells that are looked at for blocks that have got older, per victim: their times alone, all at once. Blocks get older slowly.
+const LOOKS: usize = 32;
+const _: () = assert!(CELLS.is_multiple_of(LOOKS));
+
+/// As far ahead as times are looked at.
+const FAR: u32 = 1 << 31;
 
 /// Of bits of cells. There is a bit for each of them in turn.
 const WORDS: usize = CELLS.div_ceil(64);
 const _: () = assert!(WORDS <= 64);
 
-#[derive(Debug, Default)]
-struct Cell {
-    list: List,
-    /// When the first of the list gets too old for the cell.
-    due: u32,
-}
-
 /// Candidates. Each list is by last use, the oldest first, but for blocks that became candidates late: they go to the nearer end.
 #[derive(Debug)]
 pub(super) struct Cells {
-    cells: Vec<Cell>,
+    cells: Vec<List>,
+    /// When the first of each list gets too old for its cell. If there is none, or no end of the cell, any time.
+    due: Vec<u32>,
     /// A bit for each cell that is not empty, by place in the order.
     filled: [u64; WORDS],
     /// A bit for each of these words that is not zero.
@@ -35,7 +34,8 @@ pub(super) struct Cells {
 impl Cells {
     pub(super) fn new() -> Self {
         Cells {
-            cells: (0..CELLS).map(|_| Cell::default()).collect(),
+            cells: (0..CELLS).map(|_| List::default()).collect(),
+            due: vec![FAR; CELLS],
             filled: [0; WORDS],
             words: 0,
             place: (0..CELLS as u16).collect(),
@@ -45,12 +45,15 @@ impl Cells {
 
     #[cfg(test)]
     pub(super) fn bytes(&self) -> usize {
-        size_of_val(&self.cells[..]) + size_of_val(&self.place[..]) + size_of::<Self>()
+        size_of_val(&self.cells[..])
+            + size_of_val(&self.due[..])
+            + size_of_val(&self.place[..])
+            + size_of::<Self>()
     }
 
     /// Whether there are candidates of this class.
     pub(super) fn has(&self, class: usize) -> bool {
-        self.cells[class * STEPS..(class + 1) * STEPS].iter().any(|cell| cell.list.front().is_some())
+        self.cells[class * STEPS..(class + 1) * STEPS].iter().any(|list| list.front().is_some())
     }
 
     /// Takes over a new order.
@@ -58,7 +61,7 @@ impl Cells {
         (self.filled, self.words) = ([0; WORDS], 0);
         for cell in 0..CELLS {
             self.place[cell] = order.place(cell) as u16;
-            if self.cells[cell].list.front().is_some() {
+            if self.cells[cell].front().is_some() {
                 self.fill(cell);
             }
         }
@@ -91,17 +94,19 @@ impl Cells {
         (after != 0).then(|| word * 64 + self.filled[word].trailing_zeros() as usize)
     }
 
-    /// Whether the first block of a cell is too old for it.
-    fn is_due(&self, number: usize, now: u32) -> bool {
-        // Not yet due: less than half of the counter's range ahead. The last step has no end.
-        (self.cells[number].due.wrapping_sub(now).wrapping_sub(1) as i32) < 0 && number % STEPS + 1 < STEPS
+    /// When a block that was last used at this time gets too old for a cell. The last step has no end.
+    fn end_of(number: usize, used: u32, now: u32, ages: &Ages) -> u32 {
+        match number % STEPS + 1 {
+            STEPS => now.wrapping_add(FAR),
+            _ => used.wrapping_add(ages.end(number % STEPS)),
+        }
     }
 
     /// Takes all candidates out.
     pub(super) fn drain(&mut self, nodes: &mut [Node]) -> Vec<u32> {
         let mut all = Vec::new();
-        for cell in &mut self.cells {
-            while let Some(block) = cell.list.pop_front(nodes) {
+        for list in &mut self.cells {
+            while let Some(block) = list.pop_front(nodes) {
                 all.push(block);
             }
         }
@@ -115,27 +120,28 @@ impl Cells {
         let step = ages.step(age);
         let number = usize::from(class) * STEPS + step;
         info[block as usize].cell = number as u16;
-        let cell = &mut self.cells[number];
-        let is_newest = cell.list.back().is_none_or(|back| now.wrapping_sub(info[back as usize].used) >= age);
-        if is_newest && cell.list.front().is_some() {
-            cell.list.push_back(nodes, block);
-            return;
+        let list = &mut self.cells[number];
+        if let Some(back) = list.back() {
+            if now.wrapping_sub(info[back as usize].used) >= age {
+                return list.push_back(nodes, block);
+            }
+        } else {
+            self.fill(number);
         }
-        cell.list.push_front(nodes, block);
-        cell.due = used.wrapping_add(ages.end(step));
-        self.fill(number);
+        self.cells[number].push_front(nodes, block);
+        self.due[number] = Self::end_of(number, used, now, ages);
     }
 
-    pub(super) fn leave(&mut self, nodes: &mut [Node], info: &[Info], block: u32, ages: &Ages) {
+    pub(super) fn leave(&mut self, nodes: &mut [Node], info: &[Info], block: u32, now: u32, ages: &Ages) {
         let number = usize::from(info[block as usize].cell);
-        let cell = &mut self.cells[number];
-        let was_front = cell.list.front() == Some(block);
-        cell.list.remove(nodes, block);
+        let list = &mut self.cells[number];
+        let was_front = list.front() == Some(block);
+        list.remove(nodes, block);
         if !was_front {
             return;
         }
-        match cell.list.front() {
-            Some(front) => cell.due = info[front as usize].used.wrapping_add(ages.end(number % STEPS)),
+        match list.front() {
+            Some(front) => self.due[number] = Self::end_of(number, info[front as usize].used, now, ages),
             None => self.clear(number),
         }
     }
@@ -149,22 +155,29 @@ impl Cells {
         order: &Order,
         ages: &Ages,
     ) -> Option<u32> {
-        self.look_around(nodes, info, now, order, ages);
+        self.look_around(nodes, info, now, ages);
         loop {
             let number = order.cell(self.filled_from(0)?);
             if !self.grow_older(nodes, info, number, now, ages) {
-                let list = &self.cells[number].list;
+                let list = &self.cells[number];
                 return if order.rises(number) { list.back() } else { list.front() };
             }
         }
     }
 
     /// Lets blocks of the next few cells get older.
-    fn look_around(&mut self, nodes: &mut [Node], info: &mut [Info], now: u32, order: &Order, ages: &Ages) {
-        for _ in 0..LOOKS {
-            let Some(place) = self.filled_from(self.look).or_else(|| self.filled_from(0)) else { return };
-            self.grow_older(nodes, info, order.cell(place), now, ages);
-            self.look = place + 1;
+    fn look_around(&mut self, nodes: &mut [Node], info: &mut [Info], now: u32, ages: &Ages) {
+        let cells = self.look..self.look + LOOKS;
+        self.look = if cells.end == CELLS { 0 } else { cells.end };
+        let any = self.due[cells.clone()].iter().fold(false, |any, due| any | is_due(*due, now));
+        if !any {
+            return;
+        }
+        for number in cells {
+            if is_due(self.due[number], now) && !self.grow_older(nodes, info, number, now, ages) {
+                // It is empty.
+                self.due[number] = now.wrapping_add(FAR);
+            }
         }
     }
 
@@ -178,10 +191,10 @@ impl Cells {
         ages: &Ages,
     ) -> bool {
         let mut any = false;
-        while self.is_due(number, now)
-            && let Some(front) = self.cells[number].list.front()
+        while is_due(self.due[number], now)
+            && let Some(front) = self.cells[number].front()
         {
-            self.leave(nodes, info, front, ages);
+            self.leave(nodes, info, front, now, ages);
             self.enter(nodes, info, front, now, ages);
             any = true;
             if usize::from(info[front as usize].cell) == number {
@@ -190,4 +203,9 @@ impl Cells {
         }
         any
     }
+}
+
+/// Whether a time has come, if it is not [`FAR`] off.
+fn is_due(due: u32, now: u32) -> bool {
+    (due.wrapping_sub(now).wrapping_sub(1) as i32) < 0
 }

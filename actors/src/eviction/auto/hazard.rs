@@ -44,6 +44,8 @@ struct Sample {
     used: u32,
     print: u32,
     class: u8,
+    /// The step of ages that it was in when it was last counted.
+    step: u8,
     /// Not used again yet.
     open: bool,
 }
@@ -53,7 +55,7 @@ struct Sample {
 struct Seen {
     again: f32,
     survived: f32,
-    /// Open samples of this class that have this age now.
+    /// Open samples of this class that had this age at the last lesson.
     inside: u32,
 }
 
@@ -71,10 +73,6 @@ pub(super) struct Hazard {
     log_max: usize,
     /// Samples so far.
     samples: u64,
-    /// For each step of ages, the oldest sample that has not got past it.
-    within: [u64; STEPS],
-    /// When that sample gets past the step.
-    due: [u32; STEPS],
     open: Open,
     sample_bits: u32,
     seen: Vec<Seen>,
@@ -91,8 +89,6 @@ impl Hazard {
             log: Vec::with_capacity(log_max),
             log_max,
             samples: 0,
-            within: [0; STEPS],
-            due: [0; STEPS],
             open: Open::new(log_max),
             sample_bits: (usize::BITS - sparse.leading_zeros())
                 .clamp(*SAMPLE_BITS.start(), *SAMPLE_BITS.end()),
@@ -126,26 +122,23 @@ impl Hazard {
 
     /// Follows a use.
     pub(super) fn follow(&mut self, print: u32, class: u8, now: u32, ages: &Ages) {
-        self.advance(now, ages);
         self.open.remove(&self.log, print);
         let place = (self.samples % self.log_max as u64) as usize;
-        let sample = Sample { used: now, print, class, open: true };
+        let sample = Sample { used: now, print, class, step: 0, open: true };
         if place == self.log.len() {
             self.log.push(sample);
         } else {
-            let oldest = self.log[place];
-            if oldest.open {
-                let seen = &mut self.seen[cell(oldest, ages.step(now.wrapping_sub(oldest.used)))];
-                seen.inside = seen.inside.saturating_sub(1);
-                seen.survived += 0.5;
-                if self.open.find(&self.log, oldest.print).is_some_and(|(_, at)| at == place) {
-                    self.open.remove(&self.log, oldest.print);
+            if self.log[place].open {
+                let cell = count(&mut self.log[place], &mut self.seen, now, ages);
+                self.seen[cell].survived += 0.5;
+                let oldest = self.log[place].print;
+                if self.open.find(&self.log, oldest).is_some_and(|(_, at)| at == place) {
+                    self.open.remove(&self.log, oldest);
                 }
             }
             self.log[place] = sample;
         }
         self.open.insert(&self.log, place);
-        self.seen[cell(sample, 0)].inside += 1;
         self.samples += 1;
         self.since_lesson += 1;
     }
@@ -153,57 +146,25 @@ impl Hazard {
     /// The content is used; if an earlier use of it is followed, this is what it led to.
     pub(super) fn used_again(&mut self, print: u32, now: u32, ages: &Ages) {
         let Some((_, place)) = self.open.find(&self.log, print) else { return };
-        self.advance(now, ages);
         self.open.remove(&self.log, print);
-        let sample = &mut self.log[place];
-        sample.open = false;
-        let seen = &mut self.seen[cell(*sample, ages.step(now.wrapping_sub(sample.used)))];
-        seen.inside = seen.inside.saturating_sub(1);
-        seen.again += 1.0;
-    }
-
-    /// Moves samples that have got past a step of ages on to the next one.
-    fn advance(&mut self, now: u32, ages: &Ages) {
-        for step in 0..STEPS - 1 {
-            if is_due(self.due[step], now) {
-                self.advance_step(step, now, ages.end(step));
-            }
-        }
-    }
-
-    fn advance_step(&mut self, step: usize, now: u32, end: u32) {
-        let oldest = self.samples.saturating_sub(self.log_max as u64);
-        let mut next = self.within[step].max(oldest);
-        let mut place = (next % self.log_max as u64) as usize;
-        // Nothing to come: what is sampled from now on gets past the step this much later.
-        self.due[step] = now.wrapping_add(end.min(FAR));
-        while next < self.samples {
-            let sample = self.log[place];
-            let due = sample.used.wrapping_add(end);
-            if !is_due(due, now) {
-                self.due[step] = due;
-                break;
-            }
-            if sample.open {
-                let cell = cell(sample, step);
-                self.seen[cell].inside = self.seen[cell].inside.saturating_sub(1);
-                self.seen[cell].survived += 1.0;
-                self.seen[cell + 1].inside += 1;
-            }
-            next += 1;
-            place = if place + 1 == self.log_max { 0 } else { place + 1 };
-        }
-        self.within[step] = next;
+        let cell = count(&mut self.log[place], &mut self.seen, now, ages);
+        self.log[place].open = false;
+        self.seen[cell].again += 1.0;
     }
 
     /// Works the chances out anew, if enough has been seen since the last time.
-    pub(super) fn learn(&mut self) -> bool {
+    pub(super) fn learn(&mut self, now: u32, ages: &Ages) -> bool {
         let due = u32::try_from(self.samples / 8).unwrap_or(u32::MAX).clamp(*LESSON.start(), *LESSON.end());
         if self.since_lesson < due {
             return false;
         }
         let keep = if due == *LESSON.end() { KEEP } else { 1.0 };
         self.since_lesson = 0;
+        self.seen.iter_mut().for_each(|seen| seen.inside = 0);
+        for sample in self.log.iter_mut().filter(|sample| sample.open) {
+            let cell = count(sample, &mut self.seen, now, ages);
+            self.seen[cell].inside += 1;
+        }
         let steps = self.steps();
         for class in 0..CLASSES {
             if !self.knows(class) && self.factor[class] == 1.0 && class != 0 {
@@ -244,16 +205,13 @@ impl Hazard {
     }
 }
 
-/// Whether a time has come, if times are less than half of the counter's range apart.
-fn is_due(due: u32, now: u32) -> bool {
-    now.wrapping_sub(due) <= FAR
-}
-
-/// As far ahead as times are looked at.
-const FAR: u32 = u32::MAX >> 1;
-
-fn cell(sample: Sample, step: usize) -> usize {
-    usize::from(sample.class) * STEPS + step
+/// Counts the steps of ages that a sample has got past unused since it was last counted, and returns the cell that it is in now.
+fn count(sample: &mut Sample, seen: &mut [Seen], now: u32, ages: &Ages) -> usize {
+    let step = ages.step(now.wrapping_sub(sample.used));
+    let first = usize::from(sample.class) * STEPS;
+    (usize::from(sample.step)..step).for_each(|past| seen[first + past].survived += 1.0);
+    sample.step = step as u8;
+    first + step
 }
 
 /// Open samples by fingerprint: linear probing, at most half full.

@@ -142,7 +142,7 @@ impl Auto {
         if self.hazard.is_sampled(self.now) {
             info.flags |= OPEN;
             self.hazard.follow(info.print, class, self.now, &self.ages);
-            if self.hazard.learn() {
+            if self.hazard.learn(self.now, &self.ages) {
                 let (hazard, cells) = (&self.hazard, &self.cells);
                 self.order.rank(
                     hazard.chances(),
@@ -159,7 +159,7 @@ impl Auto {
     }
 
     pub(super) fn leave(&mut self, nodes: &mut [Node], block: u32) {
-        self.cells.leave(nodes, &self.info, block, &self.ages);
+        self.cells.leave(nodes, &self.info, block, self.now, &self.ages);
     }
 
     pub(super) fn first(&mut self, nodes: &mut [Node]) -> Option<u32> {

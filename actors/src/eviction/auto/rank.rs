@@ -67,21 +67,29 @@ impl Order {
     }
 }
 
+/// From the last step to the first: what comes next is kept in runs whose ratios fall, and a step joins the runs that raise its own.
 fn index(chances: &[f32], widths: &[f32; STEPS], index: &mut [f32]) {
-    for (from, index) in index.iter_mut().enumerate() {
-        let (mut unused, mut uses, mut time) = (1.0f32, 0.0f32, 0.0f32);
-        // `best_uses / best_time`, compared without dividing.
-        let (mut best_uses, mut best_time) = (0.0f32, 1.0f32);
-        for (chance, width) in chances.iter().zip(widths).skip(from) {
-            uses += unused * chance;
-            // Who is used in this step is so halfway through it.
-            time += unused * width * (1.0 - 0.5 * chance);
-            unused *= 1.0 - chance;
-            if uses * best_time > best_uses * time {
-                (best_uses, best_time) = (uses, time);
-            }
+    // Uses and time to expect in each step, as seen from the first one. Tiny in the last steps: chances multiply.
+    let mut unused = 1.0f64;
+    let steps: [(f64, f64); STEPS] = std::array::from_fn(|step| {
+        let chance = f64::from(chances[step]);
+        // Who is used in this step is so halfway through it.
+        let expected = (unused * chance, unused * f64::from(widths[step]) * (1.0 - 0.5 * chance));
+        unused *= 1.0 - chance;
+        expected
+    });
+    let (mut runs, mut count) = ([(0.0, 0.0); STEPS], 0);
+    for (from, (mut uses, mut time)) in steps.into_iter().enumerate().rev() {
+        // Ratios, compared without dividing.
+        while count > 0
+            && let (more, longer) = runs[count - 1]
+            && more * time > uses * longer
+        {
+            (uses, time, count) = (uses + more, time + longer, count - 1);
         }
-        *index = best_uses / best_time;
+        runs[count] = (uses, time);
+        count += 1;
+        index[from] = (uses / time) as f32;
     }
 }
 
