@@ -50,6 +50,11 @@ impl Ledger {
     /// Changes what an owner uses, and returns whether his cached blocks are protected from now on, if that has changed.
     pub fn change(&mut self, owner: u32, bytes: i64) -> Option<bool> {
         let account = &mut self.accounts[owner as usize];
+        if account.limits.reserve_bytes == 0 {
+            // Most have none: nothing is missing of it, before or after.
+            account.used_bytes = account.used_bytes.saturating_add_signed(bytes);
+            return None;
+        }
         let (was_protected, unfilled) = (account.is_protected(), account.unfilled_bytes());
         account.used_bytes = account.used_bytes.saturating_add_signed(bytes);
         self.unfilled_bytes = self.unfilled_bytes - unfilled + account.unfilled_bytes();

@@ -49,6 +49,7 @@ impl Lineage {
     }
 
     /// A block is published behind `parent`.
+    #[inline]
     pub(super) fn insert(&mut self, block: BlockId, parent: Option<BlockId>, root: u32) {
         let parent = parent.unwrap_or(NONE);
         let next = std::mem::replace(self.siblings(parent, root), block);
@@ -59,6 +60,7 @@ impl Lineage {
     }
 
     /// A block is published no more. No published block continues it.
+    #[inline]
     pub(super) fn remove(&mut self, block: BlockId) {
         let Links { parent, root, next, previous, .. } = *self.links(block);
         match previous {

@@ -166,6 +166,7 @@ impl Queue {
         self.len
     }
 
+    #[inline]
     pub(super) fn push(&mut self, nodes: &mut [Node], block: u32) {
         let used = nodes[block as usize].used;
         self.len += 1;
@@ -180,6 +181,7 @@ impl Queue {
         }
     }
 
+    #[inline]
     pub(super) fn remove(&mut self, nodes: &mut [Node], block: u32) {
         self.len -= 1;
         match nodes[block as usize].list {
@@ -188,6 +190,7 @@ impl Queue {
         }
     }
 
+    #[inline]
     pub(super) fn first(&self, nodes: &[Node]) -> Option<u32> {
         match (self.list.front(), self.late.first()) {
             (Some(front), Some((used, late))) => {

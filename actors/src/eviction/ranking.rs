@@ -40,6 +40,7 @@ impl Ranking {
     }
 
     /// A block is cached.
+    #[inline]
     pub(super) fn inserted(&mut self, nodes: &[Node], block: u32, identity: u64, touch: Touch) {
         match self {
             Ranking::Auto(auto) => auto.inserted(nodes, block, identity, touch),
@@ -50,6 +51,7 @@ impl Ranking {
     }
 
     /// A request has matched a block. If it is a candidate, it keeps its place: it is about to be held.
+    #[inline]
     pub(super) fn touched(&mut self, block: u32, touch: Touch) {
         match self {
             Ranking::Auto(auto) => auto.touched(block, touch),
@@ -60,6 +62,7 @@ impl Ranking {
     }
 
     /// A block has become a candidate.
+    #[inline]
     pub(super) fn enter(&mut self, nodes: &mut [Node], block: u32) {
         match self {
             Ranking::Auto(auto) => auto.enter(nodes, block),
@@ -70,6 +73,7 @@ impl Ranking {
     }
 
     /// A block is no candidate any more.
+    #[inline]
     pub(super) fn leave(&mut self, nodes: &mut [Node], block: u32) {
         match self {
             Ranking::Auto(auto) => auto.leave(nodes, block),
@@ -80,6 +84,7 @@ impl Ranking {
     }
 
     /// The candidate to evict first.
+    #[inline]
     pub(super) fn first(&mut self, nodes: &mut [Node]) -> Option<u32> {
         match self {
             Ranking::Auto(auto) => auto.first(nodes),
@@ -90,6 +95,7 @@ impl Ranking {
     }
 
     /// A block, no candidate any more, is not cached any more.
+    #[inline]
     pub(super) fn removed(&mut self, block: u32) {
         match self {
             Ranking::Auto(auto) => auto.removed(block),

@@ -91,12 +91,14 @@ impl Tenants {
     }
 
     /// The index of the tenant of a block that is cached now.
+    #[inline]
     pub(super) fn inserted(&mut self, tenant: u32) -> u32 {
         let index = self.index(tenant);
         self.tenants[index as usize].blocks += 1;
         index
     }
 
+    #[inline]
     pub(super) fn removed(&mut self, index: u32) {
         self.tenants[index as usize].blocks -= 1;
         self.forget(index);
@@ -125,6 +127,7 @@ impl Tenants {
     }
 
     /// A block has become a candidate.
+    #[inline]
     pub(super) fn enter(&mut self, nodes: &[Node], block: u32) {
         let Tenants { members, tenants, .. } = self;
         let Tenant { candidates: list, is_ordered: true, .. } =
@@ -147,6 +150,7 @@ impl Tenants {
     }
 
     /// A block is no candidate any more.
+    #[inline]
     pub(super) fn leave(&mut self, nodes: &[Node], block: u32) {
         let Tenants { members, tenants, .. } = self;
         if let Tenant { candidates, is_ordered: true, .. } =
@@ -175,6 +179,7 @@ impl Tenants {
         self.forget(index);
     }
 
+    #[inline]
     pub(super) fn is_protected(&self, nodes: &[Node], block: u32) -> bool {
         self.tenants[nodes[block as usize].tenant as usize].is_protected
     }

@@ -6,7 +6,7 @@ use super::{Info, Node};
 use crate::eviction::queue::List;
 
 /// Cells that are looked at for blocks that have got older, per victim: their times alone, all at once. Blocks get older slowly.
-const LOOKS: usize = 32;
+const LOOKS: usize = 64;
 const _: () = assert!(CELLS.is_multiple_of(LOOKS));
 
 /// As far ahead as times are looked at.
