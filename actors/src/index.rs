@@ -22,6 +22,12 @@ use crate::sync::lock_free::{Arc, AtomicU64, Ordering, loom_fence};
 const BUCKET_ENTRIES: usize = 7;
 const BUCKET_WORDS: usize = BUCKET_ENTRIES + 1;
 
+/// Bits of a bucket's entries.
+const ALL_ENTRIES: u64 = (1 << BUCKET_ENTRIES) - 1;
+
+/// The part of a bucket's `ways` that counts.
+const PASSED_ON: u64 = (1 << 32) - 1;
+
 /// The part of an entry that names a block.
 const BLOCK: u64 = (1 << 32) - 1;
 
@@ -30,8 +36,9 @@ const BLOCK: u64 = (1 << 32) - 1;
 #[repr(align(64))]
 struct Bucket {
     entries: [AtomicU64; BUCKET_ENTRIES],
-    /// Entries that belong here, or in a bucket before, and lie further on.
-    passed_on: AtomicU64,
+    /// `taken << 32 | passed on`: a bit for each entry that is not vacant, and how many entries that belong here, or in a bucket before, lie
+    /// further on. The writer changes it beside the entries; it alone asks what is taken.
+    ways: AtomicU64,
 }
 
 /// What the table knows of a block, in one cache line.
@@ -58,25 +65,27 @@ struct Table {
 }
 
 impl Bucket {
-    /// Two bits for each entry: whether it has this fingerprint (in place), and whether it is vacant. Without a branch for each: which places
-    /// of a bucket are taken cannot be foretold, and a wrong guess costs more than all seven entries.
+    /// A bit for each entry that has this fingerprint (in place), or is vacant if that is zero. Without a branch for each: which places of a
+    /// bucket are taken cannot be foretold, and a wrong guess costs more than all seven entries.
     #[inline]
-    fn look(&self, fingerprint: u64) -> Look {
-        let mut look = Look { alike: 0, vacant: 0 };
-        for (at, entry) in self.entries.iter().enumerate() {
-            let entry = entry.load(Ordering::Relaxed);
-            look.alike |= u32::from(entry & !BLOCK == fingerprint) << at;
-            look.vacant |= u32::from(entry == 0) << at;
-        }
-        look
+    fn alike(&self, fingerprint: u64) -> u32 {
+        let bit = |(at, entry): (usize, &AtomicU64)| {
+            u32::from(entry.load(Ordering::Relaxed) & !BLOCK == fingerprint) << at
+        };
+        self.entries.iter().enumerate().map(bit).fold(0, |bits, bit| bits | bit)
     }
-}
 
-/// What a glance at a bucket shows: a bit for each entry.
-#[derive(Debug, Clone, Copy)]
-struct Look {
-    alike: u32,
-    vacant: u32,
+    /// Whether entries that belong here may lie further on.
+    #[inline]
+    fn has_passed_on(&self) -> bool {
+        self.ways.load(Ordering::Relaxed) & PASSED_ON != 0
+    }
+
+    #[inline]
+    fn change_ways(&self, change: impl Fn(u64) -> u64) {
+        // Nobody else writes.
+        self.ways.store(change(self.ways.load(Ordering::Relaxed)), Ordering::Relaxed);
+    }
 }
 
 /// The numbers of the bits that are set.
@@ -92,9 +101,8 @@ fn set_bits(mut bits: u32) -> impl Iterator<Item = usize> {
 #[derive(Debug, Clone, Copy)]
 #[must_use]
 pub struct Vacancy {
-    /// Where its look-up begins, and the places that are vacant there.
+    /// Where its look-up begins.
     bucket: usize,
-    vacant: u32,
     fingerprint: u64,
 }
 
@@ -118,10 +126,7 @@ impl Table {
                 pins: zero(),
                 key: std::array::from_fn(|_| zero()),
             }),
-            buckets: zeroed(buckets, || Bucket {
-                entries: std::array::from_fn(|_| zero()),
-                passed_on: zero(),
-            }),
+            buckets: zeroed(buckets, || Bucket { entries: std::array::from_fn(|_| zero()), ways: zero() }),
             hash_mask: u64::MAX >> (64 - hash_bits.clamp(1, 64)),
         }
     }
@@ -141,7 +146,7 @@ impl Table {
         let (mut bucket, fingerprint) = self.place(key);
         for _ in 0..self.buckets.len() {
             let here = &self.buckets[bucket];
-            for at in set_bits(here.look(fingerprint).alike) {
+            for at in set_bits(here.alike(fingerprint)) {
                 let entry = here.entries[at].load(Ordering::Relaxed);
                 // It may have changed since, or be vacant where the fingerprint is zero.
                 if entry as u32 != 0
@@ -151,7 +156,7 @@ impl Table {
                     return Some(answer);
                 }
             }
-            if here.passed_on.load(Ordering::Relaxed) == 0 {
+            if !here.has_passed_on() {
                 break;
             }
             bucket = self.after(bucket);
@@ -273,18 +278,18 @@ impl IndexWriter {
     }
 
     /// The block with this key, or where a block with this key can be inserted.
+    #[inline]
     pub fn find_or_vacancy(&self, key: &BlockKey) -> Result<BlockId, Vacancy> {
         let (table, key) = (&*self.0.table, words(key));
         let (bucket, fingerprint) = table.place(&key);
         let here = &table.buckets[bucket];
-        let Look { alike, vacant } = here.look(fingerprint);
         // Most often nothing is like it, and nothing has been passed on from here.
-        if (alike != 0 || here.passed_on.load(Ordering::Relaxed) != 0)
+        if (here.alike(fingerprint) != 0 || here.has_passed_on())
             && let Some(block) = table.find(&key)
         {
             return Ok(block);
         }
-        Err(Vacancy { bucket, vacant, fingerprint })
+        Err(Vacancy { bucket, fingerprint })
     }
 
     /// Gives a block its key. The block is not found, and nobody has it pinned.
@@ -309,21 +314,25 @@ impl IndexWriter {
     /// From now on its key finds `block`.
     pub fn insert(&mut self, block: BlockId) {
         let (bucket, fingerprint) = self.0.table.place(&self.key_words(block));
-        let vacant = self.0.table.buckets[bucket].look(fingerprint).vacant;
-        self.insert_at(block, Vacancy { bucket, vacant, fingerprint });
+        self.insert_at(block, Vacancy { bucket, fingerprint });
     }
 
     /// From now on the block's key, for which this is the vacancy, finds it.
+    #[inline]
     pub fn insert_at(&mut self, block: BlockId, vacancy: Vacancy) {
         let table = &*self.0.table;
-        let Vacancy { mut bucket, mut vacant, fingerprint } = vacancy;
+        let Vacancy { mut bucket, fingerprint } = vacancy;
+        let vacant_in =
+            |bucket: usize| !(table.buckets[bucket].ways.load(Ordering::Relaxed) >> 32) & ALL_ENTRIES;
+        let mut vacant = vacant_in(bucket);
         // Twice as many places as blocks, so one is vacant.
         while vacant == 0 {
-            table.buckets[bucket].passed_on.fetch_add(1, Ordering::Relaxed);
+            table.buckets[bucket].change_ways(|ways| ways + 1);
             bucket = table.after(bucket);
-            vacant = table.buckets[bucket].look(fingerprint).vacant;
+            vacant = vacant_in(bucket);
         }
         let at = vacant.trailing_zeros() as usize;
+        table.buckets[bucket].change_ways(|ways| ways | 1 << 32 << at);
         let of_block = table.entry(block);
         of_block.place.store((bucket * BUCKET_WORDS + at) as u64, Ordering::Relaxed);
         // Release: whoever sees this sees the key.
@@ -364,16 +373,20 @@ impl IndexWriter {
     pub fn warm(&self, key: &BlockKey) {
         let table = &*self.0.table;
         let (bucket, _) = table.place(&words(key));
-        std::hint::black_box(table.buckets[bucket].passed_on.load(Ordering::Relaxed));
+        std::hint::black_box(table.buckets[bucket].ways.load(Ordering::Relaxed));
     }
 
-    /// Loads what removing the block will need.
-    pub fn warm_removal(&self, block: BlockId) {
+    /// Loads what removing the blocks will need.
+    pub fn warm_removals(&self, blocks: &[BlockId]) {
         let table = &*self.0.table;
-        let place = table.entry(block).place.load(Ordering::Relaxed) as usize;
-        std::hint::black_box(table.buckets[place / BUCKET_WORDS].passed_on.load(Ordering::Relaxed));
+        let place = |block: &BlockId| table.entry(*block).place.load(Ordering::Relaxed) as usize;
+        // All of the blocks first, then all of the buckets: the waits for each kind are one.
+        std::hint::black_box(blocks.iter().map(place).fold(0, |all, place| all | place));
+        let ways = |block| table.buckets[place(block) / BUCKET_WORDS].ways.load(Ordering::Relaxed);
+        std::hint::black_box(blocks.iter().map(ways).fold(0, |all, ways| all | ways));
     }
 
+    #[inline]
     fn remove_entry(&mut self, block: BlockId) {
         let table = &*self.0.table;
         let of_block = table.entry(block);
@@ -386,10 +399,11 @@ impl IndexWriter {
             "a published block is in the table"
         );
         entry.store(0, Ordering::Relaxed);
+        table.buckets[bucket].change_ways(|ways| ways & !(1 << 32 << at));
         // After the entry: whoever still needs the way finds it.
         let (mut before, _) = table.place(&self.key_words(block));
         while before != bucket {
-            table.buckets[before].passed_on.fetch_sub(1, Ordering::Relaxed);
+            table.buckets[before].change_ways(|ways| ways - 1);
             before = table.after(before);
         }
     }
@@ -450,7 +464,7 @@ mod tests {
                 index.hide(block);
                 assert_eq!(index.find(&key(number)), None);
             }
-            let ways = index.0.table.buckets.iter().map(|bucket| bucket.passed_on.load(Ordering::Relaxed));
+            let ways = index.0.table.buckets.iter().map(|bucket| bucket.ways.load(Ordering::Relaxed));
             assert_eq!(ways.sum::<u64>(), 0, "an empty table has no ways left in it");
         }
     }

@@ -601,6 +601,14 @@ impl Pool {
         }
     }
 
+    /// Loads what taking the slot back and giving it out again will need.
+    pub(crate) fn warm(&self, slot: SlotId) -> u32 {
+        let id = slot.0 as usize;
+        let chunk =
+            self.chunks.get(id / self.slot_ids_per_chunk as usize).map_or(0, |chunk| chunk.vacant as u32);
+        chunk | u32::from(self.vacant[id].is_some()) | self.table.pins(slot)
+    }
+
     /// Takes a slot back: vacant at once, or quarantined while a pin holds it.
     pub(crate) fn free(&mut self, class: SizeClass, slot: FilledSlot) {
         match self.table.vacate(slot) {

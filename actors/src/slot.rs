@@ -98,6 +98,11 @@ impl SlotTable {
         self.states[slot.id.0 as usize].pins() != 0
     }
 
+    /// How many are looking at a slot.
+    pub(crate) fn pins(&self, slot: SlotId) -> u32 {
+        self.states[slot.0 as usize].pins()
+    }
+
     /// The generation of a slot, by number.
     #[cfg(any(test, feature = "testing"))]
     pub(crate) fn generation(&self, slot: usize) -> u32 {

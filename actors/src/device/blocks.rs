@@ -18,8 +18,9 @@ use crate::pool::{Pool, SizeClass};
 use crate::slot::{FilledSlot, SlotId, SlotPin};
 use crate::stats::CoreCounters;
 
-/// Blocks and the slots that they are in.
+/// Blocks and the slots that they are in. Aligned, so that shards of different threads share no cache line, nor two that are fetched together.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct BlockStore {
     pub(super) blocks: Slab<Block>,
     pub(super) pool: Pool,
@@ -43,6 +44,8 @@ pub struct BlockStore {
     pub(super) index: IndexWriter,
     pub(super) evictor: Evictor,
     pub(super) lineage: Lineage,
+    /// Blocks to evict yet of which most is in the processor's caches.
+    pub(super) victims_warmed: usize,
     /// Blocks that nobody holds and that the index has forgotten while somebody had them pinned.
     pub(super) limbo: Vec<BlockId>,
     /// The bytes that everybody's blocks take, and may.
@@ -142,6 +145,7 @@ impl BlockStore {
             is_heard: false,
             shard,
             limbo: Vec::new(),
+            victims_warmed: 0,
             now_ms: 0,
             sealed_bytes: sealed_format.block_bytes(layout),
             pool,
@@ -250,7 +254,7 @@ impl BlockStore {
 
     /// Raw slots that can be had without touching reservations, after a look at what readers have let go.
     pub(super) fn raw_available(&mut self, wanted: usize) -> usize {
-        if self.pool.raw_available() < wanted {
+        if self.pool.raw_available() < wanted && self.waits_for_readers() {
             self.reclaim();
         }
         self.pool.raw_available()

@@ -34,6 +34,9 @@ pub(super) enum Room {
 /// Victims on the device that are left alone while one in host memory is looked for.
 const VICTIMS_LOOKED_PAST_MAX: usize = 256;
 
+/// Victims whose data is loaded at once.
+const WARM_VICTIMS: usize = 16;
+
 /// Blocks that are looked at for one that matches in part.
 const SIBLINGS_MAX: usize = 16;
 
@@ -254,12 +257,27 @@ impl BlockStore {
         keys.iter().for_each(|key| self.index.warm(key));
     }
 
+    /// Loads what evicting this block and those that come after it will need, all of it at once. They mostly come one after the other, and
+    /// each waits for what it needs, since others see what becomes of it in a certain order.
+    fn warm_victims(&mut self, victim: BlockId) {
+        let after = self.evictor.likely_after(victim).take(WARM_VICTIMS - 1);
+        let victims: SmallVec<[BlockId; WARM_VICTIMS]> = std::iter::once(victim).chain(after).collect();
+        self.index.warm_removals(&victims);
+        let slot = |block: &BlockId| self.blocks.get(block.0 as usize).map(|block| block.slot.id());
+        let of_slots = victims.iter().filter_map(slot).map(|slot| self.pool.warm(slot));
+        std::hint::black_box(of_slots.fold(0, |all, slot| all | slot));
+        std::hint::black_box(
+            victims.iter().map(|block| self.lineage.root(*block)).fold(0, |all, root| all | root),
+        );
+        self.victims_warmed = victims.len();
+    }
+
     /// Evicts a victim, unless somebody has just pinned it.
     fn try_evict(&mut self, victim: BlockId, counters: &mut CoreCounters) -> bool {
-        // They come one after the other: what the next will need is on its way by then.
-        if let Some(next) = self.evictor.likely_next(victim) {
-            self.index.warm_removal(next);
+        if self.victims_warmed == 0 {
+            self.warm_victims(victim);
         }
+        self.victims_warmed -= 1;
         let free = self.index.try_remove(victim);
         if free {
             self.tell_removed(victim);

@@ -64,8 +64,9 @@ const PARKED: u8 = 16;
 /// Parked blocks that go back to the ranking per victim.
 const RETURNS: usize = 4;
 
-/// What is known of a cached block, whatever the policy.
+/// What is known of a cached block, whatever the policy. Aligned, so that none lies across two cache lines.
 #[derive(Debug, Clone)]
+#[repr(align(32))]
 struct Node {
     /// Its neighbours in the one list that it is in, or (in `prev`) its place in the one heap.
     prev: u32,
@@ -136,6 +137,7 @@ impl Evictor {
 
     /// A block is cached from now on, held by the sequence that made it. `identity` is the same whenever the same content is
     /// cached again. A parent that is not cached counts as none.
+    #[inline]
     pub fn insert(
         &mut self,
         block: BlockId,
@@ -180,6 +182,7 @@ impl Evictor {
     }
 
     /// The last holder of the block has let go. Best called for the blocks of a sequence from its end to its start.
+    #[inline]
     pub fn release(&mut self, block: BlockId, now_ms: u64) {
         debug_assert!(self.contains(block) && self.nodes[block.0 as usize].is(HELD));
         self.advance(now_ms);
@@ -214,6 +217,7 @@ impl Evictor {
     /// The block to evict next: nobody holds it and no cached block continues it. It stays where it is until
     /// [`Evictor::remove`]. None if there is no such block, or all of them are of protected tenants or have been
     /// [passed](Evictor::pass) in turn.
+    #[inline]
     pub fn victim(&mut self, now_ms: u64) -> Option<BlockId> {
         self.advance(now_ms);
         while let Some(block) = self.kept.due(self.now_ms) {
@@ -236,13 +240,25 @@ impl Evictor {
         victim.map(BlockId)
     }
 
-    /// The block that comes up as victim when this one has gone, most often: its parent, if nothing else continues that, or the
-    /// candidate behind it.
-    pub fn likely_next(&self, victim: BlockId) -> Option<BlockId> {
-        let Node { parent, next, .. } = self.nodes[victim.0 as usize];
-        let is_last_child = parent != NONE && self.nodes[parent as usize].children == 1;
-        let block = if is_last_child { parent } else { next };
-        (block != NONE).then_some(BlockId(block))
+    /// Blocks that will most often come up as victims when this one has gone, one after the other: its parent, if nothing else continues
+    /// that, or else the candidate behind it.
+    pub fn likely_after(&self, victim: BlockId) -> impl Iterator<Item = BlockId> {
+        // Some orders are taken from their end.
+        let is_last = self.nodes[victim.0 as usize].next == NONE;
+        let (mut block, mut listed) = (victim.0, victim.0);
+        std::iter::from_fn(move || {
+            let parent = self.nodes[block as usize].parent;
+            block = if parent != NONE && self.nodes[parent as usize].children == 1 {
+                parent
+            } else {
+                let Node { prev, next, .. } = self.nodes[listed as usize];
+                listed = if is_last { prev } else { next };
+                listed
+            };
+            // Links of blocks that are in no list mean something else.
+            ((block as usize) < self.nodes.len()).then_some(BlockId(block))
+        })
+        .fuse()
     }
 
     /// The block of the tenant to evict next, protected or not: the one that was let go of longest ago.
@@ -269,6 +285,7 @@ impl Evictor {
     }
 
     /// The block is evicted, or freed. No cached block continues it.
+    #[inline]
     pub fn remove(&mut self, block: BlockId, now_ms: u64) {
         debug_assert!(self.contains(block) && self.nodes[block.0 as usize].children == 0);
         self.advance(now_ms);
@@ -317,11 +334,13 @@ impl Evictor {
     }
 
     /// Ranks a block that has become a candidate.
+    #[inline]
     fn enter(&mut self, block: u32) {
         self.tenants.enter(&self.nodes, block);
         self.rank(block);
     }
 
+    #[inline]
     fn rank(&mut self, block: u32) {
         match self.nodes[block as usize].is(KEPT) {
             true => self.kept.enter(&mut self.nodes, block),
@@ -329,6 +348,7 @@ impl Evictor {
         }
     }
 
+    #[inline]
     fn unrank(&mut self, block: u32) {
         let node = &mut self.nodes[block as usize];
         if node.is(PARKED) {
@@ -342,6 +362,7 @@ impl Evictor {
     }
 
     /// Takes a candidate out of whatever order it is in.
+    #[inline]
     fn leave(&mut self, block: u32) {
         let node = &mut self.nodes[block as usize];
         if node.is(PASSED) {
