@@ -5,9 +5,11 @@ use super::rank::{CELLS, Order};
 use super::{Info, Node};
 use crate::eviction::queue::List;
 
-/// Cells that are looked at for blocks that have got older, per victim: their times alone, all at once. Blocks get older slowly.
+/// Cells that are looked at for blocks that have got older, per victim: their times alone, many at once. Blocks get older slowly.
 const LOOKS: usize = 64;
-const _: () = assert!(CELLS.is_multiple_of(LOOKS));
+/// Of these, so many in one comparison or two of vectors.
+const AT_ONCE: usize = 16;
+const _: () = assert!(CELLS.is_multiple_of(LOOKS) && LOOKS.is_multiple_of(AT_ONCE));
 
 /// As far ahead as times are looked at.
 const FAR: u32 = 1 << 31;
@@ -167,16 +169,21 @@ impl Cells {
 
     /// Lets blocks of the next few cells get older.
     fn look_around(&mut self, nodes: &mut [Node], info: &mut [Info], now: u32, ages: &Ages) {
-        let cells = self.look..self.look + LOOKS;
-        self.look = if cells.end == CELLS { 0 } else { cells.end };
-        let any = self.due[cells.clone()].iter().fold(false, |any, due| any | is_due(*due, now));
-        if !any {
-            return;
-        }
-        for number in cells {
-            if is_due(self.due[number], now) && !self.grow_older(nodes, info, number, now, ages) {
-                // It is empty.
-                self.due[number] = now.wrapping_add(FAR);
+        let first = self.look;
+        self.look = if first + LOOKS == CELLS { 0 } else { first + LOOKS };
+        let later = now.wrapping_add(1);
+        for first in (first..first + LOOKS).step_by(AT_ONCE) {
+            let cells = first..first + AT_ONCE;
+            // As `is_due` says, of all of them: the upper bit of any.
+            let any = self.due[cells.clone()].iter().fold(0, |bits, due| bits | due.wrapping_sub(later));
+            if any >> 31 == 0 {
+                continue;
+            }
+            for number in cells {
+                if is_due(self.due[number], now) && !self.grow_older(nodes, info, number, now, ages) {
+                    // It is empty.
+                    self.due[number] = now.wrapping_add(FAR);
+                }
             }
         }
     }
