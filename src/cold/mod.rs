@@ -122,12 +122,16 @@ impl From<ElementType> for Element {
 
 /// How the elements of a block lie: `[layers][keys, values][kv_heads][tokens][dim]`. A `value_dim` of 0 is for keys alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[allow(missing_docs, reason = "a geometry's own words")]
 pub struct Shape {
+    /// Layers.
     pub layers: u32,
+    /// Key/value heads of a layer.
     pub kv_heads: u32,
+    /// Tokens of the block.
     pub tokens: u32,
+    /// Elements of a key head.
     pub key_dim: u32,
+    /// Elements of a value head.
     pub value_dim: u32,
 }
 
@@ -261,45 +265,109 @@ pub fn decode_to_vec(frame: &[u8], limit_bytes: usize) -> Result<(FrameInfo, Vec
 /// Why a block is not encoded or a frame not decoded.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
-#[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum ColdError {
     /// More elements than memory can hold.
     #[error("{shape:?} has more bytes than can be addressed")]
-    Shape { shape: Shape },
+    Shape {
+        /// What was asked for.
+        shape: Shape,
+    },
     /// The block is not of the shape.
     #[error("the shape has {shape_bytes} bytes, the block {given_bytes}")]
-    BlockBytes { shape_bytes: usize, given_bytes: usize },
+    BlockBytes {
+        /// Bytes of a block of that shape.
+        shape_bytes: usize,
+        /// Bytes of this one, or those that the header claims.
+        given_bytes: usize,
+    },
     /// The codec is not for these elements.
     #[error("{codec:?} does not code {element:?}")]
-    Unsupported { codec: Codec, element: Element },
+    Unsupported {
+        /// Which codec.
+        codec: Codec,
+        /// Which elements.
+        element: Element,
+    },
     /// Lossy codecs need numbers.
     #[error("element {at} is {bits:#x}, which is no finite number")]
-    NotFinite { at: usize, bits: u32 },
+    NotFinite {
+        /// The element's place in the block.
+        at: usize,
+        /// Its bits as an f32.
+        bits: u32,
+    },
     /// Too short for a header and a checksum, or not as long as its header says.
     #[error("the frame has {given_bytes} bytes instead of {frame_bytes}")]
-    FrameBytes { frame_bytes: u64, given_bytes: usize },
+    FrameBytes {
+        /// Bytes that there should be.
+        frame_bytes: u64,
+        /// Bytes that there are.
+        given_bytes: usize,
+    },
     /// Something else.
     #[error("a frame begins with {expected:?}, this with {found:?}", expected = frame::MAGIC)]
-    Magic { found: [u8; 4] },
-    /// Of a later version.
+    Magic {
+        /// The first bytes.
+        found: [u8; 4],
+    },
+    /// Of another version.
     #[error("the frame is of version {found}, {supported} is understood")]
-    Version { found: u16, supported: u16 },
+    Version {
+        /// The frame's.
+        found: u16,
+        /// The one that is understood.
+        supported: u16,
+    },
     /// A codec of no known number.
     #[error("there is no codec {found}")]
-    UnknownCodec { found: u8 },
+    UnknownCodec {
+        /// The number.
+        found: u8,
+    },
     /// An element of no known number.
     #[error("there is no element type {found}")]
-    UnknownElement { found: u8 },
+    UnknownElement {
+        /// The number.
+        found: u8,
+    },
     /// Bytes have changed.
     #[error("the checksum is {stored:#018x}, the bytes have {computed:#018x}")]
-    Checksum { stored: u64, computed: u64 },
+    Checksum {
+        /// The one in the frame.
+        stored: u64,
+        /// That of the frame's bytes.
+        computed: u64,
+    },
     /// The caller has no room, or more than the block.
     #[error("the block has {block_bytes} bytes, there is room for {room_bytes}")]
-    Room { block_bytes: usize, room_bytes: usize },
+    Room {
+        /// Bytes of the block.
+        block_bytes: usize,
+        /// Bytes that the caller allows.
+        room_bytes: usize,
+    },
     /// The payload is too short.
     #[error("{needed_bytes} bytes are needed at byte {at_byte} of the payload, {left_bytes} are left")]
-    PayloadEnds { at_byte: usize, needed_bytes: usize, left_bytes: usize },
+    PayloadEnds {
+        /// How far it was read.
+        at_byte: usize,
+        /// Bytes that follow in a payload of an encoder.
+        needed_bytes: usize,
+        /// Bytes that follow in this.
+        left_bytes: usize,
+    },
     /// The payload holds what no encoder writes.
     #[error("at byte {at_byte} of the payload: {what} is {found}, expected {least} to {most}")]
-    Payload { what: &'static str, at_byte: usize, found: usize, least: usize, most: usize },
+    Payload {
+        /// What was read.
+        what: &'static str,
+        /// How far it was read.
+        at_byte: usize,
+        /// What is there.
+        found: usize,
+        /// The least that there may be.
+        least: usize,
+        /// The most.
+        most: usize,
+    },
 }
