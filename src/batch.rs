@@ -10,7 +10,9 @@ use kv_cache_actors::reach::LentMemory;
 
 use crate::element::{Element, check_type, tensor};
 use crate::runtime::Runtime;
-use crate::{ElementType, Error, ExtraIdentity, OpenOptions, Sequence, SequenceId, Tenant, Tier};
+use crate::{
+    ElementType, Error, ExtraIdentity, OpenOptions, Sequence, SequenceId, Tenant, Tier, TokenScores,
+};
 
 /// Any mix of operations over any sequences, submitted and validated as one batch: one message, one result per operation.
 ///
@@ -227,6 +229,17 @@ impl BatchCacheOperations {
         self
     }
 
+    /// Drops tokens by their scores: [`Outcome::Dropped`]. See [`Sequence::drop_tokens`].
+    pub fn drop_tokens(
+        mut self,
+        sequence: impl Into<SequenceId>,
+        keep: u32,
+        scores: impl Into<TokenScores>,
+    ) -> Self {
+        self.0.drop_tokens(sequence.into(), keep, scores.into());
+        self
+    }
+
     /// Closes a sequence before its handle is dropped: [`Outcome::Closed`].
     pub fn close(mut self, sequence: impl Into<SequenceId>) -> Self {
         self.0.close(sequence.into());
@@ -329,6 +342,11 @@ pub enum Outcome {
         /// Blocks that were not there yet.
         blocks: u32,
     },
+    /// Tokens were dropped by their scores.
+    Dropped {
+        /// Committed tokens that are still there.
+        kept: u32,
+    },
     /// A sequence was closed.
     Closed,
 }
@@ -347,6 +365,7 @@ impl Outcome {
             }
             InnerOutcome::Truncated { committed } => Outcome::Truncated { committed },
             InnerOutcome::Moved { blocks } => Outcome::Moved { blocks },
+            InnerOutcome::Dropped { kept } => Outcome::Dropped { kept },
             InnerOutcome::Closed => Outcome::Closed,
             // No batch of a caller's asks for it.
             other @ InnerOutcome::Invalidated { .. } => return Err(crate::sequence::unexpected(&other)),

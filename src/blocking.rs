@@ -10,7 +10,7 @@ use crate::batch::{BatchCacheOperations, Outcome};
 use crate::cache::{Cache, PinnedPrefix, ShutdownReport};
 use crate::element::Element;
 use crate::error::BuildError;
-use crate::{Error, Invalidate, OpenOptions, Sequence, Tenant};
+use crate::{Error, Invalidate, OpenOptions, Sequence, Tenant, TokenScores};
 
 /// A [`Cache`] for threads.
 ///
@@ -140,6 +140,14 @@ impl BlockingSequence {
     pub fn fork_many(&self, count: u32) -> Result<Vec<BlockingSequence>, Error> {
         let forks = block_on(self.sequence.fork_many(count))?;
         Ok(forks.into_iter().map(|sequence| BlockingSequence { sequence }).collect())
+    }
+
+    /// See [`Sequence::drop_tokens`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn drop_tokens(&self, keep: u32, scores: impl Into<TokenScores>) -> Result<u32, Error> {
+        block_on(self.sequence.drop_tokens(keep, scores))
     }
 
     /// See [`Sequence::close`].

@@ -330,6 +330,12 @@ impl Cache {
     ) -> Result<TableTensors, Error> {
         let host = self.block_table(sequences, layer)?;
         let layout = &self.runtime().layout;
+        if host.sequences.iter().any(|row| !row.positions.is_empty()) {
+            return Err(Error::Unsupported {
+                what: "a table as tensors of a sequence whose tokens were dropped by their scores",
+                instead: "use `Cache::block_table`, which says where its tokens stood",
+            });
+        }
         let columns = Columns::new(layout, layer as usize, &host);
         let slots = slot_mapping(layout, &columns);
         let (rows, blocks) = (host.sequences.len(), columns.max_blocks);

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use kv_cache_actors::block::HashSecret;
+use kv_cache_actors::dropping::{Dropping, KeyScore};
 use kv_cache_actors::error::ConfigError;
 use kv_cache_actors::eviction::EvictionPolicy;
 use kv_cache_actors::format::{Format, GROUP, KeepRaw};
@@ -102,13 +103,28 @@ pub enum CompressionMethod {
     /// The first 4 tokens (attention sinks) and the most recent ones that fit the ratio.
     #[default]
     Truncation,
-    /// Tokens whose keys have the smallest norms. Not built yet.
+    /// Tokens whose keys have the smallest norms, beside the first 4 and some recent ones: see [`KeyScore::Norm`].
     KeyNorm,
-    /// Tokens whose keys differ most from the mean key. Not built yet.
+    /// Tokens whose keys differ most from the mean key, likewise: see [`KeyScore::Diff`].
     KeyDiff,
 }
 
-/// Token dropping: keeping fewer tokens of a sequence than it was given.
+impl CompressionMethod {
+    fn score(self) -> Option<KeyScore> {
+        match self {
+            CompressionMethod::Truncation => None,
+            CompressionMethod::KeyNorm => Some(KeyScore::Norm),
+            CompressionMethod::KeyDiff => Some(KeyScore::Diff),
+        }
+    }
+}
+
+/// Token dropping: keeping fewer tokens of a sequence than it was given, as its writes are committed.
+///
+/// Truncation keeps to the ratio all the time. By scores, tokens are dropped down to the ratio whenever that gains a block and a quarter as many
+/// tokens are new as were kept the last time; for moments and scores of the caller's own there is
+/// [`Sequence::drop_tokens`](crate::Sequence::drop_tokens), which needs none of these settings. A cache that drops tokens by itself shares nothing
+/// by prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Compression {
@@ -429,11 +445,23 @@ impl CacheConfig {
     }
 
     fn check_built(&self) -> Result<(), ConfigError> {
-        let not_built = |field, value: String, instead| Err(ConfigError::NotBuilt { field, value, instead });
-        if self.compression.enabled && self.compression.method != CompressionMethod::Truncation {
-            return not_built("compression.method", format!("{:?}", self.compression.method), "truncation");
+        let has_means = self.quantisation.key_means.is_some() && self.sealed_format() != Format::Raw;
+        match self.devices {
+            Devices::Cuda(_) => self.check_drops_by_scores("truncation, or CPU devices"),
+            _ if has_means => self.check_drops_by_scores("truncation, or no `quantisation.key_means`"),
+            _ => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Refuses to drop tokens by scores where that is not built.
+    pub(crate) fn check_drops_by_scores(&self, instead: &'static str) -> Result<(), ConfigError> {
+        match self.dropping().and_then(|dropping| dropping.score) {
+            None => Ok(()),
+            Some(_) => {
+                let value = format!("{:?}", self.compression.method);
+                Err(ConfigError::NotBuilt { field: "compression.method", value, instead })
+            }
+        }
     }
 
     /// The format that the quantisation settings stand for.
@@ -464,8 +492,10 @@ impl CacheConfig {
         }
     }
 
-    pub(crate) fn keep_ratio(&self) -> Option<f32> {
-        self.compression.enabled.then_some(self.compression.ratio)
+    /// How tokens are dropped without being asked to, if they are.
+    pub(crate) fn dropping(&self) -> Option<Dropping> {
+        let Compression { enabled, ratio, method } = self.compression;
+        enabled.then(|| Dropping { score: method.score(), ratio })
     }
 
     /// Tokens that token dropping never drops, at the start of a sequence.

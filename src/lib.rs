@@ -71,6 +71,7 @@ pub use half;
 pub use key_means::{KeyMeans, KeyMeansBuilder};
 pub use kv_cache_actors::batch::Invalidate;
 pub use kv_cache_actors::block::{BlockKey, ExtraIdentity, HashSecret};
+pub use kv_cache_actors::dropping::{KeyScore, TokenScores};
 pub use kv_cache_actors::events::{BlockEvent, BlockEvents, Missed};
 pub use kv_cache_actors::eviction::EvictionPolicy;
 pub use kv_cache_actors::format::{Format, RowFormat};

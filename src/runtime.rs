@@ -88,7 +88,7 @@ pub(crate) fn open(
     static CACHES: AtomicU8 = AtomicU8::new(0);
     let cache = CACHES.fetch_add(1, Ordering::Relaxed);
     let tenants: Arc<HashMap<_, _>> = Arc::new(config.tenants.clone().into_iter().collect());
-    let mut keys = KeyScheme::new(secret, &config.geometry, config.keep_ratio());
+    let mut keys = KeyScheme::new(secret, &config.geometry, config.dropping().as_ref());
     if let Some(means) = &means {
         keys = keys.storing(&means.bytes());
     }
@@ -96,6 +96,12 @@ pub(crate) fn open(
     let mut assembler =
         Assembler::new(devices.len(), config.max_jobs_in_flight, config.max_sequences, events.clone());
     for (shard, (device, memory)) in devices.iter().zip(&memories).enumerate() {
+        let no_scores = match (memory.device(), &centres) {
+            (Some(_), _) => Some("use a CPU device, or truncation"),
+            (None, Some(_)) => Some("use a cache without mean keys, or truncation"),
+            (None, None) => None,
+        };
+        no_scores.map_or(Ok(()), |instead| config.check_drops_by_scores(instead))?;
         let core = CoreConfig {
             cache,
             shard: shard as u16,
@@ -109,7 +115,8 @@ pub(crate) fn open(
             copy_lane_min_bytes: if config.non_blocking { config.copy_lane_min_bytes } else { usize::MAX },
             seals_per_launch: memory.seals_per_launch(),
             deterministic: config.deterministic,
-            keep_ratio: config.keep_ratio(),
+            dropping: config.dropping(),
+            no_scores,
             keys: keys.clone(),
             eviction: config.eviction,
             tenants: tenants.clone(),

@@ -11,7 +11,7 @@ use crate::batch::{KeysValues, Outcome};
 use crate::element::{Element, tensor};
 use crate::runtime::Runtime;
 use crate::view::{CommittedView, View};
-use crate::{Error, ExtraIdentity, Format, SequenceId, Tenant, Tier};
+use crate::{Error, ExtraIdentity, Format, SequenceId, Tenant, Tier, TokenScores};
 
 /// An open sequence. Dropping it closes it, without waiting; its memory is free once what is in flight has ended.
 ///
@@ -40,8 +40,10 @@ pub struct SequenceInfo {
     pub committed: u32,
     /// Up to which token each layer is staged; empty if nothing is.
     pub staged: Vec<u32>,
-    /// Tokens that token dropping has removed.
+    /// Tokens that truncation has dropped.
     pub dropped: Range<u32>,
+    /// Committed tokens that are there: those that were not dropped, one way or another.
+    pub kept: u32,
     /// Blocks in the element type.
     pub raw_blocks: u32,
     /// Blocks in the sealed format, on every tier.
@@ -92,7 +94,8 @@ impl Sequence {
             |block: &&BlockId| places.get(**block).is_some_and(|place| place.class.tier() == Tier::Host);
         let host_blocks = held().filter(in_host).count() as u32;
         let keep = self.runtime.config.keep_raw();
-        let full = state.committed as usize / self.runtime.layout.block_tokens;
+        let stored = state.stored(state.committed);
+        let full = stored as usize / self.runtime.layout.block_tokens;
         let to_seal = state.blocks.iter().take(full.saturating_sub(keep.window_blocks));
         let to_seal = to_seal.skip(usize::from(keep.sinks)).filter(|&&block| block != BlockId::DROPPED);
         let blocks_to_seal = to_seal.filter(|block| !sealed(block)).count() as u32;
@@ -100,6 +103,7 @@ impl Sequence {
             committed: state.committed,
             staged: state.staged.clone(),
             dropped: state.dropped(),
+            kept: stored - state.dropped().len() as u32,
             raw_blocks: held().count() as u32 - sealed_blocks,
             sealed_blocks,
             host_blocks,
@@ -254,6 +258,42 @@ impl Sequence {
     /// [`Error::TokenRange`], [`Error::TokensDropped`]; those of a lost shard or closed cache.
     pub async fn truncate(&self, tokens: u32) -> Result<(), Error> {
         self.runtime.one(0, 0, |batch| batch.truncate(self.id(), tokens)).await.map(drop)
+    }
+
+    /// Drops committed tokens until `keep` are there, and returns how many that are: the first 4 (attention sinks) and the most recent ones stay
+    /// (32, or half of what `keep` leaves for them if that is less), and of the others those with the highest scores. A token goes or stays for all
+    /// layers and heads alike. Nothing happens if no more than `keep` are there.
+    ///
+    /// Scores are computed from the stored keys ([`KeyScore`](crate::KeyScore), attention-free), or come from the caller: one for each token that is
+    /// there, in order of positions ([`Sequence::positions`]), the attention that it got for instance.
+    ///
+    /// Positions do not change: [`Sequence::len`] counts on from all tokens that ever were committed, keys stay rotated to where they stood, and
+    /// reads name tokens by the positions that they had. What stays is copied to blocks of this sequence's own (of room for `keep` tokens, which has to be
+    /// there before the old blocks go), which its forks share and prompts never find; the blocks that others hold too are left to them. Tokens
+    /// from sealed blocks are decoded, and lose once more when they are sealed again. Reservations ([`OpenOptions`](crate::OpenOptions)) may
+    /// come out a block short.
+    ///
+    /// # Errors
+    /// Nothing was dropped on any error: [`Error::Scores`], [`Error::ScoreNotANumber`], [`Error::StagedTokens`], [`Error::Capacity`];
+    /// [`Error::Unsupported`] on GPUs, in a cache with mean keys, and in one that truncates; those of a lost shard or closed cache.
+    pub async fn drop_tokens(&self, keep: u32, scores: impl Into<TokenScores>) -> Result<u32, Error> {
+        let scores = scores.into();
+        let bytes = match &scores {
+            TokenScores::Given(scores) => size_of_val(&scores[..]) as u64,
+            TokenScores::Keys(_) => 0,
+        };
+        match self.runtime.one(bytes, 0, |batch| batch.drop_tokens(self.id(), keep, scores)).await? {
+            InnerOutcome::Dropped { kept } => Ok(kept),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Positions of the committed tokens that are there, ascending: all of them unless some were dropped. Inline: no message.
+    pub fn positions(&self) -> Vec<u32> {
+        let state = self.open.shared().state();
+        let (stored, dropped) = (state.stored(state.committed), state.dropped());
+        let positions = (0..stored).map(|at| state.position(at));
+        positions.filter(|at| !dropped.contains(at)).collect()
     }
 
     /// Moves its sealed blocks to the host tier, and returns how many were not there yet. That frees memory of the device; blocks

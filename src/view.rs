@@ -6,6 +6,7 @@ use std::sync::{Arc, LazyLock, OnceLock};
 use half::{bf16, f16};
 use kv_cache_actors::block::{BlockId, Place};
 use kv_cache_actors::device::ShardView;
+use kv_cache_actors::dropping::Compacted;
 use kv_cache_actors::format::{FormatLayout, RowFormat};
 use kv_cache_actors::sequence::{SequenceShared, SequenceState};
 use kv_cache_actors::slot::SlotPin;
@@ -58,7 +59,7 @@ impl Drop for Pins {
     }
 }
 
-/// The tokens that a sequence still has, as ranges: sinks and window if some were dropped.
+/// The tokens that a sequence still has, as ranges: sinks and window if some were truncated.
 fn kept(state: &SequenceState, visible: u32) -> impl Iterator<Item = Range<u32>> {
     let dropped = state.dropped();
     let (sinks, window) = match dropped.is_empty() {
@@ -81,12 +82,16 @@ pub(crate) struct Pinned {
     memory: Memory,
     layout: BlockLayout,
     centres: Option<Arc<Centres>>,
+    /// Where its tokens stood, if some were dropped by their scores.
+    compacted: Option<Arc<Compacted>>,
     pieces: Vec<Piece>,
     _pins: Pins,
 }
 
 #[derive(Debug)]
 struct Piece {
+    /// Its first token, among those that are stored.
+    stored: u32,
     first_token: u32,
     inside: Range<usize>,
     offset: usize,
@@ -117,18 +122,19 @@ impl Pinned {
             return Err(Error::ClosedSequence(shared.id()));
         }
         let centres = runtime.centres.clone();
-        let mut pinned = Pinned { memory, layout, centres, pieces: Vec::new(), _pins: Pins::default() };
+        let (compacted, pieces) = (state.compacted.clone(), Vec::new());
+        let mut pinned = Pinned { memory, layout, centres, compacted, pieces, _pins: Pins::default() };
         for range in kept(&state, visible(&state)) {
-            let mut first_token = range.start;
             for (at, inside) in state.pieces(&layout, range) {
-                let count = inside.len() as u32;
+                let stored = (at * layout.block_tokens + inside.start) as u32;
+                let first_token = state.position(stored);
                 let found = state.blocks.get(at).and_then(|&block| pin(shard, block));
                 let (place, pin) = found.ok_or(Error::ClosedSequence(shared.id()))?;
                 let offset = runtime.pool.offset_bytes(place.class, place.slot);
                 let copy = OnceLock::new();
-                pinned.pieces.push(Piece { first_token, inside, offset, format: place.format, copy });
+                let format = place.format;
+                pinned.pieces.push(Piece { stored, first_token, inside, offset, format, copy });
                 pinned._pins.push(shard, pin);
-                first_token += count;
             }
         }
         Ok(pinned)
@@ -266,6 +272,13 @@ impl<'a> BlockView<'a> {
         self.piece.inside.len() as u32
     }
 
+    /// Positions of these tokens in their sequence: one after the other, unless tokens between them were dropped by their scores.
+    pub fn positions(&self) -> impl Iterator<Item = u32> + 'a {
+        let (compacted, stored) = (self.pinned.compacted.as_deref(), self.piece.stored);
+        let position = move |at| compacted.map_or(at, |compacted| compacted.position(at));
+        (stored..stored + self.tokens()).map(position)
+    }
+
     /// How the block is stored.
     pub fn format(&self) -> Format {
         self.piece.format
@@ -399,10 +412,13 @@ pub struct SequenceRows {
     pub sequence: SequenceId,
     /// Committed tokens (and tokens staged for this layer), dropped ones included.
     pub tokens: u32,
-    /// Tokens that were dropped.
+    /// Tokens that truncation has dropped.
     pub dropped: Range<u32>,
     /// Blocks in order; those of dropped tokens are left out.
     pub blocks: Vec<BlockEntry>,
+    /// Where tokens were dropped by their scores ([`Sequence::drop_tokens`](crate::Sequence::drop_tokens)): the positions of those that are there,
+    /// which fill the blocks one after the other. Otherwise empty: a block's tokens follow each other from its first.
+    pub positions: Vec<u32>,
 }
 
 /// One block of a [`BlockTable`].
@@ -450,7 +466,8 @@ impl BlockTable {
             let shard = &runtime.views[id.shard() as usize];
             let state = shared.state();
             // Not those that a write in flight has taken.
-            let shown = layout.blocks_for(state.visible(layer as usize) as usize);
+            let stored = state.stored(state.visible(layer as usize));
+            let shown = layout.blocks_for(stored as usize);
             let mut blocks = Vec::with_capacity(shown);
             let listed = state.blocks.iter().take(shown).enumerate();
             for (at, &block) in listed.filter(|(_, block)| **block != BlockId::DROPPED) {
@@ -462,7 +479,7 @@ impl BlockTable {
                 blocks.push(BlockEntry {
                     tier: place.class.tier(),
                     address: memory.address_of(slot_offset_bytes + inside),
-                    first_token: (at * layout.block_tokens) as u32,
+                    first_token: state.position((at * layout.block_tokens) as u32),
                     format: place.format,
                     slot_offset_bytes,
                     keys_offset_bytes: slot_offset_bytes + inside,
@@ -470,7 +487,11 @@ impl BlockTable {
                 table._pins.push(shard, pin);
             }
             let (tokens, dropped) = (state.visible(layer as usize), state.dropped());
-            table.sequences.push(SequenceRows { sequence: id, tokens, dropped, blocks });
+            let positions = match state.compacted {
+                Some(_) => (0..stored).map(|at| state.position(at)).collect(),
+                None => Vec::new(),
+            };
+            table.sequences.push(SequenceRows { sequence: id, tokens, dropped, blocks, positions });
         }
         Ok(table)
     }

@@ -12,6 +12,7 @@ use smallvec::SmallVec;
 use tokio::sync::oneshot;
 
 use crate::block::ExtraIdentity;
+use crate::dropping::TokenScores;
 use crate::error::Error;
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::memory::ReadBuffer;
@@ -118,6 +119,11 @@ pub(crate) enum Operation {
     MoveTo {
         sequence: SequenceId,
         tier: Tier,
+    },
+    Drop {
+        sequence: SequenceId,
+        keep: u32,
+        scores: Box<TokenScores>,
     },
     Close {
         sequence: SequenceId,
@@ -262,6 +268,7 @@ impl Operation {
             | Operation::Fork { sequence, .. }
             | Operation::Truncate { sequence, .. }
             | Operation::MoveTo { sequence, .. }
+            | Operation::Drop { sequence, .. }
             | Operation::Close { sequence } => Some(*sequence),
         }
     }
@@ -306,6 +313,11 @@ pub enum Outcome {
     Moved {
         /// Blocks that were not there yet.
         blocks: u32,
+    },
+    /// Tokens were dropped by their scores.
+    Dropped {
+        /// Committed tokens that are still there.
+        kept: u32,
     },
     /// The sequence was closed.
     Closed,
@@ -616,6 +628,11 @@ impl BatchCacheOperations {
         self.submission.operations.push(Operation::MoveTo { sequence, tier });
     }
 
+    /// Drops all but about `keep` tokens of a sequence: those with the highest scores stay, the sinks and the most recent ones in any case.
+    pub fn drop_tokens(&mut self, sequence: SequenceId, keep: u32, scores: TokenScores) {
+        self.submission.operations.push(Operation::Drop { sequence, keep, scores: Box::new(scores) });
+    }
+
     /// Lets prompts find some blocks of a shard no more. Sequences that hold them keep them.
     pub fn invalidate(&mut self, shard: u16, what: Invalidate) {
         self.submission.operations.push(Operation::Invalidate { shard, what: Box::new(what) });
@@ -694,6 +711,10 @@ impl BatchCacheOperations {
     pub fn bytes(&self, layout: &BlockLayout, max_tokens: u32) -> u64 {
         let reads = self.submission.operations.iter().map(|operation| match operation {
             Operation::Read { tokens, .. } => read_bytes(layout, tokens, max_tokens),
+            Operation::Drop { scores, .. } => match &**scores {
+                TokenScores::Given(scores) => size_of_val(&scores[..]) as u64,
+                TokenScores::Keys(_) => 0,
+            },
             _ => 0,
         });
         self.arena.len() as u64 + reads.sum::<u64>()
@@ -841,6 +862,13 @@ fn check(operation: &Operation, layout: &BlockLayout, max_tokens: u32) -> Result
             Ok(())
         }
         Operation::Fork { count: 0, .. } => Err(Error::Empty),
+        Operation::Drop { scores, .. } => match &**scores {
+            TokenScores::Given(scores) => match scores.iter().position(|score| score.is_nan()) {
+                Some(token) => Err(Error::ScoreNotANumber { token: token as u32 }),
+                None => Ok(()),
+            },
+            TokenScores::Keys(_) => Ok(()),
+        },
         Operation::Open { options, .. } => {
             let prompt = options.prompt.as_ref().map_or(0, |prompt| prompt.token_ids.len() as u64);
             match prompt.max(u64::from(options.reserve_tokens)) {

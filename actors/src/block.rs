@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
+use crate::dropping::Dropping;
 use crate::format::Format;
 use crate::geometry::Geometry;
 use crate::pool::SizeClass;
@@ -77,8 +78,8 @@ pub struct KeyScheme {
 }
 
 impl KeyScheme {
-    /// The keys of a cache for `geometry` that drops tokens as `keep_ratio` says.
-    pub fn new(secret: HashSecret, geometry: &Geometry, keep_ratio: Option<f32>) -> Self {
+    /// The keys of a cache for `geometry` that drops tokens by itself as `dropping` says.
+    pub fn new(secret: HashSecret, geometry: &Geometry, dropping: Option<&Dropping>) -> Self {
         let mut fields = Fields::default();
         fields.field(&KEY_VERSION.to_le_bytes()).field(geometry.model.as_bytes());
         fields.field(&geometry.block_tokens.to_le_bytes());
@@ -97,9 +98,9 @@ impl KeyScheme {
                 }
             };
         }
-        match keep_ratio {
+        match dropping {
             None => fields.field(b"none"),
-            Some(ratio) => fields.field(format!("truncation:{ratio}").as_bytes()),
+            Some(dropping) => fields.field(dropping.name().as_bytes()),
         };
         KeyScheme { secret, block_tokens: geometry.block_tokens as usize, common: fields.0.as_slice().into() }
     }
@@ -271,6 +272,7 @@ impl Places {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use crate::dropping::KeyScore;
     use crate::geometry::ElementType;
 
     #[test]
@@ -280,6 +282,7 @@ mod tests {
         let options = OpenOptions::default().tenant("a");
         let root = |g: &Geometry, o: &OpenOptions| KeyScheme::new(secret, g, None).root(o);
         let base = root(&geometry, &options);
+        let dropping = Dropping { score: None, ratio: 0.5 };
         let others = [
             root(&geometry.clone().model("n"), &options),
             root(&geometry.clone().block_tokens(16), &options),
@@ -288,7 +291,9 @@ mod tests {
             root(&geometry, &OpenOptions::default().tenant("b")),
             root(&geometry, &options.clone().adapter("a")),
             root(&geometry, &options.clone().shared_domain("a")),
-            KeyScheme::new(secret, &geometry, Some(0.5)).root(&options),
+            KeyScheme::new(secret, &geometry, Some(&dropping)).root(&options),
+            KeyScheme::new(secret, &geometry, Some(&Dropping { score: Some(KeyScore::Diff), ..dropping }))
+                .root(&options),
             KeyScheme::new(HashSecret([8; 32]), &geometry, None).root(&options),
         ];
         assert!(others.iter().all(|key| *key != base));

@@ -109,6 +109,22 @@ pub enum Error {
         /// Where it ends.
         actual: u32,
     },
+    /// Tokens were to be dropped by scores of the caller's, and there are not as many scores as tokens.
+    #[error(
+        "{scores} scores given for {tokens} tokens that are there; give one each, in order of their positions"
+    )]
+    Scores {
+        /// Scores given.
+        scores: usize,
+        /// Tokens that were not dropped before.
+        tokens: u32,
+    },
+    /// A score of the caller's is not a number.
+    #[error("the score of token {token} of those that are there is not a number")]
+    ScoreNotANumber {
+        /// Which, counted from the first that was not dropped before.
+        token: u32,
+    },
     /// An operation over no tokens.
     #[error("no tokens given; give at least one")]
     Empty,
@@ -259,6 +275,8 @@ impl Error {
             | Error::Position { .. }
             | Error::Empty
             | Error::EachTokens { .. }
+            | Error::Scores { .. }
+            | Error::ScoreNotANumber { .. }
             | Error::NotStaged { .. }
             | Error::StagedTokens { .. }
             | Error::SequenceTooLong { .. }

@@ -12,6 +12,7 @@ pub mod batch;
 pub mod block;
 pub mod device;
 pub mod directory;
+pub mod dropping;
 pub mod error;
 pub mod events;
 pub mod eviction;

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use crate::block::BlockId;
 use crate::device::tier::TierMoves;
+use crate::dropping::KeyScore;
 use crate::format::Format;
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::payload::Payload;
@@ -160,6 +161,52 @@ pub enum Step {
     },
     /// Gathers and decodes tokens of one layer into a flight's output.
     Read(ReadStep),
+    /// Scores tokens by their keys in all layers, into a flight's output ([`ReadBuffer::scores`]). Only where the core may ask for it
+    /// ([`CoreConfig::no_scores`](crate::device::CoreConfig::no_scores)), as for the next.
+    Score(ScoreStep),
+    /// Decodes some tokens of a block, all layers of them, to tokens of a raw slot that follow each other.
+    Gather(GatherStep),
+}
+
+/// See [`Step::Score`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScoreStep {
+    /// Whose output.
+    pub flight: usize,
+    /// How the keys of each layer and head are scored; a token's scores are added in the order of layers and heads.
+    pub score: KeyScore,
+    /// Where the tokens are, in order.
+    pub sources: Vec<ScoreSource>,
+}
+
+/// The first tokens of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScoreSource {
+    /// How the block is stored.
+    pub format: Format,
+    /// Position of the block's first token in its sequence.
+    pub position: u32,
+    /// Slot read.
+    pub slot_offset: usize,
+    /// How many tokens of it.
+    pub tokens: usize,
+}
+
+/// See [`Step::Gather`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GatherStep {
+    /// How the block is stored.
+    pub format: Format,
+    /// Position of the block's first token in its sequence.
+    pub position: u32,
+    /// Slot read.
+    pub from_offset: usize,
+    /// Tokens of it, ascending.
+    pub tokens: Vec<u32>,
+    /// Raw slot written.
+    pub to_offset: usize,
+    /// Token of that slot where the first goes.
+    pub to_token: usize,
 }
 
 /// See [`Step::Append`]. The tensors are `[layers, payload_tokens, kv_heads, dim]`, keys and values apart.
@@ -459,6 +506,19 @@ pub struct ReadBuffer {
 }
 
 impl ReadBuffer {
+    /// A buffer for the scores of `tokens` tokens, which take the place of keys.
+    pub fn scores(tokens: usize) -> Self {
+        ReadBuffer { keys: Elements::Single(vec![0.0; tokens]), values: Elements::Single(Vec::new()) }
+    }
+
+    /// The scores, in a buffer for them.
+    pub fn scores_mut(&mut self) -> &mut [f32] {
+        match &mut self.keys {
+            Elements::Single(scores) => scores,
+            Elements::Half(_) => &mut [],
+        }
+    }
+
     /// A buffer for `tokens` tokens of one layer.
     pub fn new(layout: &BlockLayout, tokens: usize) -> Self {
         let zeroed = |plane| Elements::zeroed(layout.element, tokens * layout.kv_heads * layout.dim(plane));

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use crate::block::{BlockId, ExtraIdentity};
+use crate::dropping::Compacted;
 use crate::error::Error;
 use crate::geometry::BlockLayout;
 use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, lock};
@@ -254,8 +255,10 @@ pub struct SequenceState {
     /// Blocks in order, short lists in place: with many sequences open each list elsewhere is one more wait for memory.
     /// [`BlockId::DROPPED`] where token dropping released one.
     pub blocks: SmallVec<[BlockId; 6]>,
-    /// Tokens `SINK_TOKENS..window_start` were dropped (none while it is at most `SINK_TOKENS`).
+    /// Tokens `SINK_TOKENS..window_start` were dropped (none while it is at most `SINK_TOKENS`): truncation leaves their blocks out.
     pub window_start: u32,
+    /// Tokens were dropped by their scores: the blocks hold what is left, one token after the other. Never beside truncation.
+    pub compacted: Option<std::sync::Arc<Compacted>>,
 }
 
 impl SequenceState {
@@ -264,7 +267,7 @@ impl SequenceState {
         self.staged.get(layer).copied().unwrap_or(0).max(self.committed)
     }
 
-    /// The tokens that dropping has removed.
+    /// The tokens that truncation has dropped.
     pub fn dropped(&self) -> Range<u32> {
         SINK_TOKENS.min(self.window_start)..self.window_start
     }
@@ -272,6 +275,36 @@ impl SequenceState {
     /// The furthest token that any layer holds.
     pub(crate) fn end(&self) -> u32 {
         self.staged.iter().copied().max().unwrap_or(0).max(self.committed)
+    }
+
+    /// Tokens of the first `position` that are stored, and so the place of the token at `position` among the stored ones, by which it is
+    /// found in the blocks. Truncation leaves the places of dropped tokens empty; otherwise they are closed up.
+    pub fn stored(&self, position: u32) -> u32 {
+        self.compacted.as_ref().map_or(position, |compacted| compacted.stored(position))
+    }
+
+    /// [`SequenceState::stored`] for both ends.
+    pub fn stored_range(&self, positions: &Range<u32>) -> Range<u32> {
+        self.stored(positions.start)..self.stored(positions.end)
+    }
+
+    /// The position of a stored token.
+    pub fn position(&self, stored: u32) -> u32 {
+        self.compacted.as_ref().map_or(stored, |compacted| compacted.position(stored))
+    }
+
+    /// Tokens that have outlived a dropping by scores.
+    pub(crate) fn thinned(&self) -> u32 {
+        self.compacted.as_ref().map_or(0, |compacted| compacted.thinned())
+    }
+
+    /// The dropped tokens around the first one of `range` that was dropped by its score, if there is one.
+    fn gap(&self, range: &Range<u32>) -> Option<Range<u32>> {
+        let compacted = self.compacted.as_ref()?;
+        let first = compacted.stored(range.start);
+        let end = (first..).zip(range.clone()).find(|&(stored, at)| compacted.position(stored) != at)?.0;
+        let start = end.checked_sub(1).map_or(0, |before| compacted.position(before) + 1);
+        Some(start..compacted.position(end))
     }
 
     /// Checks that `range` of `layer` can be read.
@@ -287,20 +320,23 @@ impl SequenceState {
         if range.start < dropped.end && dropped.start < range.end && !dropped.is_empty() {
             return Err(Error::TokensDropped { range: range.clone(), dropped });
         }
-        Ok(())
+        match self.gap(range) {
+            Some(dropped) => Err(Error::TokensDropped { range: range.clone(), dropped }),
+            None => Ok(()),
+        }
     }
 
-    /// The `(index in blocks, tokens inside the block)` pieces that cover `range`.
+    /// The `(index in blocks, tokens inside the block)` pieces that cover the stored tokens of `range`.
     pub fn pieces(
         &self,
         layout: &BlockLayout,
         range: Range<u32>,
-    ) -> impl Iterator<Item = (usize, Range<usize>)> {
-        pieces(layout.block_tokens, range)
+    ) -> impl Iterator<Item = (usize, Range<usize>)> + use<> {
+        pieces(layout.block_tokens, self.stored_range(&range))
     }
 }
 
-/// Cuts a range of tokens at block borders: `(block index, tokens inside that block)`.
+/// Cuts a range of stored tokens at block borders: `(block index, tokens inside that block)`.
 pub fn pieces(block_tokens: usize, range: Range<u32>) -> impl Iterator<Item = (usize, Range<usize>)> {
     let mut next = range.start as usize;
     let end = range.end as usize;

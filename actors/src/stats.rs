@@ -41,6 +41,8 @@ pub struct CoreCounters {
     pub slots_zeroed: u64,
     /// Times that token dropping moved a window.
     pub window_moves: u64,
+    /// Tokens dropped by their scores.
+    pub tokens_dropped: u64,
     /// Full blocks of the prompts that sequences were opened with.
     pub prefix_blocks_asked: u64,
     /// Of those, blocks that were cached.
@@ -112,6 +114,7 @@ impl CoreCounters {
             copies_on_write,
             slots_zeroed,
             window_moves,
+            tokens_dropped,
             prefix_blocks_asked,
             prefix_blocks_hit,
             prefix_tokens_hit,
@@ -145,6 +148,7 @@ impl CoreCounters {
         self.copies_on_write += copies_on_write;
         self.slots_zeroed += slots_zeroed;
         self.window_moves += window_moves;
+        self.tokens_dropped += tokens_dropped;
         self.prefix_blocks_asked += prefix_blocks_asked;
         self.prefix_blocks_hit += prefix_blocks_hit;
         self.prefix_tokens_hit += prefix_tokens_hit;

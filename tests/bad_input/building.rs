@@ -125,8 +125,13 @@ async fn a_budget_that_is_just_enough() {
 async fn settings_of_features_that_are_not_built() {
     type Change = fn(&mut CacheConfig);
     let not_built: [(&str, &str, Change); 3] = [
-        ("compression.method", "KeyNorm", |c| c.compression = method(CompressionMethod::KeyNorm)),
-        ("compression.method", "KeyDiff", |c| c.compression = method(CompressionMethod::KeyDiff)),
+        ("compression.method", "KeyNorm", |c| {
+            (c.devices, c.compression) = (Devices::cuda(1), method(CompressionMethod::KeyNorm));
+        }),
+        ("compression.method", "KeyDiff", |c| {
+            c.compression = method(CompressionMethod::KeyDiff);
+            c.quantisation.key_means = Some("means.json".into());
+        }),
         ("geometry.groups", "2 groups", |c| c.geometry.groups.extend(c.geometry.groups.clone())),
     ];
     for (field, value, change) in not_built {

@@ -8,6 +8,7 @@ mod common;
 
 mod batches;
 mod callers;
+mod dropping;
 mod memory;
 mod mixed;
 mod prefix;

@@ -74,7 +74,7 @@ impl DeviceCore {
             if !entry.busy && entry.has_parked() {
                 return Err(format!("{id}: operations are parked, but none is in flight"));
             }
-            if !entry.busy && state.blocks.len() != layout.blocks_for(state.end() as usize) {
+            if !entry.busy && state.blocks.len() != layout.blocks_for(state.stored(state.end()) as usize) {
                 return Err(format!("{id}: {} blocks for {} tokens", state.blocks.len(), state.end()));
             }
             if !entry.is_in_step(&state, &layout) {

@@ -22,6 +22,7 @@ use super::plan::{ReadOutput, WriteTarget};
 use super::tier::TierMoves;
 use crate::batch::{Each, EachWrite, Invalidate, Operation, Outcome, ReadTarget, Row, out_of_reach};
 use crate::block::{BlockId, BlockKey, KeyScheme};
+use crate::dropping::Dropping;
 use crate::error::Error;
 use crate::events::BlockEvent;
 use crate::eviction::EvictionPolicy;
@@ -63,8 +64,10 @@ pub struct CoreConfig {
     pub seals_per_launch: usize,
     /// One operation at a time, sealed before the next: the same submissions give the same bytes and places.
     pub deterministic: bool,
-    /// Share of a sequence's tokens that is kept, if token dropping is on.
-    pub keep_ratio: Option<f32>,
+    /// How tokens are dropped without being asked to, if they are.
+    pub dropping: Option<Dropping>,
+    /// What to do instead of dropping tokens by scores, where that cannot be done.
+    pub no_scores: Option<&'static str>,
     /// How block keys are made.
     pub keys: KeyScheme,
     /// Which cached block goes first.
@@ -547,7 +550,10 @@ impl DeviceCore {
             (Operation::Commit { ids, extra, .. }, Some(index)) => {
                 let token_ids = SmallVec::<[u32; 8]>::from_slice(ids.of(&submission.token_ids));
                 let extra = extra.as_deref().copied();
-                Progress::Done(self.commit_staged(index, &token_ids, extra))
+                match self.commit_staged(index, &token_ids, extra) {
+                    Ok(_) if self.drop_if_due(op, index) => Progress::Flying,
+                    result => Progress::Done(result),
+                }
             }
             (Operation::Fork { count, permit, .. }, Some(index)) => {
                 let (count, permit) = (*count, permit.take());
@@ -561,6 +567,7 @@ impl DeviceCore {
                 let tier = *tier;
                 self.plan_move(op, index, tier)
             }
+            (Operation::Drop { .. }, Some(index)) => self.plan_drop(op, index),
             (Operation::Close { sequence }, Some(index)) => {
                 let id = *sequence;
                 for parked in self.close(index, effects) {
@@ -749,6 +756,14 @@ impl DeviceCore {
         landed: Result<Option<Box<ReadBuffer>>, Error>,
         effects: &mut Effects,
     ) {
+        let landed = match self.land_thinning(op, landed) {
+            Err(landed) => landed,
+            Ok(None) => return,
+            Ok(Some((index, result))) => {
+                self.answer(op, result, effects);
+                return self.resume(index, effects);
+            }
+        };
         let submission = self.pending.submission(op);
         // A read leaves nothing behind but the sequence that it kept busy.
         let (id, result) = match &submission.operations[op.index as usize] {
@@ -781,6 +796,9 @@ impl DeviceCore {
             }
             _ => return,
         };
+        if matches!(result, Ok(Outcome::Appended { .. })) && self.drop_if_due(op, id.index()) {
+            return;
+        }
         self.answer(op, result, effects);
         self.resume(id.index(), effects);
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
+use super::dropping::Thinning;
 use crate::block::{BlockId, BlockKey, ExtraIdentity};
 use crate::geometry::BlockLayout;
 use crate::memory::OpRef;
@@ -47,6 +48,8 @@ pub(super) struct Rest {
     /// Copies that the write in flight makes, by the place of the block that they will replace. Until the write has landed
     /// the sequence keeps what it had: readers see it, a failed write falls back to it, and no other writer gets at it.
     pub(super) replacing: SmallVec<[(usize, BlockId); 1]>,
+    /// What the operation in flight does to drop tokens by their scores, if it does.
+    pub(super) thinning: Option<Box<Thinning>>,
     /// Positions that carry more identity than their token id.
     pub(super) extra: Vec<(u32, ExtraIdentity)>,
     /// The right to be open, given back when the entry goes.
@@ -82,6 +85,7 @@ impl Rest {
             reserved,
             reserved_in_flight: 0,
             replacing: SmallVec::new(),
+            thinning: None,
             extra,
             _permit: permit,
         }
@@ -147,7 +151,7 @@ pub(super) struct Glance {
 impl Glance {
     pub(super) fn of(state: &SequenceState, layout: &BlockLayout) -> Self {
         let tail = state.blocks.last().copied().unwrap_or(BlockId::DROPPED);
-        let filled = state.committed as usize % layout.block_tokens;
+        let filled = state.stored(state.committed) as usize % layout.block_tokens;
         let room = if filled == 0 || !state.staged.is_empty() { 0 } else { layout.block_tokens - filled };
         Glance { committed: state.committed, tail, room: room as u32 }
     }
@@ -173,6 +177,7 @@ impl SequenceEntry {
 
     /// Blocks that it holds and does not list.
     pub(super) fn held_blocks(&self) -> impl Iterator<Item = BlockId> {
-        self.rest.replacing.iter().map(|(_, block)| *block)
+        let thinning = self.rest.thinning.iter().flat_map(|thinning| thinning.blocks());
+        self.rest.replacing.iter().map(|(_, block)| *block).chain(thinning.copied())
     }
 }

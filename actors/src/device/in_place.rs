@@ -222,7 +222,7 @@ fn take_room(
     let plain = !entry.busy
         && tokens <= entry.glance.room
         && tokens <= config.max_tokens.saturating_sub(entry.glance.committed)
-        && config.keep_ratio.is_none()
+        && config.dropping.is_none()
         && entry.is_of(id, tenant);
     if !plain || !blocks.is_writable(entry.glance.tail) {
         return None;

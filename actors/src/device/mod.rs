@@ -9,6 +9,7 @@ mod blocks;
 mod bookkeeping;
 mod cached;
 mod core;
+mod dropping;
 mod entry;
 mod in_place;
 mod lineage;

@@ -30,7 +30,7 @@ impl DeviceCore {
         };
         let tenant = self.owner_number(&owner);
         // Tokens computed after dropping depend on more than their ids.
-        let prompt = options.prompt.as_ref().filter(|_| self.config.keep_ratio.is_none());
+        let prompt = options.prompt.as_ref().filter(|_| self.config.dropping.is_none());
         let sharing = prompt.zip(prefix.as_deref()).map(|(prompt, prefix)| {
             let (tenant, adapter) = (options.tenant.clone(), options.adapter.clone());
             Sharing {

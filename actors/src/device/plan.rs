@@ -1,6 +1,7 @@
 //! Operations on sequences: what each one checks, takes, launches, and does when it lands.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use smallvec::SmallVec;
 
@@ -31,13 +32,14 @@ impl DeviceCore {
         let parent = &self.sequences[index];
         let (shows_staged, state) = {
             let state = parent.shared.state();
-            let partial = !(state.committed as usize).is_multiple_of(self.config.layout.block_tokens);
+            let stored = state.stored(state.committed) as usize;
+            let partial = !stored.is_multiple_of(self.config.layout.block_tokens);
             let shows_staged = partial && state.end() > state.committed;
             // Staged tokens are the owner's alone.
-            let held = self.config.layout.blocks_for(state.committed as usize);
-            let blocks = state.blocks[..held].into();
-            let (committed, window_start) = (state.committed, state.window_start);
-            (shows_staged, SequenceState { committed, staged: Vec::new(), blocks, window_start })
+            let blocks = state.blocks[..self.config.layout.blocks_for(stored)].into();
+            let SequenceState { committed, window_start, ref compacted, .. } = *state;
+            let compacted = compacted.clone();
+            (shows_staged, SequenceState { committed, staged: Vec::new(), blocks, window_start, compacted })
         };
         let (tenant, name) = (parent.rest.tenant, parent.shared.tenant().clone());
         let sharing = parent.rest.sharing.clone();
@@ -97,6 +99,12 @@ impl DeviceCore {
         if tokens <= dropped.start {
             state.window_start = 0;
         }
+        state.compacted = state.compacted.take().filter(|_| tokens > 0).map(|compacted| {
+            match compacted.truncated(tokens) {
+                same if same == *compacted => compacted,
+                cut => Arc::new(cut),
+            }
+        });
         entry.rest.extra.retain(|&(at, _)| at < tokens);
         self.config.token_budget.give_back(u64::from(visible - tokens));
         state.committed = tokens;
@@ -121,7 +129,7 @@ impl DeviceCore {
         let SequenceEntry { shared, rest, took_blocks, .. } = &mut sequences[index];
         let mut state = shared.state();
         let range = match check_write(config, &state, &target, tokens) {
-            Ok(range) => range,
+            Ok(range) => state.stored_range(&range),
             Err(error) => return Progress::Done(Err(error)),
         };
         if is_moving(blocks, &state, config.layout.block_tokens, range.clone()) {
@@ -204,7 +212,7 @@ impl DeviceCore {
             }
             return;
         };
-        let keep = config.layout.blocks_for(state.end() as usize);
+        let keep = config.layout.blocks_for(state.stored(state.end()) as usize);
         for block in replacing.into_iter().map(|(_, copy)| copy).chain(state.blocks.drain(keep..)) {
             if matches!(error, Error::Device(_)) {
                 // Nobody knows how far it came: the slot may still hold what was there before.
@@ -313,7 +321,8 @@ impl DeviceCore {
             ReadOutput::Device(addresses) => (None, Some(addresses)),
         };
         let bytes = tokens.len() * (layout.token_bytes(Plane::Key) + layout.token_bytes(Plane::Value));
-        let sources: SmallVec<[_; 4]> = pieces(layout.block_tokens, tokens.clone())
+        let sources: SmallVec<[_; 4]> = state
+            .pieces(&layout, tokens.clone())
             .map(|(at, inside)| {
                 let id = state.blocks[at];
                 (blocks.offset(id), blocks.format(id), blocks.position(id), blocks.pin(id), inside)
@@ -359,7 +368,7 @@ pub(super) enum WriteTarget {
     Layer(u32),
 }
 
-/// The tokens that a write will fill, or why it may not.
+/// The positions that a write will fill, or why it may not.
 fn check_write(
     config: &CoreConfig,
     state: &SequenceState,
@@ -385,7 +394,7 @@ fn check_write(
     Ok(start..end)
 }
 
-/// Whether a block that is being written to is on its way to another slot. The write waits for it: a copy of its own would take a
+/// Whether a block that is being written to, at these stored tokens, is on its way to another slot. The write waits for it: a copy of its own would take a
 /// slot that may be promised.
 fn is_moving(blocks: &BlockStore, state: &SequenceState, block_tokens: usize, range: Range<u32>) -> bool {
     pieces(block_tokens, range).filter_map(|(at, _)| state.blocks.get(at)).any(|&id| {
@@ -408,7 +417,7 @@ struct Shortage {
     reserved: usize,
 }
 
-/// Makes every block under `range` exist and be this sequence's to write, or changes nothing.
+/// Makes every block under the stored tokens `range` exist and be this sequence's to write, or changes nothing.
 fn prepare_blocks(
     rest: &mut Rest,
     blocks: &mut BlockStore,
@@ -462,7 +471,7 @@ fn prepare_blocks(
         counters.copies_on_write += 1;
     }
     for _ in existing..touched.end {
-        after_private |= state.window_start > SINK_TOKENS;
+        after_private |= state.window_start > SINK_TOKENS || state.compacted.is_some();
         let new = blocks.create(rest.tenant, state.blocks.len(), after_private);
         if new.must_zero {
             prepared.steps.push(Step::Zero { slot_offset: new.offset });
@@ -476,13 +485,14 @@ fn prepare_blocks(
 /// Lets go of the blocks behind the last token. With `rewound`, the block that holds it was cut.
 fn release_tail(blocks: &mut BlockStore, config: &CoreConfig, state: &mut SequenceState, rewound: bool) {
     let layout = &config.layout;
-    let keep = layout.blocks_for(state.end() as usize);
+    let keep = layout.blocks_for(state.stored(state.end()) as usize);
     for block in state.blocks.drain(keep..) {
         blocks.release(block);
     }
-    let partial = !(state.committed as usize).is_multiple_of(layout.block_tokens);
+    let stored = state.stored(state.committed) as usize;
+    let partial = !stored.is_multiple_of(layout.block_tokens);
     if rewound && partial {
-        let tail = state.blocks[layout.blocks_for(state.committed as usize) - 1];
+        let tail = state.blocks[layout.blocks_for(stored) - 1];
         if blocks.get(tail).refs == 1 {
             blocks.reopen_raw(tail);
         } else {
@@ -505,14 +515,15 @@ pub(super) fn commit(
     let block_tokens = config.layout.block_tokens;
     let tokens = token_ids.len() as u32;
     let start = state.committed;
+    let stored = state.stored(start);
     let mut done = 0;
     if let Some(extra) = extra {
         rest.extra.extend((start..start + tokens).map(|at| (at, extra)));
     }
-    for (at, inside) in pieces(block_tokens, start..start + tokens) {
+    for (at, inside) in pieces(block_tokens, stored..stored + tokens) {
         let id = state.blocks[at];
         // Computed from fewer tokens than there are ids: no key says which.
-        blocks.get_mut(id).private |= state.window_start > SINK_TOKENS;
+        blocks.get_mut(id).private |= state.window_start > SINK_TOKENS || state.compacted.is_some();
         blocks.set_token_ids(id, inside.start, &token_ids[done..done + inside.len()]);
         done += inside.len();
         if inside.end == block_tokens {
@@ -540,11 +551,11 @@ pub(super) fn commit(
     state.committed = start + tokens;
     let behind_window =
         |tokens: u32| (tokens as usize / block_tokens).saturating_sub(config.keep_raw.window_blocks);
-    for at in behind_window(start)..behind_window(state.committed) {
+    for at in behind_window(stored)..behind_window(stored + tokens) {
         blocks.leaves_window(state.blocks[at]);
     }
     counters.tokens_committed += u64::from(tokens);
-    if let Some(ratio) = config.keep_ratio {
+    if let Some(ratio) = config.dropping.and_then(|dropping| dropping.truncation()) {
         drop_tokens(blocks, config, counters, state, ratio);
     }
 }

@@ -7,9 +7,10 @@
 use std::ops::Range;
 
 use super::rig::token_id;
-use super::values::first_difference;
+use super::values::{fill_row, first_difference};
 use crate::batch::Outcome;
 use crate::block::{BlockKey, ExtraIdentity, KeyScheme};
+use crate::dropping::{Dropping, TokenScores, choose};
 use crate::error::Error;
 use crate::format::Format;
 use crate::geometry::{BlockLayout, Plane};
@@ -30,8 +31,8 @@ pub struct Rules {
     pub max_tokens: u32,
     /// Tokens of all sequences.
     pub max_total_tokens: u64,
-    /// Share kept.
-    pub keep_ratio: Option<f32>,
+    /// How tokens are dropped without being asked to: by truncation, or not at all.
+    pub dropping: Option<Dropping>,
     /// Whether launches may fail.
     pub faults: bool,
     /// How block keys are made.
@@ -94,6 +95,13 @@ pub enum Op {
         /// Which.
         tier: Tier,
     },
+    /// Drop tokens by their scores.
+    Drop {
+        /// How many stay.
+        keep: u32,
+        /// Their scores.
+        scores: TokenScores,
+    },
     /// Close.
     Close,
 }
@@ -118,6 +126,10 @@ pub struct ModelSequence {
     layers: Vec<Vec<u64>>,
     committed: u32,
     window_start: u32,
+    /// Of the committed tokens, those that were dropped by their scores.
+    gone: Vec<bool>,
+    /// Some were, since it was last empty.
+    compacted: bool,
     ids: Vec<(u32, Option<ExtraIdentity>)>,
     blocks: Vec<Identity>,
     /// Up to this many tokens, an append cannot fail for lack of room.
@@ -134,6 +146,8 @@ impl ModelSequence {
             layers: vec![Vec::new(); rules.layout.layers],
             committed: 0,
             window_start: 0,
+            gone: Vec::new(),
+            compacted: false,
             ids: Vec::new(),
             blocks: Vec::new(),
             promised_tokens: reserved_tokens,
@@ -146,13 +160,14 @@ impl ModelSequence {
         self.layers.iter_mut().for_each(|layer| layer.extend_from_slice(stamps));
         self.ids.extend(stamps.iter().map(|stamp| (token_id(*stamp), None)));
         self.committed = stamps.len() as u32;
+        self.gone.resize(stamps.len(), false);
         self.blocks.resize(rules.layout.blocks_for(stamps.len()), Identity::Public);
     }
 
     /// A fork of it.
     pub fn fork(&self, rules: &Rules, id: SequenceId) -> Self {
         let mut fork = self.clone();
-        let cut = !(self.committed as usize).is_multiple_of(rules.layout.block_tokens);
+        let cut = !(self.stored() as usize).is_multiple_of(rules.layout.block_tokens);
         if let (Some(last), true, true) = (fork.blocks.last_mut(), cut, self.has_staged())
             && rules.format != Format::Raw
             && *last == Identity::Public
@@ -174,6 +189,34 @@ impl ModelSequence {
     /// Committed tokens.
     pub fn committed(&self) -> u32 {
         self.committed
+    }
+
+    /// Positions of the committed tokens that were not dropped by their scores.
+    pub fn positions(&self) -> impl Iterator<Item = u32> {
+        (0..self.committed).filter(|at| !self.gone[*at as usize])
+    }
+
+    /// How many they are.
+    pub fn stored(&self) -> u32 {
+        self.positions().count() as u32
+    }
+
+    /// What of a layer can be read.
+    pub fn readable(&self, layer: usize) -> Vec<Range<u32>> {
+        let dropped = self.dropped();
+        let is_there = |at: &u32| !self.is_gone(*at) && !dropped.contains(at);
+        let mut runs: Vec<Range<u32>> = Vec::new();
+        for at in (0..self.visible(layer)).filter(is_there) {
+            match runs.last_mut() {
+                Some(run) if run.end == at => run.end += 1,
+                _ => runs.push(at..at + 1),
+            }
+        }
+        runs
+    }
+
+    fn is_gone(&self, at: u32) -> bool {
+        self.gone.get(at as usize).copied().unwrap_or(false)
     }
 
     /// Up to which token a layer can be read.
@@ -236,7 +279,32 @@ impl ModelSequence {
                 let dropped = self.dropped();
                 let hits = !tokens.clone().all(|token| !dropped.contains(&token))
                     || tokens.is_empty() && dropped.start < tokens.start && tokens.start < dropped.end;
-                hits.then_some(Error::TokensDropped { range: tokens.clone(), dropped })
+                if hits {
+                    return Some(Error::TokensDropped { range: tokens.clone(), dropped });
+                }
+                let first = tokens.clone().find(|at| self.is_gone(*at))?;
+                let start = (0..first).rev().take_while(|at| self.is_gone(*at)).last().unwrap_or(first);
+                let end = (first..).find(|at| !self.is_gone(*at))?;
+                Some(Error::TokensDropped { range: tokens.clone(), dropped: start..end })
+            }
+            Op::Drop { scores, .. } => {
+                if rules.dropping.is_some() {
+                    return Some(Error::Unsupported {
+                        what: "dropping tokens by scores",
+                        instead: "the cache truncates already; choose another `compression.method`, or none",
+                    });
+                }
+                if self.has_staged() {
+                    let most = self.layers.iter().map(|layer| layer.len() as u32).max().unwrap_or(0);
+                    return Some(Error::StagedTokens { staged: most - self.committed });
+                }
+                let tokens = self.stored();
+                match scores {
+                    TokenScores::Given(scores) if scores.len() != tokens as usize => {
+                        Some(Error::Scores { scores: scores.len(), tokens })
+                    }
+                    _ => None,
+                }
             }
             Op::Truncate { tokens } => {
                 if *tokens > self.committed {
@@ -260,7 +328,7 @@ impl ModelSequence {
                     Op::Stage { layer, tokens, .. } => self.visible(*layer as usize) + tokens,
                     _ => 0,
                 };
-                writes && needed > free && end > self.promised_tokens
+                needed > free && (writes && end > self.promised_tokens || matches!(op, Op::Drop { .. }))
             }
             Error::TenantQuota { needed_bytes, used_bytes, quota_bytes } => {
                 let end = match op {
@@ -268,7 +336,8 @@ impl ModelSequence {
                     Op::Stage { layer, tokens, .. } => self.visible(*layer as usize) + tokens,
                     _ => 0,
                 };
-                writes && used_bytes + needed_bytes > *quota_bytes && end > self.promised_tokens
+                let drops = matches!(op, Op::Drop { .. });
+                used_bytes + needed_bytes > *quota_bytes && (writes && end > self.promised_tokens || drops)
             }
             Error::TooManyTokens { tokens, max_total_tokens } => {
                 let counts = writes || matches!(op, Op::Commit { .. } | Op::Fork { .. });
@@ -280,7 +349,10 @@ impl ModelSequence {
             Error::TierFull { tier, needed, free } => {
                 matches!(op, Op::MoveTo { tier: to } if to == tier && needed > free)
             }
-            Error::Device(_) => rules.faults && (writes || matches!(op, Op::Read { .. } | Op::MoveTo { .. })),
+            Error::Device(_) => {
+                let launches = matches!(op, Op::Read { .. } | Op::MoveTo { .. } | Op::Drop { .. });
+                rules.faults && (writes || launches)
+            }
             _ => false,
         }
     }
@@ -315,9 +387,10 @@ impl ModelSequence {
             // How many was checked by whoever took the handles out.
             (Op::Fork { .. }, Ok(Outcome::Forked(_))) => true,
             (Op::MoveTo { .. }, Ok(Outcome::Moved { .. })) => true,
+            (Op::Drop { .. }, Ok(Outcome::Dropped { kept })) => *kept == self.stored(),
             (Op::Close, Ok(Outcome::Closed)) => true,
             (Op::Read { layer, tokens }, Ok(Outcome::Read(buffer))) => {
-                return self.check_read(&rules.layout, *layer as usize, tokens, buffer);
+                return self.check_read(&rules.layout, *layer as usize, tokens.clone(), buffer);
             }
             _ => false,
         };
@@ -332,18 +405,19 @@ impl ModelSequence {
         &self,
         layout: &BlockLayout,
         layer: usize,
-        tokens: &Range<u32>,
+        tokens: impl Iterator<Item = u32> + Clone,
         buffer: &ReadBuffer,
     ) -> Result<(), String> {
-        let stamps = &self.layers[layer][tokens.start as usize..tokens.end as usize];
+        let stamps: Vec<u64> = tokens.clone().map(|at| self.layers[layer][at as usize]).collect();
         for (plane, elements) in [(Plane::Key, &buffer.keys), (Plane::Value, &buffer.values)] {
             let Elements::Single(elements) = elements else { return Err("elements are not f32".into()) };
-            if let Some((token, head)) = first_difference(elements, layout, plane, layer, self.tenant, stamps)
+            if let Some((token, head)) =
+                first_difference(elements, layout, plane, layer, self.tenant, &stamps)
             {
-                let token = tokens.start as usize + token;
+                let token = tokens.clone().nth(token);
                 let row = &elements[..elements.len().min(32)];
                 return Err(format!(
-                    "{}: layer {layer} token {token} head {head} {plane:?} was read wrong ({tokens:?}): {row:?}",
+                    "{}: layer {layer} token {token:?} head {head} {plane:?} was read wrong: {row:?}",
                     self.id
                 ));
             }
@@ -375,13 +449,17 @@ impl ModelSequence {
                 }
                 let tokens = *tokens as usize;
                 let block_tokens = rules.layout.block_tokens;
-                let was_full = (tokens / block_tokens + 1) * block_tokens <= self.committed as usize;
+                let before = self.stored() as usize;
+                self.gone.truncate(tokens);
+                self.compacted &= tokens > 0;
                 self.layers.iter_mut().for_each(|layer| layer.truncate(tokens));
                 self.ids.truncate(tokens);
                 self.committed = tokens as u32;
                 self.promised_tokens = 0;
-                self.blocks.truncate(tokens.div_ceil(block_tokens));
-                let cut = !tokens.is_multiple_of(block_tokens);
+                let stored = self.stored() as usize;
+                let was_full = (stored / block_tokens + 1) * block_tokens <= before;
+                self.blocks.truncate(stored.div_ceil(block_tokens));
+                let cut = !stored.is_multiple_of(block_tokens);
                 if let (Some(last), true, true) = (self.blocks.last_mut(), cut, was_full)
                     && rules.format != Format::Raw
                     && *last == Identity::Public
@@ -390,21 +468,23 @@ impl ModelSequence {
                 }
             }
             Op::Fork { .. } => self.promised_tokens = 0,
+            Op::Drop { keep, scores } => self.drop_tokens(rules, *keep, scores),
             Op::Close => self.closed = true,
             Op::Read { .. } | Op::MoveTo { .. } => {}
         }
     }
 
     fn count_in(&mut self, rules: &Rules, stamp: u64, tokens: u32, extra: Option<ExtraIdentity>) {
-        let first_block = self.committed as usize / rules.layout.block_tokens;
+        let first_block = self.stored() as usize / rules.layout.block_tokens;
         self.ids.extend((stamp..stamp + u64::from(tokens)).map(|stamp| (token_id(stamp), extra)));
         self.committed += tokens;
-        self.blocks.resize(rules.layout.blocks_for(self.committed as usize), Identity::Public);
-        if self.window_start > SINK_TOKENS {
+        self.gone.resize(self.committed as usize, false);
+        self.blocks.resize(rules.layout.blocks_for(self.stored() as usize), Identity::Public);
+        if self.window_start > SINK_TOKENS || self.compacted {
             // Computed from fewer tokens than there are ids.
             self.blocks[first_block..].fill(Identity::Private);
         }
-        if let Some(ratio) = rules.keep_ratio {
+        if let Some(Dropping { ratio, .. }) = rules.dropping {
             let kept = (f64::from(self.committed) * f64::from(ratio)).ceil() as u32;
             let recent = kept.saturating_sub(SINK_TOKENS).max(1);
             let start = self.committed.saturating_sub(recent);
@@ -412,6 +492,37 @@ impl ModelSequence {
                 self.window_start = self.window_start.max(start);
             }
         }
+    }
+
+    fn drop_tokens(&mut self, rules: &Rules, keep: u32, scores: &TokenScores) {
+        let positions: Vec<u32> = self.positions().collect();
+        if keep.max(SINK_TOKENS + 1) as usize >= positions.len() {
+            return;
+        }
+        let scores = match scores {
+            TokenScores::Given(scores) => scores.clone(),
+            TokenScores::Keys(score) => {
+                let (layout, mut scores) = (rules.layout, vec![0.0; positions.len()]);
+                for layer in 0..layout.layers {
+                    for head in 0..layout.kv_heads {
+                        let mut keys = vec![0.0; positions.len() * layout.key_dim];
+                        for (key, at) in keys.chunks_exact_mut(layout.key_dim).zip(&positions) {
+                            let stamp = self.layers[layer][*at as usize];
+                            fill_row(stamp, self.tenant, layer, Plane::Key, head, key);
+                        }
+                        score.add(&keys, layout.key_dim, &mut scores);
+                    }
+                }
+                scores
+            }
+        };
+        self.gone.fill(true);
+        for stored in choose(&scores, keep) {
+            self.gone[positions[stored as usize] as usize] = false;
+        }
+        self.compacted = true;
+        self.promised_tokens = 0;
+        self.blocks = vec![Identity::Private; rules.layout.blocks_for(self.stored() as usize)];
     }
 
     /// Checks the key of full block `at`, where `found` is what the cache says.

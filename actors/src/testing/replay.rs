@@ -13,6 +13,7 @@ use super::values::not_finite;
 use crate::batch::{BatchCacheOperations, Outcome, Results};
 use crate::block::{BlockId, Place};
 use crate::device::Event;
+use crate::dropping::{Dropping, KeyScore, TokenScores};
 use crate::pool::Tier;
 use crate::sequence::{OpenOptions, OpenSequence, SequenceId};
 
@@ -37,7 +38,10 @@ struct Outcomes {
 /// If a run differs from the first one.
 pub fn run(seed: u64, operations: usize, again: usize) {
     let mut rng = Rng::new(seed);
-    let setup = Setup { deterministic: true, ..Setup::random(&mut rng) };
+    let mut setup = Setup { deterministic: true, ..Setup::random(&mut rng) };
+    if rng.one_in(4) {
+        setup.dropping = Some(Dropping { score: Some(KeyScore::Norm), ratio: 0.5 });
+    }
     let (script, first) = record(&setup, &mut rng, operations);
     for _ in 0..again {
         let other = replay(&setup, &mut rng, &script);
@@ -116,7 +120,7 @@ fn choose(rng: &mut Rng, setup: &Setup, committed: u32, stamp: u64, crowded: boo
     };
     let layers = setup.geometry.groups[0].layers as usize;
     let finite = !rng.one_in(24);
-    match rng.below(22) {
+    match rng.below(23) {
         0..9 => Op::Append { at: None, stamp, tokens, finite, extra: None },
         9..11 => Op::Stage { layer: rng.below(layers) as u32, stamp, tokens, finite },
         11 => Op::Commit { stamp, tokens: 1 },
@@ -127,6 +131,10 @@ fn choose(rng: &mut Rng, setup: &Setup, committed: u32, stamp: u64, crowded: boo
         16 if !crowded => Op::Fork { count: rng.between(1, 2) },
         17..19 => Op::Truncate { tokens: rng.between(committed / 2, committed) },
         19 => Op::MoveTo { tier: rng.pick(&[Tier::Host, Tier::Device]) },
+        20 => Op::Drop {
+            keep: rng.between(committed / 3, committed),
+            scores: TokenScores::Keys(KeyScore::Diff),
+        },
         _ if crowded => Op::Close,
         _ => Op::Truncate { tokens: committed },
     }
@@ -154,6 +162,7 @@ fn put(rig: &mut Rig, batch: &mut BatchCacheOperations, line: &Line) {
         Op::Fork { count } => batch.fork(id, count),
         Op::Truncate { tokens } => batch.truncate(id, tokens),
         Op::MoveTo { tier } => batch.move_to(id, tier),
+        Op::Drop { keep, ref scores } => batch.drop_tokens(id, keep, scores.clone()),
         Op::Close => batch.close(id),
     }
 }

@@ -7,6 +7,7 @@ use super::Rng;
 use super::rig::tenant_name;
 use crate::block::{HashSecret, KeyScheme};
 use crate::device::CoreConfig;
+use crate::dropping::Dropping;
 use crate::eviction::EvictionPolicy;
 use crate::format::{Format, KeepRaw};
 use crate::geometry::{ElementType, Geometry};
@@ -35,8 +36,8 @@ pub struct Setup {
     pub seals_per_launch: usize,
     /// One operation at a time.
     pub deterministic: bool,
-    /// Share of tokens kept, if some are dropped.
-    pub keep_ratio: Option<f32>,
+    /// How tokens are dropped, if some are.
+    pub dropping: Option<Dropping>,
     /// Raw slots in a chunk, if not as many as the pool would choose.
     pub chunk_slots: Option<usize>,
     /// Blocks that the host tier holds.
@@ -64,7 +65,7 @@ impl Setup {
             copy_lane_min_bytes: usize::MAX,
             seals_per_launch: 4,
             deterministic: false,
-            keep_ratio: None,
+            dropping: None,
             chunk_slots: None,
             host_blocks: 16,
             sequences: 8,
@@ -95,7 +96,7 @@ impl Setup {
             copy_lane_min_bytes: random_copy_lane(rng, &geometry),
             seals_per_launch: rng.pick(&[1, 2, 8]),
             deterministic: rng.one_in(6),
-            keep_ratio: rng.one_in(3).then(|| rng.pick(&[0.1, 0.5, 0.8])),
+            dropping: random_dropping(rng),
             chunk_slots: None,
             host_blocks: rng.pick(&[0, 6, 60]),
             sequences: rng.pick(&[2, 6, 12, 24]),
@@ -121,7 +122,7 @@ impl Setup {
             copy_lane_min_bytes: random_copy_lane(rng, &geometry),
             seals_per_launch: rng.pick(&[1, 8]),
             deterministic: rng.one_in(12),
-            keep_ratio: None,
+            dropping: None,
             chunk_slots: Some(rng.between(2, 12) as usize),
             host_blocks: rng.pick(&[0, 10, 200]),
             sequences: 40,
@@ -159,13 +160,19 @@ impl Setup {
             copy_lane_min_bytes: self.copy_lane_min_bytes,
             seals_per_launch: self.seals_per_launch,
             deterministic: self.deterministic,
-            keep_ratio: self.keep_ratio,
-            keys: KeyScheme::new(HashSecret([7; 32]), &self.geometry, self.keep_ratio),
+            dropping: self.dropping,
+            no_scores: None,
+            keys: KeyScheme::new(HashSecret([7; 32]), &self.geometry, self.dropping.as_ref()),
             eviction: self.eviction,
             tenants: self.tenants.clone(),
             index_hash_bits: self.index_hash_bits,
         }
     }
+}
+
+/// Truncation, or none. Dropping by scores is asked for: whether there was room for it is not seen otherwise.
+fn random_dropping(rng: &mut Rng) -> Option<Dropping> {
+    rng.one_in(3).then(|| Dropping { score: None, ratio: rng.pick(&[0.1, 0.5, 0.8]) })
 }
 
 /// Limits for some of the tenants of a run.

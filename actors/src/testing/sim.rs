@@ -18,7 +18,8 @@ use super::tracker::Tracker;
 use crate::format::{Format, FormatLayout};
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::memory::{
-    AppendStep, Backend, DeviceLost, Doorbell, Lane, LaneKind, Lanes, Launch, ReadStep, Step,
+    AppendStep, Backend, DeviceLost, Doorbell, GatherStep, Lane, LaneKind, Lanes, Launch, ReadStep,
+    ScoreStep, Step,
 };
 use crate::pool::{PoolLayout, SizeClass};
 
@@ -264,6 +265,12 @@ impl Memory {
                     }
                 }
             }
+            Step::Score(score) => {
+                if let Some(output) = &mut launch.flights[score.flight].output {
+                    self.score(score, output.scores_mut());
+                }
+            }
+            Step::Gather(gather) => self.gather(gather),
         }
     }
 
@@ -286,6 +293,10 @@ impl Memory {
             Step::AppendRows(rows) => {
                 let half = rows.part(&rows.rows[..rows.rows.len() / 2]);
                 self.execute(&mut Step::AppendRows(half), launch);
+            }
+            Step::Gather(gather) => {
+                gather.tokens.truncate(gather.tokens.len() / 2);
+                self.gather(gather);
             }
             // Reads and seals write where nobody looks before they are done: all of it or none of it is the same.
             other => self.execute(other, launch),
@@ -328,11 +339,56 @@ impl Memory {
             for head in 0..layout.kv_heads {
                 let to = ((step.output_token + i) * layout.kv_heads + head) * row;
                 let to = &mut output[to..to + row];
-                match step.format {
-                    Format::Int8 => self.decode_row(step.slot_offset, step.layer, plane, head, token, to),
-                    _ => {
-                        let from = self.raw_row(step.slot_offset, step.layer, plane, head, token);
-                        to.copy_from_slice(&self.bytes[from]);
+                self.load_row(step.format, step.slot_offset, step.layer, plane, head, token, to);
+            }
+        }
+    }
+
+    /// One row of a slot, whatever its format.
+    #[allow(clippy::too_many_arguments)]
+    fn load_row(
+        &self,
+        format: Format,
+        slot: usize,
+        layer: usize,
+        plane: Plane,
+        head: usize,
+        token: usize,
+        to: &mut [u8],
+    ) {
+        match format {
+            Format::Int8 => self.decode_row(slot, layer, plane, head, token, to),
+            _ => to.copy_from_slice(&self.bytes[self.raw_row(slot, layer, plane, head, token)]),
+        }
+    }
+
+    fn score(&self, step: &ScoreStep, scores: &mut [f32]) {
+        let layout = &self.layout;
+        let row = layout.row_bytes(Plane::Key);
+        for layer in 0..layout.layers {
+            for head in 0..layout.kv_heads {
+                let mut keys = vec![0; scores.len() * row];
+                let tokens = step.sources.iter().flat_map(|from| (0..from.tokens).map(move |at| (from, at)));
+                for ((from, token), to) in tokens.zip(keys.chunks_exact_mut(row)) {
+                    self.load_row(from.format, from.slot_offset, layer, Plane::Key, head, token, to);
+                }
+                let keys: Vec<f32> = keys.chunks_exact(4).map(element).collect();
+                step.score.add(&keys, layout.key_dim, scores);
+            }
+        }
+    }
+
+    fn gather(&mut self, step: &GatherStep) {
+        let layout = self.layout;
+        let mut row = [0; 4 * super::values::DIM_MAX];
+        for layer in 0..layout.layers {
+            for plane in Plane::BOTH {
+                let row = &mut row[..layout.row_bytes(plane)];
+                for head in 0..layout.kv_heads {
+                    for (to, &token) in (step.to_token..).zip(&step.tokens) {
+                        self.load_row(step.format, step.from_offset, layer, plane, head, token as usize, row);
+                        let target = self.raw_row(step.to_offset, layer, plane, head, to);
+                        self.bytes[target].copy_from_slice(row);
                     }
                 }
             }

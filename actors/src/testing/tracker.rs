@@ -217,6 +217,44 @@ impl Tracker {
                     self.check_sealed(read.format, read.position, read.slot_offset, step);
                 }
             },
+            Step::Score(score) => {
+                for from in &score.sources {
+                    let all = 0..from.tokens as u32;
+                    self.check_tokens(from.format, from.position, from.slot_offset, all, step);
+                }
+            }
+            Step::Gather(gather) => {
+                let tokens = gather.tokens.iter().copied();
+                self.check_tokens(gather.format, gather.position, gather.from_offset, tokens, step);
+                let filled = gather.to_token..gather.to_token + gather.tokens.len();
+                for layer in 0..self.layout.layers {
+                    self.rows(gather.to_offset, layer, filled.clone()).fill(true);
+                }
+                let from = self.class_at(gather.format, gather.from_offset);
+                if gather.format != Format::Raw || self.is_decoded(from, gather.from_offset) {
+                    self.set_decoded(SizeClass::Raw, gather.to_offset, true);
+                }
+            }
+        }
+    }
+
+    /// All layers of some tokens of a block have been written.
+    fn check_tokens(
+        &mut self,
+        format: Format,
+        position: u32,
+        offset: usize,
+        tokens: impl Iterator<Item = u32>,
+        step: &Step,
+    ) {
+        if self.class_of(format) != SizeClass::Raw {
+            return self.check_sealed(format, position, offset, step);
+        }
+        for token in tokens {
+            for layer in 0..self.layout.layers {
+                let written = self.rows(offset, layer, token as usize..token as usize + 1)[0];
+                assert!(written, "read before it was written: layer {layer}, token {token} of {step:?}");
+            }
         }
     }
 
@@ -273,6 +311,19 @@ impl Tracker {
                     let class = self.class_at(read.format, read.slot_offset);
                     self.access(lane, launch, false, class, read.slot_offset, layers, tokens);
                 }
+                Step::Score(score) => {
+                    for from in &score.sources {
+                        let class = self.class_at(from.format, from.slot_offset);
+                        let tokens = 0..from.tokens;
+                        self.access(lane, launch, false, class, from.slot_offset, whole.clone(), tokens);
+                    }
+                }
+                Step::Gather(gather) => {
+                    let class = self.class_at(gather.format, gather.from_offset);
+                    self.access(lane, launch, false, class, gather.from_offset, whole.clone(), all);
+                    let filled = gather.to_token..gather.to_token + gather.tokens.len();
+                    self.access(lane, launch, true, raw, gather.to_offset, whole, filled);
+                }
             }
         }
     }
@@ -310,6 +361,8 @@ impl Tracker {
                 Step::Append(append) => smallvec![append.slot_offset],
                 Step::AppendRows(rows) => rows.rows.iter().map(|row| row.slot_offset).collect(),
                 Step::Read(read) => smallvec![read.slot_offset],
+                Step::Score(score) => score.sources.iter().map(|from| from.slot_offset).collect(),
+                Step::Gather(gather) => smallvec![gather.from_offset, gather.to_offset],
             };
             for offset in offsets {
                 let listed_at = self.listed_at(offset);

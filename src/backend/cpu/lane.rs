@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use half::{bf16, f16};
 use kv_cache_actors::format::{Format, FormatLayout};
-use kv_cache_actors::geometry::{BlockLayout, Plane};
+use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
 use kv_cache_actors::memory::{
-    AppendStep, Backend, DeviceLost, Lane, Lanes, Launch, ReadBuffer, ReadStep, Step,
+    AppendStep, Backend, DeviceLost, GatherStep, Lane, Lanes, Launch, ReadBuffer, ReadStep, ScoreStep, Step,
 };
 use kv_cache_actors::pool::PoolLayout;
 
@@ -85,6 +86,12 @@ impl Lane for CpuLane {
                         self.read(read, output);
                     }
                 }
+                Step::Score(score) => {
+                    if let Some(output) = &mut launch.flights[score.flight].output {
+                        self.score(score, output.scores_mut());
+                    }
+                }
+                Step::Gather(gather) => self.gather(gather),
                 // Steps of a newer core: failing loudly beats leaving bytes out.
                 other => launch.error = Some(format!("the CPU device does not know {other:?}").into()),
             }
@@ -213,6 +220,61 @@ impl CpuLane {
         }
     }
 
+    /// Adds up what the keys of each layer and head say of the tokens.
+    fn score(&self, step: &ScoreStep, scores: &mut [f32]) {
+        let (layout, row) = (&self.layout, self.layout.row_bytes(Plane::Key));
+        let mut stored = vec![0u64; (scores.len() * row).div_ceil(8)];
+        let mut keys = Vec::new();
+        for layer in 0..layout.layers {
+            for head in 0..layout.kv_heads {
+                let stored: &mut [u8] = bytemuck::cast_slice_mut(&mut stored);
+                let mut rest = &mut stored[..scores.len() * row];
+                for source in &step.sources {
+                    let (these, behind) = rest.split_at_mut(source.tokens * row);
+                    let which = Keys { layer, head, position: source.position, tokens: 0..source.tokens };
+                    self.decode(source.format, source.slot_offset, Plane::Key, &which, these, row);
+                    rest = behind;
+                }
+                keys.clear();
+                let stored = &stored[..scores.len() * row];
+                match layout.element {
+                    ElementType::F16 => keys.extend(cast::<f16>(stored).iter().map(|x| x.to_f32())),
+                    ElementType::Bf16 => keys.extend(cast::<bf16>(stored).iter().map(|x| x.to_f32())),
+                    ElementType::F32 => keys.extend_from_slice(cast(stored)),
+                }
+                step.score.add(&keys, layout.key_dim, scores);
+            }
+        }
+    }
+
+    /// Decodes some tokens of a block to tokens of a raw slot that follow each other.
+    fn gather(&self, step: &GatherStep) {
+        let layout = &self.layout;
+        let (first, last) = (step.tokens.first(), step.tokens.last());
+        let (Some(&first), Some(&last)) = (first, last) else { return };
+        let mut decoded = Vec::new();
+        for layer in 0..layout.layers {
+            for plane in Plane::BOTH {
+                let row = layout.row_bytes(plane);
+                decoded.resize((last + 1 - first) as usize * row, 0);
+                for head in 0..layout.kv_heads {
+                    let tokens = first as usize..last as usize + 1;
+                    let which = Keys { layer, head, position: step.position, tokens };
+                    self.decode(step.format, step.from_offset, plane, &which, &mut decoded, row);
+                    let target = layout.plane_offset(layer, plane)
+                        + (head * layout.block_tokens + step.to_token) * row;
+                    let target = step.to_offset + target;
+                    // SAFETY: rows of a slot of the launch's own (2).
+                    let target = unsafe { self.slab.bytes_mut(target..target + step.tokens.len() * row) };
+                    for (to, token) in target.chunks_exact_mut(row).zip(&step.tokens) {
+                        let from = (token - first) as usize * row;
+                        to.copy_from_slice(&decoded[from..from + row]);
+                    }
+                }
+            }
+        }
+    }
+
     /// Decodes rows of one head, keys or values, of a slot: row `i` to `target[i * stride]`.
     fn decode(
         &self,
@@ -249,4 +311,9 @@ impl CpuLane {
             }
         }
     }
+}
+
+/// Elements in memory that is aligned for all of them.
+fn cast<T: bytemuck::AnyBitPattern>(bytes: &[u8]) -> &[T] {
+    bytemuck::cast_slice(bytes)
 }

@@ -316,6 +316,7 @@ mod tests {
             tokens,
             dropped,
             blocks,
+            positions: Vec::new(),
         };
         let host = BlockTable::for_tests(
             4,

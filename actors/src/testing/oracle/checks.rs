@@ -41,6 +41,9 @@ impl Oracle {
             let state = handle.shared().state();
             assert_eq!(state.committed, model.committed(), "{}: committed", tracked.id);
             assert_eq!(state.window_start, model.window_start(), "{}: window", tracked.id);
+            let stored = state.stored(state.committed);
+            let positions = (0..stored).map(|at| state.position(at));
+            assert!(positions.eq(model.positions()), "{}: positions", tracked.id);
             for layer in 0..layout.layers {
                 assert_eq!(state.visible(layer), model.visible(layer), "{}: staged", tracked.id);
             }
@@ -48,7 +51,7 @@ impl Oracle {
         };
         for (index, block) in blocks.iter().enumerate().filter(|(_, block)| **block != BlockId::DROPPED) {
             let place = core.blocks().place(*block).expect("a listed block has a place");
-            let is_full = (index + 1) * layout.block_tokens <= model.committed() as usize;
+            let is_full = (index + 1) * layout.block_tokens <= model.stored() as usize;
             if is_full && core.block_key(tracked.id, index).is_some() {
                 let offset = self.rig.config().pool.offset_bytes(place.class, place.slot);
                 let decoded = self.rig.device.is_decoded(place.class, offset);
@@ -64,7 +67,7 @@ impl Oracle {
                 }
             }
         }
-        for index in 0..model.committed() as usize / layout.block_tokens {
+        for index in 0..model.stored() as usize / layout.block_tokens {
             let key = core.block_key(tracked.id, index);
             model.check_key(&self.rules, tracked.root, index, key).expect("keys");
         }
@@ -130,12 +133,13 @@ impl Oracle {
             let mut batch = BatchCacheOperations::new();
             let mut reads = Vec::new();
             for layer in 0..self.rules.layout.layers {
-                let (window, visible) = (model.window_start(), model.visible(layer));
-                let sinks = (window > 0).then_some(0..4);
-                for tokens in sinks.into_iter().chain(std::iter::once(window..visible)) {
+                for tokens in model.readable(layer) {
                     batch.read(tracked.id, layer as u32, tokens.clone());
                     reads.push((layer, tokens));
                 }
+            }
+            if reads.is_empty() {
+                continue;
             }
             let ticket = self.rig.submit(batch);
             for ((layer, tokens), answer) in reads.into_iter().zip(self.wait(ticket)) {
@@ -143,8 +147,8 @@ impl Oracle {
                     continue;
                 };
                 let Ok(Outcome::Read(buffer)) = answer else { panic!("it can be read, but: {answer:?}") };
-                model.check_read(&self.rules.layout, layer, &tokens, &buffer).expect("read back at the end");
                 self.report.tokens_read += tokens.len() as u64;
+                model.check_read(&self.rules.layout, layer, tokens, &buffer).expect("read back at the end");
             }
         }
     }

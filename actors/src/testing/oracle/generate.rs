@@ -3,6 +3,7 @@
 use super::{Asked, Document, Oracle, Queued, Submitted};
 use crate::batch::{BatchCacheOperations, HostTensor, Invalidate};
 use crate::block::ExtraIdentity;
+use crate::dropping::{KeyScore, TokenScores};
 use crate::error::Error;
 use crate::geometry::{ElementType, Plane};
 use crate::pool::Tier;
@@ -212,7 +213,7 @@ impl Oracle {
             }
         }
         let config = self.rig.config();
-        let root = (document.is_some() && config.keep_ratio.is_none()).then(|| config.keys.root(&options));
+        let root = (document.is_some() && config.dropping.is_none()).then(|| config.keys.root(&options));
         batch.open(options);
         if reserved_tokens > max_tokens {
             return Asked::Refused(Error::SequenceTooLong { tokens: reserved_tokens.into(), max_tokens });
@@ -228,7 +229,7 @@ impl Oracle {
             false => self.rng.pick(&self.closed_ids.clone()),
         };
         let none = HostTensor { element: ElementType::F32, bytes: &[] };
-        Asked::Refused(match self.rng.below(8) {
+        Asked::Refused(match self.rng.below(9) {
             0 => {
                 batch.append(id, None, &[], None, none, none);
                 Error::Empty
@@ -260,6 +261,10 @@ impl Oracle {
                 batch.fork(id, 0);
                 Error::Empty
             }
+            6 => {
+                batch.drop_tokens(id, 5, vec![f32::INFINITY, f32::NAN].into());
+                Error::ScoreNotANumber { token: 1 }
+            }
             _ => {
                 match self.rng.below(4) {
                     0 => batch.read(id, 0, 0..1),
@@ -278,6 +283,9 @@ impl Oracle {
     /// An operation that would make sense where the sequence is thought to be, or nearly so.
     fn choose(&mut self, at: usize) -> Op {
         let (guess, document) = (self.tracked(at).guess.clone(), self.tracked(at).document);
+        let model = self.tracked(at).model.as_ref();
+        let gone = model.map_or(0, |model| model.committed() - model.stored());
+        let stored = guess.committed.saturating_sub(gone);
         let layers = guess.layers.len();
         let staged = guess.layers.iter().any(|layer| *layer > guess.committed);
         let common = guess.layers.iter().copied().min().unwrap_or(0).saturating_sub(guess.committed);
@@ -343,6 +351,17 @@ impl Oracle {
             91 => Op::Close,
             92..94 => Op::MoveTo { tier: Tier::Host },
             94..96 => Op::MoveTo { tier: Tier::Device },
+            96..99 => {
+                let scores = match rng.below(4) {
+                    0 => TokenScores::Keys(KeyScore::Norm),
+                    1 => TokenScores::Keys(KeyScore::Diff),
+                    _ => {
+                        let given = stored + u32::from(rng.one_in(8));
+                        TokenScores::Given((0..given).map(|_| rng.below(64) as f32).collect())
+                    }
+                };
+                Op::Drop { keep: rng.between(stored / 3, stored), scores }
+            }
             _ => Op::Append { at: None, stamp, tokens, finite: true, extra: None },
         };
         let crowded = self.alive.len() >= self.sequences_max;
@@ -379,6 +398,7 @@ impl Oracle {
             Op::Fork { count } => batch.fork(id, count),
             Op::Truncate { tokens } => batch.truncate(id, tokens),
             Op::MoveTo { tier } => batch.move_to(id, tier),
+            Op::Drop { keep, ref scores } => batch.drop_tokens(id, keep, scores.clone()),
             Op::Close => batch.close(id),
         }
     }

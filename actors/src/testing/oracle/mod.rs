@@ -202,7 +202,7 @@ impl Oracle {
             format: config.sealed_format,
             max_tokens: config.max_tokens,
             max_total_tokens: setup.max_total_tokens,
-            keep_ratio: config.keep_ratio,
+            dropping: config.dropping,
             faults: faults != Faults::None,
             keys: config.keys.clone(),
         };

@@ -37,6 +37,8 @@ pub struct Report {
     pub deduplicated: u64,
     /// Cached blocks that made way.
     pub evictions: u64,
+    /// Tokens dropped by their scores.
+    pub tokens_dropped: u64,
     /// Views whose bytes were found unchanged.
     pub views: u64,
     /// Launches per lane.
@@ -62,6 +64,7 @@ impl Report {
         self.prefix_tokens += other.prefix_tokens;
         self.deduplicated += other.deduplicated;
         self.evictions += other.evictions;
+        self.tokens_dropped += other.tokens_dropped;
         self.views += other.views;
         self.launches.iter_mut().zip(other.launches).for_each(|(mine, more)| *mine += more);
     }
@@ -72,7 +75,7 @@ impl Report {
         let CoreCounters {
             seals, copies_on_write, blocks_moved, seal_stalls, slots_zeroed, tier_moves, ..
         } = *counters;
-        self.tier_moves = tier_moves;
+        (self.tier_moves, self.tokens_dropped) = (tier_moves, counters.tokens_dropped);
         (self.deduplicated, self.evictions) = (counters.blocks_deduplicated, counters.evictions);
         (self.seals, self.copies_on_write, self.slots_zeroed) = (seals, copies_on_write, slots_zeroed);
         (self.blocks_moved, self.seal_stalls) = (blocks_moved, seal_stalls);

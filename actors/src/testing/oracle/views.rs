@@ -5,7 +5,6 @@ use crate::block::{BlockId, Place};
 use crate::format::{Format, FormatLayout};
 use crate::geometry::Plane;
 use crate::memory::ReadBuffer;
-use crate::sequence::pieces;
 use crate::slot::SlotPin;
 
 /// Most views held at once.
@@ -66,7 +65,7 @@ impl Oracle {
         // All of it if nothing is under way: then it is known what it must show.
         let settled = tracked.queue.is_empty();
         let mut shown = ReadBuffer::new(&layout, visible as usize);
-        for (index, inside) in pieces(layout.block_tokens, 0..visible) {
+        for (index, inside) in state.pieces(&layout, 0..visible) {
             let block = state.blocks[index];
             let first = (index * layout.block_tokens + inside.start) as u32;
             if block == BlockId::DROPPED || dropped.contains(&first) {
@@ -97,9 +96,10 @@ impl Oracle {
                 && place.format == Format::Raw
                 && let Some(model) = &tracked.model
             {
-                let tokens = first..first + inside.len() as u32;
-                let part = part(&shown, &layout, &tokens);
-                model.check_read(&layout, layer, &tokens, &part).expect("a view shows what was written");
+                let stored = first..first + inside.len() as u32;
+                let part = part(&shown, &layout, &stored);
+                let positions = stored.map(|at| state.position(at));
+                model.check_read(&layout, layer, positions, &part).expect("a view shows what was written");
             }
         }
         drop(state);
