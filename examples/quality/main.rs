@@ -5,6 +5,7 @@
 //! cargo run --release --example quality                                   # the formats that are shipped, 4,096 tokens
 //! cargo run --release --example quality -- --formats int8,int8+rc,r4+rc --tokens 1024 --json
 //! cargo run --release --example quality -- --calibrate means.json         # only the mean keys that `+rc` needs
+//! cargo run --release --example quality -- --retrieval 8                  # what token dropping forgets
 //! cargo run --release --example quality -- --model qwen2.5-coder          # a model whose keys have a bias: 491 MB
 //! cargo run --release --example quality -- --dump-kv kv.safetensors       # only keys and values, to measure codecs on
 //! ```
@@ -29,6 +30,7 @@ mod page;
 #[allow(dead_code, reason = "other examples plot over time")]
 mod plot;
 mod report;
+mod retrieval;
 mod run;
 
 use std::path::PathBuf;
@@ -77,6 +79,9 @@ struct Args {
     /// Layers of `--dump-kv`, counted from 0, instead of all.
     #[arg(long, value_delimiter = ',', requires = "dump_kv")]
     layers: Vec<u32>,
+    /// Instead of formats: what token dropping forgets of facts in so many texts, half of whose tokens stay.
+    #[arg(long, value_name = "TEXTS")]
+    retrieval: Option<usize>,
     /// The model's matrices on a GPU (needs `--features candle-cuda`); the cache stays in host memory.
     #[arg(long)]
     gpu: bool,
@@ -112,6 +117,13 @@ async fn main() -> anyhow::Result<()> {
         let passage = texts.passages.first().context("the text has no token")?;
         dump::write(&model, passage, &args.layers, file).await?;
         println!("keys and values of {} tokens: {}", passage.len(), file.display());
+        return Ok(());
+    }
+    if let Some(texts) = args.retrieval {
+        let rows = retrieval::recall(&model, &tokenizer, &tokenizer.encode(&text)?, texts, 0.5).await?;
+        for row in &rows {
+            println!("{}", if args.json { serde_json::to_string(row)? } else { row.line() });
+        }
         return Ok(());
     }
     // Caches read them from a file.
