@@ -11,9 +11,13 @@ use crate::sequence::SINK_TOKENS;
 /// Most recent tokens that dropping by scores always keeps, at most half of those that it may choose.
 pub const RECENT_TOKENS: u32 = 32;
 
+/// Tokens on either side that a key score is shared with.
+pub const NEIGHBOURS: usize = 8;
+
 /// A score of tokens by their keys alone: attention-free, so that any model's cache can be thinned out.
 ///
-/// A token has one score: the mean over all layers and KV heads, which are brought to one scale first.
+/// A token has one score: the mean over all layers and KV heads, which are brought to one scale first, and of that the highest of
+/// [`NEIGHBOURS`] tokens on either side. What is worth remembering are phrases, not tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeyScore {
     /// Keys with small norms score high: they are attended to most (Devoto et al. 2024, arXiv 2406.11430). Norms count in
@@ -31,6 +35,13 @@ impl KeyScore {
             KeyScore::Norm => "key_norm",
             KeyScore::Diff => "key_diff",
         }
+    }
+
+    /// The highest score of each token and its neighbours, for [`choose`].
+    pub fn shared(scores: &[f32]) -> Vec<f32> {
+        let around = |at: usize| at.saturating_sub(NEIGHBOURS)..(at + NEIGHBOURS + 1).min(scores.len());
+        let highest = |at: usize| scores[around(at)].iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        (0..scores.len()).map(highest).collect()
     }
 
     /// Adds what the keys of one head say, `[tokens, dim]`, to the scores of the tokens.
@@ -233,6 +244,21 @@ mod tests {
             score.add(&[f32::MAX, f32::MAX, -f32::MAX, f32::MAX], 2, &mut scores);
             assert!(scores.iter().all(|score| score.is_finite()), "{score:?}: {scores:?}");
         }
+    }
+
+    #[test]
+    fn key_scores_are_shared_with_neighbours() {
+        let mut scores = vec![-1.0; 40];
+        (scores[10], scores[14], scores[39]) = (2.0, 3.0, 1.0);
+        let shared = KeyScore::shared(&scores);
+        let expected = |at: usize| match at {
+            6..=22 => 3.0,
+            2..=5 => 2.0,
+            31..=39 => 1.0,
+            _ => -1.0,
+        };
+        assert!((0..40).all(|at| shared[at] == expected(at)), "{shared:?}");
+        assert!(KeyScore::shared(&[]).is_empty());
     }
 
     #[test]

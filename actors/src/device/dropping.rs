@@ -207,7 +207,7 @@ impl DeviceCore {
         let Some(thinning) = self.sequences[index].rest.thinning.take() else { return Err(landed) };
         let progress = match (*thinning, landed) {
             (Thinning::Scoring { keep }, Ok(Some(mut scores))) => {
-                let kept = choose(scores.scores_mut(), keep);
+                let kept = choose(&KeyScore::shared(scores.scores_mut()), keep);
                 self.plan_copies(op, index, &kept)
             }
             (Thinning::Scoring { .. }, Ok(None)) => {

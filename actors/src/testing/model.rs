@@ -10,7 +10,7 @@ use super::rig::token_id;
 use super::values::{fill_row, first_difference};
 use crate::batch::Outcome;
 use crate::block::{BlockKey, ExtraIdentity, KeyScheme};
-use crate::dropping::{Dropping, TokenScores, choose};
+use crate::dropping::{Dropping, KeyScore, TokenScores, choose};
 use crate::error::Error;
 use crate::format::Format;
 use crate::geometry::{BlockLayout, Plane};
@@ -513,7 +513,7 @@ impl ModelSequence {
                         score.add(&keys, layout.key_dim, &mut scores);
                     }
                 }
-                scores
+                KeyScore::shared(&scores)
             }
         };
         self.gone.fill(true);
