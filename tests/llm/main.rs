@@ -5,6 +5,7 @@
 #[path = "../../examples/common/llm/mod.rs"]
 mod llm;
 
+use std::path::Path;
 use std::sync::LazyLock;
 
 use kv_cache::half::f16;
@@ -24,7 +25,11 @@ fn device() -> candle_core::Device {
 static LOADED: LazyLock<Option<(Model, Tokenizer)>> = LazyLock::new(|| load(Weights::Quantised));
 
 fn load(weights: Weights) -> Option<(Model, Tokenizer)> {
-    match llm::fetch::model(None) {
+    loaded(None, weights)
+}
+
+fn loaded(model: Option<&str>, weights: Weights) -> Option<(Model, Tokenizer)> {
+    match llm::fetch::model(model.map(Path::new)) {
         Ok(path) => Some((
             Model::load(&path, weights, &device()).expect("a model whose hash was right"),
             Tokenizer::from_gguf(&path).expect("its tokenizer"),
@@ -197,4 +202,32 @@ fn texts_become_tokens_and_come_back() {
     let chat = tokenizer.encode_chat(&[message]).unwrap();
     // The system's and the user's.
     assert_eq!(chat.iter().filter(|token| tokenizer.is_end(**token)).count(), 2);
+}
+
+/// The model whose keys have a bias is a large file of nobody's licence: it is tested where somebody has fetched it.
+#[tokio::test]
+async fn a_qwen2_model_answers_over_the_cache_too() {
+    const NAME: &str = "qwen2.5-coder";
+    if !llm::fetch::is_there(NAME) {
+        println!("SKIPPED, {NAME} was not fetched: `quality --model {NAME}` does it");
+        return;
+    }
+    let Some((model, tokenizer)) = loaded(Some(NAME), Weights::Quantised) else { return };
+    // Ids of Qwen2's own tokenizer: digits stand alone.
+    assert_eq!(tokenizer.encode("Hello, world!").unwrap(), [9707, 11, 1879, 0]);
+    assert_eq!(tokenizer.encode("x = 123").unwrap(), [87, 284, 220, 16, 17, 18]);
+    for (prompt, answer) in [("The capital of France is", " Paris"), ("def fibonacci(n):", "\n    if n <= ")]
+    {
+        let prompt = tokenizer.encode(prompt).unwrap();
+        let mut plain = PlainSequences::<f16>::new(&model, 1);
+        let first = prefill(&model, &mut plain, &[&prompt]).await.unwrap();
+        let expected = decode(&model, &mut plain, &first, 8).await.unwrap();
+        let cache = cache::<f16>(&model, Format::Raw).await;
+        let sequence = open(&cache, &OpenOptions::default()).await;
+        let mut cached = CachedSequences::<f16>::new(&cache, vec![sequence]);
+        let first = prefill(&model, &mut cached, &[&prompt]).await.unwrap();
+        assert_eq!(decode(&model, &mut cached, &first, 8).await.unwrap(), expected);
+        let said = tokenizer.decode(&expected[0]).unwrap();
+        assert!(said.starts_with(answer), "{said}");
+    }
 }

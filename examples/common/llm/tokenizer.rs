@@ -47,7 +47,8 @@ impl Tokenizer {
     /// If the file cannot be read or describes none.
     pub fn from_gguf(path: &Path) -> anyhow::Result<Tokenizer> {
         let file = File::open(path).with_context(|| format!("cannot open the model {}", path.display()))?;
-        let content = Content::read(&mut BufReader::new(file))?;
+        let content = Content::read(&mut BufReader::new(file))
+            .with_context(|| format!("{} is no GGUF file that can be read", path.display()))?;
         let mut bpe = tokenizers::Tokenizer::from_gguf(&content)?;
         let split = content.metadata.get("tokenizer.ggml.pre").and_then(|split| split.to_string().ok());
         let split = split.map_or("", String::as_str);
