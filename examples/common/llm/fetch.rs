@@ -307,8 +307,17 @@ fn watch(mut child: Child, work: &Path, show: &dyn Fn(u64)) -> anyhow::Result<()
     if let Some(mut stderr) = child.stderr.take() {
         stderr.read_to_string(&mut said)?;
     }
-    let last = said.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no reason given");
-    bail!("{status}, {last}")
+    bail!("{status}, {}", reason(&said))
+}
+
+/// What a package manager gives as its reason: its last line, behind the first one, which is where a network that is away is named.
+fn reason(said: &str) -> String {
+    let mut lines = said.lines().map(str::trim).filter(|line| !line.is_empty());
+    match (lines.next(), lines.next_back()) {
+        (None, _) => "no reason given".to_owned(),
+        (Some(only), None) => only.to_owned(),
+        (Some(first), Some(last)) => format!("{first} … {last}"),
+    }
 }
 
 fn bytes_below(dir: &Path) -> u64 {
@@ -367,6 +376,14 @@ mod tests {
         fs::remove_file(&path).unwrap();
         let said = format!("{:#}", PACKAGE.unpack(dir.path(), &part).unwrap_err());
         assert!(said.contains("left no package"), "{said}");
+    }
+
+    #[test]
+    fn a_network_that_is_away_is_named() {
+        let said = "WARNING: Retrying after connection broken\nWARNING: Retrying\nERROR: No matching distribution found\n\n";
+        let expected = "WARNING: Retrying after connection broken … ERROR: No matching distribution found";
+        assert_eq!(reason(said), expected);
+        assert_eq!((reason("one\n"), reason("\n")), ("one".into(), "no reason given".into()));
     }
 
     #[test]
