@@ -21,7 +21,7 @@ use llm::tokenizer::Tokenizer;
 #[derive(Debug, Clone, Parser)]
 #[command(about = "A real model over the cache: speed and bytes")]
 struct Args {
-    /// A GGUF file of a Llama model, instead of the SmolLM2-135M-Instruct that is fetched.
+    /// A GGUF file of a Llama or a Qwen2 model, or a name (`smollm2`, `qwen2.5-coder`), instead of the SmolLM2-135M-Instruct that is fetched.
     #[arg(long)]
     model: Option<PathBuf>,
     /// What to measure; everything unless given.

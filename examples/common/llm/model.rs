@@ -373,9 +373,9 @@ impl Tensors<'_> {
 
     fn read(&mut self, name: &str, device: &Device) -> anyhow::Result<QTensor> {
         let Some(info) = self.content.tensor_infos.get(name) else { bail!("the model has no tensor {name}") };
-        let elements = info.shape.elem_count() / info.ggml_dtype.block_size();
-        let end =
-            self.content.tensor_data_offset + info.offset + (elements * info.ggml_dtype.type_size()) as u64;
+        let blocks = info.shape.elem_count() / info.ggml_dtype.block_size();
+        let size = blocks.saturating_mul(info.ggml_dtype.type_size()) as u64;
+        let end = self.content.tensor_data_offset.saturating_add(info.offset).saturating_add(size);
         let bytes = self.file.get_ref().metadata()?.len();
         ensure!(end <= bytes, "the model's file is cut: {name} ends at byte {end} of {bytes}");
         let tensor = self.content.tensor(&mut self.file, name, device);
