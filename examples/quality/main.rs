@@ -46,7 +46,7 @@ use run::Kind;
 #[command(about = "What storage formats do to a real model's predictions")]
 struct Args {
     /// A GGUF file of a Llama or a Qwen2 model, or the name of one that is fetched: `smollm2`, or `qwen2.5-coder`, an optional stress
-    /// test (491 MB, of a source that names no licence): its keys have a bias, which no format takes easily without mean keys.
+    /// test (491 MB, of a source that names no licence): its keys have a bias, which formats with a scale a row do not take easily.
     #[arg(long, default_value = "smollm2")]
     model: PathBuf,
     /// A text file, instead of the Brown corpus that is fetched.

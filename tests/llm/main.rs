@@ -204,7 +204,7 @@ fn texts_become_tokens_and_come_back() {
     assert_eq!(chat.iter().filter(|token| tokenizer.is_end(**token)).count(), 2);
 }
 
-/// The model whose keys have a bias is a large file of nobody's licence: it is tested where somebody has fetched it.
+/// The model whose keys have a bias is a large file, whose packages name no licence: it is tested where somebody has fetched it.
 #[tokio::test]
 async fn a_qwen2_model_answers_over_the_cache_too() {
     const NAME: &str = "qwen2.5-coder";
