@@ -5,6 +5,7 @@
 
 use kv_cache_actors::batch::{BatchCacheOperations, Invalidate, Outcome};
 use kv_cache_actors::device::Event;
+use kv_cache_actors::dropping::{Dropping, KeyScore};
 use kv_cache_actors::error::Error;
 use kv_cache_actors::format::Format;
 use kv_cache_actors::geometry::Plane;
@@ -73,6 +74,17 @@ fn fill_pool(rig: &mut Rig, tenant: u32) -> Vec<OpenSequence> {
             Err(error) => panic!("{error}"),
         }
     }
+}
+
+/// Takes blocks for `tenant` until `left` can be had.
+fn fill_pool_to(rig: &mut Rig, tenant: u32, left: usize) -> Vec<OpenSequence> {
+    let mut handles = Vec::new();
+    while rig.core().blocks().pool().raw_available() > left {
+        let handle = rig.open(tenant);
+        must_append(rig, handle.id(), tenant, 5000, 1);
+        handles.push(handle);
+    }
+    handles
 }
 
 /// The place of a sequence's block: bytes in the slab, and a pin on them.
@@ -516,5 +528,46 @@ fn what_is_behind_an_invalidated_block_goes_with_it() {
         assert_eq!(again.shared().committed(), 0);
         must_append(&mut rig, again.id(), 0, 1, 3 * BLOCK);
         finish(rig, [again]);
+    }
+}
+
+/// A write that has gone well is answered so even if the tokens that it was time to drop cannot be dropped: a launch fails while they are
+/// scored, or while they are copied, or there is no room. They are all there, and the next write drops them.
+#[test]
+fn a_write_stands_when_dropping_behind_it_fails() {
+    for failing in [Some(1), Some(2), None] {
+        let dropping = Some(Dropping { score: Some(KeyScore::Norm), ratio: 0.5 });
+        let mut rig = Rig::new(&Setup { dropping, ..small(Format::Raw) });
+        let handle = rig.open(0);
+        let room = if failing.is_none() { 8 } else { 4 };
+        let batch = append(&mut rig, handle.id(), 0, 1, room * BLOCK);
+        // Takes the blocks that the copies would go to.
+        let others = failing.is_none().then(|| fill_pool_to(&mut rig, 1, 8 + 2));
+        let ticket = rig.submit(batch);
+        // The append, the scores, the copies.
+        for launch in 0..3 {
+            rig.flush();
+            match failing {
+                Some(at) if at == launch => assert!(rig.device.fail(LaneKind::Compute, true)),
+                _ => while rig.device.advance(LaneKind::Compute) {},
+            }
+            while rig.report(LaneKind::Compute) {}
+            rig.core().audit().expect("consistent");
+        }
+        let committed = room * BLOCK;
+        let answer = answer(&mut rig, ticket);
+        assert!(
+            matches!(answer, Ok(Outcome::Appended { committed: told }) if told == committed),
+            "{answer:?}"
+        );
+        must_read(&mut rig, handle.id(), 0, 1..=u64::from(committed));
+        drop(others);
+        rig.close_dropped();
+        rig.settle();
+        must_append(&mut rig, handle.id(), 0, 1 + u64::from(committed), 1);
+        let state = handle.shared().state();
+        assert_eq!(state.stored(state.committed), (committed + 1).div_ceil(2), "dropped now");
+        drop(state);
+        finish(rig, [handle]);
     }
 }
