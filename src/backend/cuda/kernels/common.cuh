@@ -112,6 +112,14 @@ template <u32 E> __device__ __forceinline__ float finite_max() {
     return E == F16 ? 65504.0f : __uint_as_float(E == BF16 ? 0x7f7f0000u : 0x7f7fffffu);
 }
 
+// Saturates, and takes a NaN for a number that is too large.
+template <u32 E> __device__ __forceinline__ float saturated(float x) {
+    return fmaxf(fminf(x, finite_max<E>()), -finite_max<E>());
+}
+
+// The least scale: the smallest positive f16, or 2^-100.
+template <u32 E> __device__ __forceinline__ float scale_floor() { return E == F16 ? 5.9604644775390625e-8f : 7.888609052210118e-31f; }
+
 // Bits of |x| order like |x|, with infinity and NaN above everything finite.
 template <u32 E> __device__ __forceinline__ float from_bits(u32 bits) {
     if (E == F16) return __half2float(__ushort_as_half((u16)bits));

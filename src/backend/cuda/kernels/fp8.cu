@@ -8,8 +8,8 @@ struct Code {
     // Rounds abs_max / 448 to the stored type and applies the floor.
     template <u32 E> static __device__ __forceinline__ float stored_scale(float abs_max) {
         const float scale = __fdiv_rn(abs_max, 448.0f);
-        if (E == F16) return fmaxf(__half2float(__float2half_rn(scale)), 5.9604644775390625e-8f);
-        return fmaxf(scale, 7.888609052210118e-31f);
+        if (E == F16) return fmaxf(__half2float(__float2half_rn(scale)), scale_floor<E>());
+        return fmaxf(scale, scale_floor<E>());
     }
 
     static __device__ __forceinline__ u32 of(float x) {

@@ -44,8 +44,7 @@ struct Group {
         // Two steps of fused arithmetic round to the quotient (Markstein 1990): compared for all significands (see kernels.rs).
         const float near = __fmul_rn(span, 2.0f / MOST);
         const float quotient = __fmaf_rn(__fmaf_rn(-0.5f * MOST, near, span), 2.0f / MOST, near);
-        const float floor = E == F16 ? 5.9604644775390625e-8f : 7.888609052210118e-31f;
-        g.step = rounded<E>(fmaxf(quotient, floor));
+        g.step = rounded<E>(fmaxf(quotient, scale_floor<E>()));
         g.inverse = __frcp_rn(__fmul_rn(0.5f, g.step));
         return g;
     }
@@ -59,9 +58,6 @@ __device__ __forceinline__ u32 code_of(float x, float half_least, float inverse)
 __device__ __forceinline__ float decoded(u32 code, float least, float step) {
     return __fmaf_rn(__fsub_rn(__uint_as_float(code | 0x4b000000u), 8388608.0f), step, least);
 }
-
-// Saturates, and takes a NaN for a number that is too large.
-template <u32 E> __device__ __forceinline__ float saturated(float x) { return fmaxf(fminf(x, finite_max<E>()), -finite_max<E>()); }
 
 // Codes of one vector: the first in the lowest bits.
 template <u32 E> struct Codes {
@@ -167,8 +163,8 @@ template <u32 E> __device__ __forceinline__ bool seal_keys(const Layout& L, cons
 template <u32 E> __device__ __forceinline__ bool seal_values(const Layout& L, const Plane& p, const Tile<E>& t, const uint4* v) {
     constexpr u32 N = Vector<E>::N, LANES = GROUP / N;
     const u32 lane = threadIdx.x % LANES, group = t.column * N / GROUP;
-    // Lanes of the group that have elements: the last group of a row may be shorter.
-    const u32 lanes = t.active ? min(LANES, p.dim / N - group * LANES) : LANES;
+    // Whether all lanes of the group have elements: the last group of a row may be shorter.
+    const bool whole = (group + 1) * LANES <= p.dim / N;
     bool bad = false;
 #pragma unroll
     for (u32 k = 0; k < LANE_ROWS; k++) {
@@ -198,8 +194,8 @@ template <u32 E> __device__ __forceinline__ bool seal_values(const Layout& L, co
         bad |= !g.finite;
         if (!t.active) continue;
         const u32 row = t.row + k * t.stride();
-        // The lanes of a group take turns in storing what they share.
-        if (lane == k % lanes) {
+        // The lanes of a group take turns in storing what they share, if all of them are there.
+        if (lane == (whole ? k % LANES : 0)) {
             const u64 at = leasts_of<E>(L, p, row, group);
             store<E>((u8*)at, g.least);
             store<E>((u8*)at + p.scale_bytes / 2, g.step);

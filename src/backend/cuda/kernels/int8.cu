@@ -10,10 +10,10 @@ struct Code {
     template <u32 E> static __device__ __forceinline__ float stored_scale(float abs_max) {
         // For an f16 maximum the product rounds to the same f16 as the quotient: all 31,744 were compared (see kernels.rs).
         const float near = __fmul_rn(abs_max, 0.007874015718698502f);
-        if (E == F16) return fmaxf(__half2float(__float2half_rn(near)), 5.9604644775390625e-8f);
+        if (E == F16) return fmaxf(__half2float(__float2half_rn(near)), scale_floor<E>());
         // Two steps of fused arithmetic round to the quotient (Markstein 1990): compared for all significands (see kernels.rs).
         const float scale = __fmaf_rn(__fmaf_rn(-127.0f, near, abs_max), 0.007874015718698502f, near);
-        return fmaxf(scale, 7.888609052210118e-31f);
+        return fmaxf(scale, scale_floor<E>());
     }
 
     // Half to even of the correctly rounded quotient.

@@ -88,11 +88,6 @@ __device__ __forceinline__ float read_factor(u64 at) { return __bfloat162float(*
 // The length of a row in units of its codes: the codebook is for elements of variance 1.
 __device__ __forceinline__ float to_unit(u32 dim, float square) { return __fsqrt_rn(__fdiv_rn((float)dim, square)); }
 
-// Saturates, and takes a NaN for a number that is too large.
-template <u32 E> __device__ __forceinline__ float saturated(float x) {
-    return fmaxf(fminf(x, finite_max<E>()), -finite_max<E>());
-}
-
 // Sums and differences of a thread's elements that are `apart`.
 __device__ __forceinline__ void butterflies(float* y, u32 apart) {
 #pragma unroll

@@ -15,10 +15,7 @@ __device__ __forceinline__ u32 pack_bytes(u32 a, u32 b, u32 c, u32 d) {
     return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
 }
 
-// Saturates, and takes a NaN for a number that is too large.
-template <u32 E> __device__ __forceinline__ float decoded(float code, float scale) {
-    return fmaxf(fminf(__fmul_rn(code, scale), finite_max<E>()), -finite_max<E>());
-}
+template <u32 E> __device__ __forceinline__ float decoded(float code, float scale) { return saturated<E>(__fmul_rn(code, scale)); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Seal: abs-max, encode and finite check in one read.
