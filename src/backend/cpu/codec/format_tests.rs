@@ -286,9 +286,14 @@ proptest! {
                 continue;
             }
             let best = distance(x, &reference(format, x));
-            // The factor has 8 binary digits; below the least normal number of the element type there are none to speak of.
-            let rounding = 0.006 * length(x)
-                + if element == ElementType::F16 { 1e-6 * dim as f64 } else { 1e-38 * dim as f64 };
+            // The factor has 8 binary digits, so that it is off by 2^-8 of itself at most, and every element is rounded once more to
+            // those of its type; below the least normal number of that type there are none to speak of.
+            let (digits, least) = match element {
+                ElementType::F16 => (11, 1e-6),
+                ElementType::Bf16 => (8, 1e-38),
+                ElementType::F32 => (24, 1e-38),
+            };
+            let rounding = (2f64.powi(-8) + 2f64.powi(-digits)) * 1.01 * length(x) + least * dim as f64;
             prop_assert!(
                 distance(x, back) <= best * 1.001 + rounding,
                 "{} {:?} {}: {} instead of {}, of {}", format, element, dim, distance(x, back), best, length(x)
