@@ -394,7 +394,7 @@ impl CacheConfig {
             let fix = format!("use at least {pinned_least}");
             return Err(ConfigError::invalid("pinned_memory_bytes", self.pinned_memory_bytes, fix));
         }
-        self.check_built()?;
+        self.check_scores(matches!(self.devices, Devices::Cuda(_)))?;
         let (format, tokens) = (self.sealed_format(), layout.block_tokens);
         if format.is_grouped() && !tokens.is_multiple_of(GROUP) {
             let fix =
@@ -444,17 +444,14 @@ impl CacheConfig {
         Ok(())
     }
 
-    fn check_built(&self) -> Result<(), ConfigError> {
+    /// Refuses to drop tokens by scores where that is not built. Settings alone do not always tell what devices there are.
+    pub(crate) fn check_scores(&self, on_gpu: bool) -> Result<(), ConfigError> {
         let has_means = self.quantisation.key_means.is_some() && self.sealed_format() != Format::Raw;
-        match self.devices {
-            Devices::Cuda(_) => self.check_drops_by_scores("truncation, or CPU devices"),
-            _ if has_means => self.check_drops_by_scores("truncation, or no `quantisation.key_means`"),
-            _ => Ok(()),
-        }
-    }
-
-    /// Refuses to drop tokens by scores where that is not built.
-    pub(crate) fn check_drops_by_scores(&self, instead: &'static str) -> Result<(), ConfigError> {
+        let instead = match (on_gpu, has_means) {
+            (true, _) => "truncation, or CPU devices",
+            (false, true) => "truncation, or no `quantisation.key_means`",
+            (false, false) => return Ok(()),
+        };
         match self.dropping().and_then(|dropping| dropping.score) {
             None => Ok(()),
             Some(_) => {

@@ -101,7 +101,7 @@ pub(crate) fn open(
             (None, Some(_)) => Some("use a cache without mean keys, or truncation"),
             (None, None) => None,
         };
-        no_scores.map_or(Ok(()), |instead| config.check_drops_by_scores(instead))?;
+        config.check_scores(memory.device().is_some())?;
         let core = CoreConfig {
             cache,
             shard: shard as u16,

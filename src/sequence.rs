@@ -268,21 +268,17 @@ impl Sequence {
     /// there, in order of positions ([`Sequence::positions`]), the attention that it got for instance.
     ///
     /// Positions do not change: [`Sequence::len`] counts on from all tokens that ever were committed, keys stay rotated to where they stood, and
-    /// reads name tokens by the positions that they had. What stays is copied to blocks of this sequence's own (of room for `keep` tokens, which has to be
-    /// there before the old blocks go), which its forks share and prompts never find; the blocks that others hold too are left to them. Tokens
-    /// from sealed blocks are decoded, and lose once more when they are sealed again. Reservations ([`OpenOptions`](crate::OpenOptions)) may
-    /// come out a block short.
+    /// reads name tokens by the positions that they had. What stays is copied to blocks of this sequence's own (of room for `keep` tokens,
+    /// which has to be there before the old blocks go), which its forks share and prompts never find; the blocks that others hold too are
+    /// left to them. Tokens from sealed blocks are decoded, and lose once more when they are sealed again. Reservations
+    /// ([`OpenOptions`](crate::OpenOptions)) may come out a block short.
     ///
     /// # Errors
     /// Nothing was dropped on any error: [`Error::Scores`], [`Error::ScoreNotANumber`], [`Error::StagedTokens`], [`Error::Capacity`];
     /// [`Error::Unsupported`] on GPUs, in a cache with mean keys, and in one that truncates; those of a lost shard or closed cache.
     pub async fn drop_tokens(&self, keep: u32, scores: impl Into<TokenScores>) -> Result<u32, Error> {
         let scores = scores.into();
-        let bytes = match &scores {
-            TokenScores::Given(scores) => size_of_val(&scores[..]) as u64,
-            TokenScores::Keys(_) => 0,
-        };
-        match self.runtime.one(bytes, 0, |batch| batch.drop_tokens(self.id(), keep, scores)).await? {
+        match self.runtime.one(scores.bytes(), 0, |batch| batch.drop_tokens(self.id(), keep, scores)).await? {
             InnerOutcome::Dropped { kept } => Ok(kept),
             other => Err(unexpected(&other)),
         }

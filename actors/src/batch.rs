@@ -711,10 +711,7 @@ impl BatchCacheOperations {
     pub fn bytes(&self, layout: &BlockLayout, max_tokens: u32) -> u64 {
         let reads = self.submission.operations.iter().map(|operation| match operation {
             Operation::Read { tokens, .. } => read_bytes(layout, tokens, max_tokens),
-            Operation::Drop { scores, .. } => match &**scores {
-                TokenScores::Given(scores) => size_of_val(&scores[..]) as u64,
-                TokenScores::Keys(_) => 0,
-            },
+            Operation::Drop { scores, .. } => scores.bytes(),
             _ => 0,
         });
         self.arena.len() as u64 + reads.sum::<u64>()

@@ -83,6 +83,16 @@ pub enum TokenScores {
     Given(Vec<f32>),
 }
 
+impl TokenScores {
+    /// Bytes that they take on their way to the device.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            TokenScores::Keys(_) => 0,
+            TokenScores::Given(scores) => size_of_val(&scores[..]) as u64,
+        }
+    }
+}
+
 impl From<KeyScore> for TokenScores {
     fn from(score: KeyScore) -> Self {
         TokenScores::Keys(score)

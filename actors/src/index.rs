@@ -311,8 +311,9 @@ impl IndexWriter {
         std::array::from_fn(|at| words[at].load(Ordering::Relaxed))
     }
 
-    /// From now on its key finds `block`.
-    pub fn insert(&mut self, block: BlockId) {
+    /// From now on its key, which nobody else has, finds `block`.
+    #[cfg(test)]
+    fn insert(&mut self, block: BlockId) {
         let (bucket, fingerprint) = self.0.table.place(&self.key_words(block));
         self.insert_at(block, Vacancy { bucket, fingerprint });
     }
@@ -393,11 +394,7 @@ impl IndexWriter {
         let place = of_block.place.load(Ordering::Relaxed) as usize;
         let (bucket, at) = (place / BUCKET_WORDS, place % BUCKET_WORDS);
         let entry = &table.buckets[bucket].entries[at];
-        debug_assert_eq!(
-            entry.load(Ordering::Relaxed) as u32,
-            block.0 + 1,
-            "a published block is in the table"
-        );
+        assert_eq!(entry.load(Ordering::Relaxed) as u32, block.0 + 1, "a published block is in the table");
         entry.store(0, Ordering::Relaxed);
         table.buckets[bucket].change_ways(|ways| ways & !(1 << 32 << at));
         // After the entry: whoever still needs the way finds it.

@@ -11,9 +11,8 @@ use anyhow::ensure;
 use kv_cache::{Cache, Devices, Element as _, Format, OpenOptions};
 use serde_json::{Map, json};
 
-use crate::llm::CHUNK_TOKENS;
-use crate::llm::generate::{CachedSequences, Sequences};
-use crate::llm::model::{Model, Wanted};
+use crate::llm::generate::{CachedSequences, feed};
+use crate::llm::model::Model;
 
 /// Writes keys and values of `layers` (all, if none are named) over `tokens`, one sequence from its beginning.
 ///
@@ -30,9 +29,7 @@ pub(crate) async fn write(model: &Model, tokens: &[u32], layers: &[u32], file: &
     let cache = builder.memory_bytes_per_device(1 << 29).sealed_format(Format::Raw).build().await?;
     let sequence = cache.open("dump", OpenOptions::default()).await?;
     let mut sequences = CachedSequences::<f32>::new(&cache, vec![sequence]);
-    for chunk in tokens.chunks(CHUNK_TOKENS) {
-        sequences.step(model, &[0], &[chunk], Wanted::LastOf(&[false])).await?;
-    }
+    feed(model, &mut sequences, 0, tokens).await?;
 
     let shape = [tokens.len(), model.config().kv_heads, model.config().head_dim];
     let (mut header, mut data) = (Map::new(), Vec::<u8>::new());

@@ -17,12 +17,15 @@
 //! | `run.rs` | scores a format |
 //! | `cold.rs` | blocks that have been in a cold tier |
 //! | `dump.rs` | keys and values in a file |
+//! | `retrieval.rs` | what token dropping forgets |
 //! | `report.rs` | the figures as JSON, a table, and a page with plots |
 
 mod cold;
 mod dump;
 #[path = "../common/llm/mod.rs"]
 mod llm;
+#[path = "../common/mix.rs"]
+mod mix;
 #[path = "../common/page.rs"]
 #[allow(dead_code, reason = "other examples write larger numbers")]
 mod page;

@@ -8,10 +8,10 @@ use kv_cache::half::f16;
 use kv_cache::{Cache, Devices, Element as _, Format, KeyScore, OpenOptions, Sequence, TokenScores};
 use serde::Serialize;
 
-use crate::llm::CHUNK_TOKENS;
-use crate::llm::generate::{CachedSequences, Sequences};
+use crate::llm::generate::{CachedSequences, Sequences, feed};
 use crate::llm::model::{Model, Wanted, greedy};
 use crate::llm::tokenizer::Tokenizer;
+use crate::mix::mix;
 
 /// What facts are about: one of each in a text.
 const THINGS: [&str; 8] =
@@ -78,21 +78,16 @@ impl Method {
             Method::All => None,
             Method::Recent => Some((0..tokens).map(|at| at as f32).collect::<Vec<_>>().into()),
             Method::Scores(score) => Some(score.into()),
-            Method::Chance => Some((0..tokens).map(|at| hash(at) as f32).collect::<Vec<_>>().into()),
+            Method::Chance => {
+                Some((0..tokens).map(|at| mix(u64::from(at)) as f32).collect::<Vec<_>>().into())
+            }
         }
     }
 }
 
-/// Mixes the bits of a number.
-fn hash(x: u32) -> u32 {
-    let x = (x ^ x >> 16).wrapping_mul(0x7feb_352d);
-    let x = (x ^ x >> 15).wrapping_mul(0x846c_a68b);
-    x ^ x >> 16
-}
-
 /// A fact, and the five digits that it is about.
 fn fact(text: usize, thing: usize) -> (String, String) {
-    let number = 10_000 + hash((text * THINGS.len() + thing) as u32) % 90_000;
+    let number = 10_000 + mix((text * THINGS.len() + thing) as u64) % 90_000;
     (format!(" The secret number of the {} is", THINGS[thing]), format!(" {number}"))
 }
 
@@ -134,9 +129,7 @@ pub(crate) async fn recall(
         let tokens = strewn(tokenizer, text, words)?;
         let sequence = cache.open("recall", OpenOptions::default()).await?;
         let mut prefilled = CachedSequences::<f16>::new(&cache, vec![sequence]);
-        for chunk in tokens.chunks(CHUNK_TOKENS) {
-            prefilled.step(model, &[0], &[chunk], Wanted::LastOf(&[false])).await?;
-        }
+        feed(model, &mut prefilled, 0, &tokens).await?;
         for (method, row) in Method::ALL.into_iter().zip(&mut rows) {
             let fork = prefilled.sequences[0].fork().await?;
             let all = fork.len();

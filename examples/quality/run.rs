@@ -11,7 +11,7 @@ use kv_cache::{Cache, Devices, Element as _, Format, KeyMeans, KeyMeansBuilder, 
 
 use crate::cold::recode;
 use crate::llm::CHUNK_TOKENS;
-use crate::llm::generate::{CachedSequences, Sequences, until_sealed};
+use crate::llm::generate::{CachedSequences, Sequences, feed, until_sealed};
 use crate::llm::model::{Model, ModelConfig, Wanted};
 use crate::llm::score::{Predictions, Scorer};
 use crate::llm::tokenizer::Tokenizer;
@@ -120,9 +120,7 @@ pub(crate) async fn calibrate(model: &Model, tokens: &[u32]) -> anyhow::Result<K
     for passage in tokens.chunks(PASSAGE_TOKENS) {
         let sequence = cache.open("calibrate", OpenOptions::default()).await?;
         let mut sequences = CachedSequences::<f16>::new(&cache, vec![sequence]);
-        for chunk in passage.chunks(CHUNK_TOKENS) {
-            sequences.step(model, &[0], &[chunk], Wanted::LastOf(&[false])).await?;
-        }
+        feed(model, &mut sequences, 0, passage).await?;
         for layer in 0..model.config().layers as u32 {
             let all = 0..passage.len() as u32;
             let (keys, _) = sequences.sequences[0].read::<f16>(layer, all).await?;

@@ -56,8 +56,8 @@ impl FrameInfo {
         let codec = codec.ok_or(ColdError::UnknownCodec { found: body[6] })?;
         let element = Element::ALL.into_iter().find(|element| number_of_element(*element) == body[7]);
         let element = element.ok_or(ColdError::UnknownElement { found: body[7] })?;
-        if codec != Codec::Lossless && element == Element::Int8 {
-            return Err(ColdError::Unsupported { codec, element });
+        if codec != Codec::Lossless {
+            element.numbers(codec)?;
         }
         let dim = |at| u32::from_le_bytes(field(body, at));
         let shape = Shape {

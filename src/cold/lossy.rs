@@ -4,16 +4,18 @@
 //! values. One step for all heads of a layer: rounding then adds the same noise everywhere, and the coder spends its bits where
 //! there is something to say.
 
-use half::{bf16, f16};
+use half::bf16;
+use kv_cache_actors::geometry::ElementType;
 
 use super::coder::{self, Alphabet, Decoder};
 use super::input::Input;
-use super::{Codec, ColdError, Element, Plane, Shape};
+use super::{Codec, ColdError, Plane, Shape};
+use crate::backend::cpu::codec::{finite_max, load_row, store_row};
 
 /// Appends the payload of a block of floats.
 pub(super) fn encode(
     codec: Codec,
-    element: Element,
+    element: ElementType,
     shape: &Shape,
     block: &[u8],
     out: &mut Vec<u8>,
@@ -41,7 +43,7 @@ pub(super) fn encode(
 /// Writes the block of a payload. `out` is as long as the shape says.
 pub(super) fn decode(
     codec: Codec,
-    element: Element,
+    element: ElementType,
     shape: &Shape,
     payload: &[u8],
     out: &mut [u8],
@@ -54,7 +56,9 @@ pub(super) fn decode(
         let some = dim > 0 && !out.is_empty();
         decoders.push(some.then(|| Decoder::new(alphabet(levels), dim as usize, &mut input)).transpose()?);
     }
-    let mut symbols = Vec::new();
+    let (mut symbols, mut values) = (Vec::new(), Vec::new());
+    // The last level may lie above the largest element, by the rounding of the step.
+    let most = finite_max(element);
     for plane in shape.planes() {
         let Some(decoder) = &mut decoders[plane.kind] else { continue };
         symbols.resize(plane.head, 0);
@@ -66,8 +70,10 @@ pub(super) fn decode(
             let rows = symbols.chunks_exact(plane.dim).zip(head.chunks_exact_mut(plane.dim * bytes));
             for ((symbols, row), step) in rows.zip(steps.chunks_exact(2)) {
                 let step = bf16::from_le_bytes([step[0], step[1]]).to_f32();
-                let values = symbols.iter().map(|symbol| (f32::from(*symbol) - f32::from(levels)) * step);
-                store(element, values, row);
+                values.clear();
+                let value = |symbol: &u16| (f32::from(*symbol) - f32::from(levels)) * step;
+                values.extend(symbols.iter().map(|symbol| value(symbol).clamp(-most, most)));
+                store_row(element, &values, row);
             }
         }
     }
@@ -106,53 +112,17 @@ fn steps(shape: &Shape, plane: &Plane, levels: u16, rows: &[f32]) -> Vec<bf16> {
 
 /// The elements of a plane as single floats.
 fn load(
-    element: Element,
+    element: ElementType,
     shape: &Shape,
     plane: &Plane,
     block: &[u8],
     rows: &mut Vec<f32>,
 ) -> Result<(), ColdError> {
-    let bytes = element.bytes();
-    let plane_bytes = &block[plane.first * bytes..][..shape.kv_heads as usize * plane.head * bytes];
-    rows.clear();
-    match element {
-        Element::F16 => {
-            rows.extend(plane_bytes.chunks_exact(2).map(|x| f16::from_le_bytes([x[0], x[1]]).to_f32()))
-        }
-        Element::Bf16 => {
-            rows.extend(plane_bytes.chunks_exact(2).map(|x| bf16::from_le_bytes([x[0], x[1]]).to_f32()))
-        }
-        Element::F32 => {
-            rows.extend(plane_bytes.chunks_exact(4).map(|x| f32::from_le_bytes([x[0], x[1], x[2], x[3]])))
-        }
-        Element::Int8 => return Err(ColdError::Unsupported { codec: Codec::Lossy32, element }),
-    }
+    let elements = shape.kv_heads as usize * plane.head;
+    rows.resize(elements, 0.0);
+    load_row(element, &block[plane.first * element.bytes()..][..elements * element.bytes()], rows);
     match rows.iter().position(|x| !x.is_finite()) {
         Some(at) => Err(ColdError::NotFinite { at: plane.first + at, bits: rows[at].to_bits() }),
         None => Ok(()),
-    }
-}
-
-/// Saturates: the last level may lie above the largest element, by the rounding of the step.
-fn store(element: Element, values: impl Iterator<Item = f32>, row: &mut [u8]) {
-    match element {
-        Element::F16 => {
-            for (out, x) in row.chunks_exact_mut(2).zip(values) {
-                let most = f16::MAX.to_f32();
-                out.copy_from_slice(&f16::from_f32(x.clamp(-most, most)).to_le_bytes());
-            }
-        }
-        Element::Bf16 => {
-            for (out, x) in row.chunks_exact_mut(2).zip(values) {
-                let most = bf16::MAX.to_f32();
-                out.copy_from_slice(&bf16::from_f32(x.clamp(-most, most)).to_le_bytes());
-            }
-        }
-        Element::F32 => {
-            for (out, x) in row.chunks_exact_mut(4).zip(values) {
-                out.copy_from_slice(&x.clamp(f32::MIN, f32::MAX).to_le_bytes());
-            }
-        }
-        Element::Int8 => {}
     }
 }

@@ -108,6 +108,16 @@ impl Element {
             Element::Int8 => 1,
         }
     }
+
+    /// The numbers that a lossy codec rounds.
+    fn numbers(self, codec: Codec) -> Result<ElementType, ColdError> {
+        match self {
+            Element::F16 => Ok(ElementType::F16),
+            Element::Bf16 => Ok(ElementType::Bf16),
+            Element::F32 => Ok(ElementType::F32),
+            Element::Int8 => Err(ColdError::Unsupported { codec, element: self }),
+        }
+    }
 }
 
 impl From<ElementType> for Element {
@@ -212,9 +222,6 @@ pub fn encode(
     if bytes != block.len() {
         return Err(ColdError::BlockBytes { shape_bytes: bytes, given_bytes: block.len() });
     }
-    if codec != Codec::Lossless && element == Element::Int8 {
-        return Err(ColdError::Unsupported { codec, element });
-    }
     let first = out.len();
     let begun = frame::begin(codec, element, shape, bytes, out);
     let written = match codec {
@@ -222,7 +229,9 @@ pub fn encode(
             lossless::encode(element, shape, block, out);
             Ok(())
         }
-        Codec::Lossy32 | Codec::Lossy16 => lossy::encode(codec, element, shape, block, out),
+        Codec::Lossy32 | Codec::Lossy16 => {
+            element.numbers(codec).and_then(|element| lossy::encode(codec, element, shape, block, out))
+        }
     };
     match written {
         Ok(()) => frame::end(begun, out),
@@ -243,7 +252,9 @@ pub fn decode(frame: &[u8], out: &mut [u8]) -> Result<FrameInfo, ColdError> {
     }
     match info.codec {
         Codec::Lossless => lossless::decode(info.element, &info.shape, info.payload(frame), out)?,
-        codec => lossy::decode(codec, info.element, &info.shape, info.payload(frame), out)?,
+        codec => {
+            lossy::decode(codec, info.element.numbers(codec)?, &info.shape, info.payload(frame), out)?;
+        }
     }
     Ok(info)
 }

@@ -394,8 +394,8 @@ fn check_write(
     Ok(start..end)
 }
 
-/// Whether a block that is being written to, at these stored tokens, is on its way to another slot. The write waits for it: a copy of its own would take a
-/// slot that may be promised.
+/// Whether a block that is being written to, at these stored tokens, is on its way to another slot. The write waits for it: a copy of
+/// its own would take a slot that may be promised.
 fn is_moving(blocks: &BlockStore, state: &SequenceState, block_tokens: usize, range: Range<u32>) -> bool {
     pieces(block_tokens, range).filter_map(|(at, _)| state.blocks.get(at)).any(|&id| {
         let block = blocks.get(id);

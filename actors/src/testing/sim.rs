@@ -243,7 +243,10 @@ impl Memory {
             Step::Transfer { from_offset, to_offset, bytes } => {
                 self.bytes.copy_within(*from_offset..*from_offset + *bytes, *to_offset);
             }
-            Step::Reopen { from_offset, to_offset, .. } => self.reopen(*from_offset, *to_offset),
+            &mut Step::Reopen { format, position, from_offset, to_offset } => {
+                let tokens = (0..self.layout.block_tokens as u32).collect();
+                self.gather(&GatherStep { format, position, from_offset, tokens, to_offset, to_token: 0 });
+            }
             Step::Append(append) => {
                 let finite = self.append(append, launch.payload(append.flight));
                 launch.flights[append.flight].finite &= finite;
@@ -433,23 +436,6 @@ impl Memory {
             }
         }
         finite
-    }
-
-    fn reopen(&mut self, from: usize, to: usize) {
-        let layout = self.layout;
-        let mut row = [0; 4 * super::values::DIM_MAX];
-        for layer in 0..layout.layers {
-            for plane in Plane::BOTH {
-                let row = &mut row[..layout.row_bytes(plane)];
-                for head in 0..layout.kv_heads {
-                    for token in 0..layout.block_tokens {
-                        self.decode_row(from, layer, plane, head, token, row);
-                        let target = self.raw_row(to, layer, plane, head, token);
-                        self.bytes[target].copy_from_slice(row);
-                    }
-                }
-            }
-        }
     }
 }
 

@@ -121,6 +121,22 @@ fn chunks<'a>(which: &[usize], tokens: &[&'a [u32]], position: impl Fn(usize) ->
     which.iter().zip(tokens).map(chunk).collect()
 }
 
+/// Computes what `tokens` leave behind in a sequence, in chunks, and nothing of what comes next.
+///
+/// # Errors
+/// Those of the steps.
+pub async fn feed(
+    model: &Model,
+    sequences: &mut impl Sequences,
+    sequence: usize,
+    tokens: &[u32],
+) -> anyhow::Result<()> {
+    for chunk in tokens.chunks(CHUNK_TOKENS) {
+        sequences.step(model, &[sequence], &[chunk], Wanted::LastOf(&[false])).await?;
+    }
+    Ok(())
+}
+
 /// Computes prompts, in chunks and each sequence by itself, and returns the logits behind the last token of each.
 ///
 /// # Errors

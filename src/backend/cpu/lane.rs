@@ -2,15 +2,14 @@
 
 use std::sync::Arc;
 
-use half::{bf16, f16};
 use kv_cache_actors::format::{Format, FormatLayout};
-use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
+use kv_cache_actors::geometry::{BlockLayout, Plane};
 use kv_cache_actors::memory::{
     AppendStep, Backend, DeviceLost, GatherStep, Lane, Lanes, Launch, ReadBuffer, ReadStep, ScoreStep, Step,
 };
 use kv_cache_actors::pool::PoolLayout;
 
-use super::codec::Kernels;
+use super::codec::{Kernels, load_row};
 use super::slab::Slab;
 use crate::key_means::{Centres, Keys};
 
@@ -223,25 +222,18 @@ impl CpuLane {
     /// Adds up what the keys of each layer and head say of the tokens.
     fn score(&self, step: &ScoreStep, scores: &mut [f32]) {
         let (layout, row) = (&self.layout, self.layout.row_bytes(Plane::Key));
-        let mut stored = vec![0u64; (scores.len() * row).div_ceil(8)];
-        let mut keys = Vec::new();
+        let mut stored = vec![0; scores.len() * row];
+        let mut keys = vec![0.0; scores.len() * layout.key_dim];
         for layer in 0..layout.layers {
             for head in 0..layout.kv_heads {
-                let stored: &mut [u8] = bytemuck::cast_slice_mut(&mut stored);
-                let mut rest = &mut stored[..scores.len() * row];
+                let mut rest = &mut stored[..];
                 for source in &step.sources {
                     let (these, behind) = rest.split_at_mut(source.tokens * row);
                     let which = Keys { layer, head, position: source.position, tokens: 0..source.tokens };
                     self.decode(source.format, source.slot_offset, Plane::Key, &which, these, row);
                     rest = behind;
                 }
-                keys.clear();
-                let stored = &stored[..scores.len() * row];
-                match layout.element {
-                    ElementType::F16 => keys.extend(cast::<f16>(stored).iter().map(|x| x.to_f32())),
-                    ElementType::Bf16 => keys.extend(cast::<bf16>(stored).iter().map(|x| x.to_f32())),
-                    ElementType::F32 => keys.extend_from_slice(cast(stored)),
-                }
+                load_row(layout.element, &stored, &mut keys);
                 step.score.add(&keys, layout.key_dim, scores);
             }
         }
@@ -311,9 +303,4 @@ impl CpuLane {
             }
         }
     }
-}
-
-/// Elements in memory that is aligned for all of them.
-fn cast<T: bytemuck::AnyBitPattern>(bytes: &[u8]) -> &[T] {
-    bytemuck::cast_slice(bytes)
 }
