@@ -11,7 +11,7 @@ use kv_cache_actors::batch::{BatchCacheOperations, EachTensors, HostTensor, Outc
 use kv_cache_actors::block::{HashSecret, KeyScheme};
 use kv_cache_actors::device::{CoreConfig, DeviceCore, Effects, Event};
 use kv_cache_actors::eviction::EvictionPolicy;
-use kv_cache_actors::format::Format;
+use kv_cache_actors::format::BlockFormat;
 use kv_cache_actors::geometry::{ElementType, Geometry};
 use kv_cache_actors::pool::PoolLayout;
 use kv_cache_actors::reply::Reply;
@@ -56,7 +56,7 @@ fn step(name: &str, count: usize, copied: bool, each: bool) {
     let geometry = Geometry::new(1, heads, dim, ElementType::F16);
     let layout = geometry.layout().expect("a layout");
     let slot = layout.raw_bytes().next_multiple_of(128);
-    let pool = PoolLayout::plan(&layout, Format::Raw, (count * slot * 8) as u64).expect("a pool");
+    let pool = PoolLayout::plan(&layout, BlockFormat::RAW, (count * slot * 8) as u64).expect("a pool");
     let keys = KeyScheme::new(HashSecret([0; 32]), &geometry, None);
     let config = CoreConfig {
         cache: 0,
@@ -64,7 +64,7 @@ fn step(name: &str, count: usize, copied: bool, each: bool) {
         geometry,
         layout,
         pool,
-        sealed_format: Format::Raw,
+        sealed_format: BlockFormat::RAW,
         keep_raw: Default::default(),
         max_tokens: 1 << 20,
         token_budget: TokenBudget::new(1 << 40),

@@ -19,7 +19,9 @@ use crate::runtime::{self, Runtime};
 use crate::sequence::unexpected;
 use crate::telemetry::Stats;
 use crate::view::BlockTable;
-use crate::{BlockEvents, Error, Format, Geometry, Invalidate, OpenOptions, Sequence, SequenceId, Tenant};
+use crate::{
+    BlockEvents, BlockFormat, Error, Geometry, Invalidate, OpenOptions, Sequence, SequenceId, Tenant,
+};
 
 /// A KV cache: cheap to clone, shared by all tasks of a server.
 ///
@@ -50,8 +52,12 @@ impl CacheBuilder {
     }
 
     /// Format of sealed blocks; `int8` unless set.
-    pub fn sealed_format(mut self, format: Format) -> Self {
-        (self.config.quantisation.enabled, self.config.quantisation.format) = (format != Format::Raw, format);
+    pub fn sealed_format(mut self, format: impl Into<BlockFormat>) -> Self {
+        let format = format.into();
+        let of = &mut self.config.quantisation;
+        let values = (format.values != format.keys).then_some(format.values);
+        (of.enabled, of.format, of.values_format) = (!format.is_raw(), format.keys, values);
+        (of.raw_first_layers, of.raw_last_layers) = (format.raw_first_layers, format.raw_last_layers);
         self
     }
 

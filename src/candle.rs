@@ -304,8 +304,14 @@ pub struct TableTensors {
     pub keys: Tensor,
     /// `i64 [sequences, max_blocks]`: addresses of the key scales of sealed blocks, 0 for `raw` ones.
     pub scales: Tensor,
-    /// `u8 [sequences, max_blocks]`: the format's place in [`Format::ALL`], so 0 for `raw`, 1 for `int8`.
+    /// `u8 [sequences, max_blocks]`: the keys' format by its place in [`Format::ALL`], so 0 for `raw`, 1 for `int8`.
     pub formats: Tensor,
+    /// As [`TableTensors::keys`], of the layer's values.
+    pub values: Tensor,
+    /// As [`TableTensors::scales`], of the layer's values.
+    pub value_scales: Tensor,
+    /// As [`TableTensors::formats`], of the layer's values.
+    pub value_formats: Tensor,
     /// `u32 [sequences]`: tokens, dropped ones included.
     pub lengths: Tensor,
     /// `u32 [sequences, 2]`: the first dropped token, and the first one behind it that is there.
@@ -345,10 +351,16 @@ impl Cache {
         };
         let of_blocks = [rows, blocks];
         let all = [slots.len()];
+        let narrow = |column: Vec<u8>| Tensor::from_vec(column, &of_blocks, device).map_err(failed);
+        let ([keys, values], [scales, value_scales]) = (columns.rows, columns.scales);
+        let [formats, value_formats] = columns.formats;
         Ok(TableTensors {
-            keys: wide(columns.keys, &of_blocks)?,
-            scales: wide(columns.scales, &of_blocks)?,
-            formats: Tensor::from_vec(columns.formats, &of_blocks, device).map_err(failed)?,
+            keys: wide(keys, &of_blocks)?,
+            scales: wide(scales, &of_blocks)?,
+            formats: narrow(formats)?,
+            values: wide(values, &of_blocks)?,
+            value_scales: wide(value_scales, &of_blocks)?,
+            value_formats: narrow(value_formats)?,
             lengths: Tensor::from_vec(columns.lengths, rows, device).map_err(failed)?,
             dropped: Tensor::from_vec(columns.dropped, (rows, 2), device).map_err(failed)?,
             slot_mapping: wide(slots, &all)?,
@@ -364,11 +376,11 @@ fn slot_mapping(layout: &BlockLayout, columns: &Columns) -> Vec<u64> {
         let dropped = columns.dropped[2 * row]..columns.dropped[2 * row + 1];
         for token in 0..length {
             let place = row * columns.max_blocks + token as usize / layout.block_tokens;
-            let format = Format::ALL[columns.formats[place] as usize];
+            let format = Format::ALL[columns.formats[0][place] as usize];
             let row_bytes = format.row_bytes(layout.element, layout.key_dim);
             let inside = (token as usize % layout.block_tokens * row_bytes) as u64;
-            let gone = columns.keys[place] == 0 || dropped.contains(&token);
-            slots.push(if gone { 0 } else { columns.keys[place] + inside });
+            let gone = columns.rows[0][place] == 0 || dropped.contains(&token);
+            slots.push(if gone { 0 } else { columns.rows[0][place] + inside });
         }
     }
     slots

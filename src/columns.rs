@@ -15,11 +15,11 @@ pub(crate) fn number(format: Format) -> u8 {
 #[derive(Debug)]
 pub(crate) struct Columns {
     pub(crate) max_blocks: usize,
-    /// Addresses of the layer's keys.
-    pub(crate) keys: Vec<u64>,
-    /// Addresses of the scales of the layer's keys; 0 for `raw` blocks.
-    pub(crate) scales: Vec<u64>,
-    pub(crate) formats: Vec<u8>,
+    /// Addresses of the layer's keys, and of its values.
+    pub(crate) rows: [Vec<u64>; 2],
+    /// Addresses of their scales; 0 for what is `raw`.
+    pub(crate) scales: [Vec<u64>; 2],
+    pub(crate) formats: [Vec<u8>; 2],
     /// `[sequences]`.
     pub(crate) lengths: Vec<u32>,
     /// `[sequences, 2]`: first dropped token, and the first one behind it that is there.
@@ -34,9 +34,9 @@ impl Columns {
         let places = rows * max_blocks;
         let mut columns = Columns {
             max_blocks,
-            keys: vec![0; places],
-            scales: vec![0; places],
-            formats: vec![number(Format::Raw); places],
+            rows: [0; 2].map(|zero| vec![zero; places]),
+            scales: [0; 2].map(|zero| vec![zero; places]),
+            formats: [Format::Raw; 2].map(|raw| vec![number(raw); places]),
             lengths: Vec::with_capacity(rows),
             dropped: Vec::with_capacity(2 * rows),
         };
@@ -45,14 +45,15 @@ impl Columns {
             columns.dropped.extend([sequence.dropped.start, sequence.dropped.end]);
             for block in &sequence.blocks {
                 let place = row * max_blocks + block.first_token as usize / layout.block_tokens;
-                columns.keys[place] = block.address;
-                columns.formats[place] = number(block.format);
-                if block.format != Format::Raw {
-                    let sealed = FormatLayout::new(block.format, layout);
-                    // Scales stand behind all codes of all layers.
-                    let behind = sealed.scales_at(layout, layer, Plane::Key)
-                        - sealed.codes_at(layout, layer, Plane::Key);
-                    columns.scales[place] = block.address + behind as u64;
+                let stored = FormatLayout::new(block.format, layout);
+                for (at, plane) in Plane::BOTH.into_iter().enumerate() {
+                    let format = block.format.of(layout, layer, plane);
+                    let slot = block.address - (block.keys_offset_bytes - block.slot_offset_bytes) as u64;
+                    columns.rows[at][place] = slot + stored.codes_at(layout, layer, plane) as u64;
+                    columns.formats[at][place] = number(format);
+                    if format != Format::Raw {
+                        columns.scales[at][place] = slot + stored.scales_at(layout, layer, plane) as u64;
+                    }
                 }
             }
         }

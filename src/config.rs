@@ -7,7 +7,7 @@ use kv_cache_actors::block::HashSecret;
 use kv_cache_actors::dropping::{Dropping, KeyScore};
 use kv_cache_actors::error::ConfigError;
 use kv_cache_actors::eviction::EvictionPolicy;
-use kv_cache_actors::format::{Format, GROUP, KeepRaw};
+use kv_cache_actors::format::{BlockFormat, Format, GROUP, KeepRaw};
 use kv_cache_actors::geometry::{BlockLayout, Geometry, Plane};
 use kv_cache_actors::limits::TenantLimits;
 use kv_cache_actors::permit::Amount;
@@ -68,6 +68,13 @@ pub struct Quantisation {
     pub enabled: bool,
     /// In which format: see [`Format`] for what each costs in accuracy.
     pub format: Format,
+    /// A format of their own for values; unless it is said, that of the keys.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub values_format: Option<Format>,
+    /// So many of the first layers stay raw in sealed blocks too, and [so many](Quantisation::raw_last_layers) of the last.
+    pub raw_first_layers: u16,
+    /// See [`Quantisation::raw_first_layers`].
+    pub raw_last_layers: u16,
     /// The first block of a sequence stays raw: its first tokens are those that attention falls back on (sinks). Unless it is said:
     /// for formats of 4 bits and fewer, and wherever there are `key_means`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -88,6 +95,9 @@ impl Default for Quantisation {
         Quantisation {
             enabled: true,
             format: Format::Int8,
+            values_format: None,
+            raw_first_layers: 0,
+            raw_last_layers: 0,
             raw_sinks: None,
             raw_window_blocks: None,
             key_means: None,
@@ -396,10 +406,17 @@ impl CacheConfig {
         }
         self.check_scores(matches!(self.devices, Devices::Cuda(_)))?;
         let (format, tokens) = (self.sealed_format(), layout.block_tokens);
-        if format.is_grouped() && !tokens.is_multiple_of(GROUP) {
+        if format.keys.is_grouped() && !tokens.is_multiple_of(GROUP) {
+            let keys = format.keys;
             let fix =
-                format!("use a multiple of {GROUP}: {format} has a scale for each channel of {GROUP} keys");
+                format!("use a multiple of {GROUP}: {keys} has a scale for each channel of {GROUP} keys");
             return Err(ConfigError::invalid("geometry.block_tokens", tokens, fix));
+        }
+        let raw_layers = [format.raw_first_layers, format.raw_last_layers].map(usize::from);
+        if raw_layers.iter().sum::<usize>() >= layout.layers && !format.is_raw() {
+            let value = format!("{} and {} of {} layers", raw_layers[0], raw_layers[1], layout.layers);
+            let fix = "leave a layer to be sealed, or turn quantisation off";
+            return Err(ConfigError::invalid("quantisation.raw_first_layers, raw_last_layers", value, fix));
         }
         let pool = PoolLayout::plan(&layout, self.sealed_format(), self.memory_bytes_per_device)?;
         self.check_tenants(&pool)?;
@@ -446,7 +463,7 @@ impl CacheConfig {
 
     /// Refuses to drop tokens by scores where that is not built. Settings alone do not always tell what devices there are.
     pub(crate) fn check_scores(&self, on_gpu: bool) -> Result<(), ConfigError> {
-        let has_means = self.quantisation.key_means.is_some() && self.sealed_format() != Format::Raw;
+        let has_means = self.quantisation.key_means.is_some() && self.sealed_format().keys != Format::Raw;
         let instead = match (on_gpu, has_means) {
             (true, _) => "truncation, or CPU devices",
             (false, true) => "truncation, or no `quantisation.key_means`",
@@ -462,19 +479,27 @@ impl CacheConfig {
     }
 
     /// The format that the quantisation settings stand for.
-    pub fn sealed_format(&self) -> Format {
-        if self.quantisation.enabled { self.quantisation.format } else { Format::Raw }
+    pub fn sealed_format(&self) -> BlockFormat {
+        let Quantisation { enabled, format: keys, values_format, raw_first_layers, raw_last_layers, .. } =
+            self.quantisation;
+        let values = values_format.unwrap_or(keys);
+        match enabled && (keys, values) != (Format::Raw, Format::Raw) {
+            true => BlockFormat { keys, values, raw_first_layers, raw_last_layers },
+            false => BlockFormat::RAW,
+        }
     }
 
     /// Full blocks that are not sealed.
     pub(crate) fn keep_raw(&self) -> KeepRaw {
-        let (sinks, window_blocks) = match self.sealed_format() {
+        let needs = |format: Format| match format {
             Format::R4 => (true, 1),
             Format::R3 | Format::R2 | Format::Int4 | Format::Int2 => (true, 4),
             _ => (false, 0),
         };
+        let BlockFormat { keys, values, .. } = self.sealed_format();
+        let (sinks, window_blocks) = needs(keys).max(needs(values));
         // Sinks have small keys, which are far from the mean: a difference would be stored more coarsely.
-        let is_centred = self.quantisation.key_means.is_some() && self.sealed_format() != Format::Raw;
+        let is_centred = self.quantisation.key_means.is_some() && self.sealed_format().keys != Format::Raw;
         KeepRaw {
             sinks: self.quantisation.raw_sinks.unwrap_or(sinks || is_centred),
             window_blocks: self.quantisation.raw_window_blocks.unwrap_or(window_blocks) as usize,
@@ -483,7 +508,7 @@ impl CacheConfig {
 
     /// The mean keys of the model, if sealed keys are stored as differences from them.
     pub(crate) fn key_means(&self) -> Result<Option<KeyMeans>, BuildError> {
-        match (self.sealed_format(), &self.quantisation.key_means) {
+        match (self.sealed_format().keys, &self.quantisation.key_means) {
             (Format::Raw, _) | (_, None) => Ok(None),
             (_, Some(file)) => KeyMeans::load(file).map(Some),
         }

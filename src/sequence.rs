@@ -11,7 +11,7 @@ use crate::batch::{KeysValues, Outcome};
 use crate::element::{Element, tensor};
 use crate::runtime::Runtime;
 use crate::view::{CommittedView, View};
-use crate::{Error, ExtraIdentity, Format, SequenceId, Tenant, Tier, TokenScores};
+use crate::{BlockFormat, Error, ExtraIdentity, SequenceId, Tenant, Tier, TokenScores};
 
 /// An open sequence. Dropping it closes it, without waiting; its memory is free once what is in flight has ended.
 ///
@@ -352,7 +352,7 @@ impl Sequence {
     }
 
     /// How the cache stores sealed blocks.
-    pub fn sealed_format(&self) -> Format {
+    pub fn sealed_format(&self) -> BlockFormat {
         self.runtime.config.sealed_format()
     }
 }

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use kv_cache_actors::block::{BlockId, Place};
 use kv_cache_actors::device::ShardView;
 use kv_cache_actors::dropping::Compacted;
-use kv_cache_actors::format::{FormatLayout, RowFormat};
+use kv_cache_actors::format::{BlockFormat, FormatLayout, RowFormat};
 use kv_cache_actors::sequence::{SequenceShared, SequenceState};
 use kv_cache_actors::slot::SlotPin;
 
@@ -95,7 +95,7 @@ struct Piece {
     first_token: u32,
     inside: Range<usize>,
     offset: usize,
-    format: Format,
+    format: BlockFormat,
     /// The block's bytes, where the host cannot look into the device's memory; made at the first look.
     copy: OnceLock<Result<HostCopy, Error>>,
 }
@@ -280,8 +280,13 @@ impl<'a> BlockView<'a> {
     }
 
     /// How the block is stored.
-    pub fn format(&self) -> Format {
+    pub fn format(&self) -> BlockFormat {
         self.piece.format
+    }
+
+    /// How the keys or the values of this layer are stored.
+    pub fn format_of(&self, plane: Plane) -> Format {
+        self.piece.format.of(&self.pinned.layout, self.layer, plane)
     }
 
     /// Keys of one head: rows of `key_dim` elements. In a cache with [mean keys](crate::KeyMeans) those of sealed blocks are
@@ -313,30 +318,27 @@ impl<'a> BlockView<'a> {
         }
         let first = head * layout.block_tokens + self.piece.inside.start;
         let rows = first..first + self.piece.inside.len();
-        let format = self.piece.format;
-        let stored = FormatLayout::new(format, layout);
+        let stored = FormatLayout::new(self.piece.format, layout);
+        let of = stored.rows(layout, layer, plane);
         let (codes, scales) = stored.places(layout, layer, plane, &rows);
         let codes = pinned.bytes(self.piece, codes)?;
-        if format == Format::Raw {
+        if of.format == Format::Raw {
             // Slots and planes begin at multiples of the element size, so the cast cannot fail.
             return Ok(Rows::Raw(bytemuck::cast_slice(codes)));
         }
         let bytes = pinned.bytes(self.piece, scales)?;
         // They begin at multiples of 4 bytes.
-        let scales = match (format, layout.element) {
+        let scales = match (of.format, layout.element) {
             (Format::R4 | Format::R3 | Format::R2, _) => Scales::Bf16(bytemuck::cast_slice(bytes)),
             (Format::Int4 | Format::Int2, ElementType::Bf16) => Scales::Bf16(bytemuck::cast_slice(bytes)),
             (_, ElementType::F16) => Scales::F16(bytemuck::cast_slice(bytes)),
             (_, _) => Scales::F32(bytemuck::cast_slice(bytes)),
         };
-        Ok(match format {
+        Ok(match of.format {
             Format::Int8 if !self.is_centred(plane) => {
                 Rows::Int8 { codes: bytemuck::cast_slice(codes), scales }
             }
-            _ => {
-                let of = stored.rows(plane);
-                Rows::Coded { rows: of, skip: first % of.scale_rows(), codes, scales }
-            }
+            _ => Rows::Coded { rows: of, skip: first % of.scale_rows(), codes, scales },
         })
     }
 
@@ -373,7 +375,7 @@ impl<'a> BlockView<'a> {
         };
         let row = dim * size_of::<T>();
         let out = bytemuck::cast_slice_mut(rows);
-        let of = RowFormat::new(self.piece.format, &self.pinned.layout, plane);
+        let of = RowFormat::new(self.format_of(plane), &self.pinned.layout, plane);
         KERNELS.decode(of, skip, codes, scales.bytes(), out, row);
         if let (Some(centres), Plane::Key) = (&self.pinned.centres, plane) {
             let tokens = self.piece.inside.clone();
@@ -396,7 +398,7 @@ impl<'a> BlockView<'a> {
 pub struct BlockTable {
     /// Tokens in a block.
     pub block_tokens: u32,
-    /// From a raw entry's keys to its values.
+    /// From the keys of a layer that is raw to its values.
     pub value_offset_bytes: usize,
     /// Address of each shard's slab in its device's memory, by shard.
     pub base_addresses: Vec<usize>,
@@ -427,7 +429,7 @@ pub struct BlockEntry {
     /// Position of the block's first token.
     pub first_token: u32,
     /// How it is stored.
-    pub format: Format,
+    pub format: BlockFormat,
     /// Which memory it is in. Offsets of blocks in the host tier count on from the end of the slab: kernels reach them by
     /// [`BlockEntry::address`] alone.
     pub tier: Tier,
@@ -435,6 +437,8 @@ pub struct BlockEntry {
     pub slot_offset_bytes: usize,
     /// Where the layer's keys (raw elements, or codes) begin in the slab.
     pub keys_offset_bytes: usize,
+    /// Where the layer's values begin in the slab.
+    pub values_offset_bytes: usize,
     /// The address of the layer's keys, as the device sees it.
     pub address: u64,
 }
@@ -473,16 +477,18 @@ impl BlockTable {
             for (at, &block) in listed.filter(|(_, block)| **block != BlockId::DROPPED) {
                 let (place, pin) = pin(shard, block).ok_or(Error::ClosedSequence(id))?;
                 let slot_offset_bytes = runtime.pool.offset_bytes(place.class, place.slot);
-                let inside =
-                    FormatLayout::new(place.format, &layout).codes_at(&layout, layer as usize, Plane::Key);
+                let stored = FormatLayout::new(place.format, &layout);
+                let [keys_offset_bytes, values_offset_bytes] = Plane::BOTH
+                    .map(|plane| slot_offset_bytes + stored.codes_at(&layout, layer as usize, plane));
                 let memory = &runtime.memories[id.shard() as usize];
                 blocks.push(BlockEntry {
                     tier: place.class.tier(),
-                    address: memory.address_of(slot_offset_bytes + inside),
+                    address: memory.address_of(keys_offset_bytes),
                     first_token: state.position((at * layout.block_tokens) as u32),
                     format: place.format,
                     slot_offset_bytes,
-                    keys_offset_bytes: slot_offset_bytes + inside,
+                    keys_offset_bytes,
+                    values_offset_bytes,
                 });
                 table._pins.push(shard, pin);
             }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use crate::dropping::Dropping;
-use crate::format::Format;
+use crate::format::BlockFormat;
 use crate::geometry::Geometry;
 use crate::pool::SizeClass;
 use crate::sequence::{OpenOptions, Prompt};
@@ -207,8 +207,8 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    pub(crate) fn format(&self, sealed: Format) -> Format {
-        if self.state == BlockState::Sealed { sealed } else { Format::Raw }
+    pub(crate) fn format(&self, sealed: BlockFormat) -> BlockFormat {
+        if self.state == BlockState::Sealed { sealed } else { BlockFormat::RAW }
     }
 }
 
@@ -222,7 +222,7 @@ pub struct Place {
     /// The generation to pin it under.
     pub generation: Generation,
     /// How the bytes are stored.
-    pub format: Format,
+    pub format: BlockFormat,
     /// Whether the block is sealed (into a format that may be `raw` itself).
     pub sealed: bool,
 }
@@ -235,11 +235,11 @@ pub struct Place {
 pub struct Places {
     // slot << 32 | generation << 4 | class << 1 (two bits) | sealed: one word, so that a reader never sees half a move.
     words: Arc<Vec<AtomicU64>>,
-    sealed_format: Format,
+    sealed_format: BlockFormat,
 }
 
 impl Places {
-    pub(crate) fn new(blocks: usize, sealed_format: Format) -> Self {
+    pub(crate) fn new(blocks: usize, sealed_format: BlockFormat) -> Self {
         Places { words: Arc::new((0..blocks).map(|_| AtomicU64::new(u64::MAX)).collect()), sealed_format }
     }
 
@@ -263,7 +263,7 @@ impl Places {
             slot,
             class: [SizeClass::Raw, SizeClass::Sealed, SizeClass::Host][(word >> 1 & 3) as usize % 3],
             generation: Generation((word >> 4) as u32 & ((1 << Generation::BITS) - 1)),
-            format: if sealed { self.sealed_format } else { Format::Raw },
+            format: if sealed { self.sealed_format } else { BlockFormat::RAW },
             sealed,
         })
     }

@@ -92,6 +92,54 @@ impl Format {
     pub const fn row_bytes(self, element: ElementType, dim: usize) -> usize {
         (dim * self.code_bits(element)).div_ceil(8)
     }
+}
+
+/// How a sealed block is stored: its keys, its values, and the layers at either end that stay raw.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BlockFormat {
+    /// Of the keys.
+    pub keys: Format,
+    /// Of the values.
+    pub values: Format,
+    /// So many of the first layers are in the element type.
+    pub raw_first_layers: u16,
+    /// So many of the last ones too.
+    pub raw_last_layers: u16,
+}
+
+impl From<Format> for BlockFormat {
+    /// All of a block in one format.
+    fn from(format: Format) -> Self {
+        BlockFormat { keys: format, values: format, raw_first_layers: 0, raw_last_layers: 0 }
+    }
+}
+
+impl PartialEq<Format> for BlockFormat {
+    /// Whether all of a block is in this format.
+    fn eq(&self, format: &Format) -> bool {
+        *self == BlockFormat::from(*format)
+    }
+}
+
+impl BlockFormat {
+    /// All of a block in the element type: what it is before it is sealed.
+    pub const RAW: BlockFormat =
+        BlockFormat { keys: Format::Raw, values: Format::Raw, raw_first_layers: 0, raw_last_layers: 0 };
+
+    /// Whether all of a block is in the element type.
+    pub const fn is_raw(self) -> bool {
+        matches!((self.keys, self.values), (Format::Raw, Format::Raw))
+    }
+
+    /// The format of the keys, or of the values, of a layer.
+    pub const fn of(self, layout: &BlockLayout, layer: usize, plane: Plane) -> Format {
+        let (first, last) = (self.raw_first_layers as usize, self.raw_last_layers as usize);
+        match plane {
+            _ if layer < first || layer + last >= layout.layers => Format::Raw,
+            Plane::Key => self.keys,
+            Plane::Value => self.values,
+        }
+    }
 
     /// Bytes of one block before slot alignment.
     pub const fn block_bytes(self, layout: &BlockLayout) -> usize {
@@ -102,6 +150,35 @@ impl Format {
     pub fn bits_per_element(self, layout: &BlockLayout) -> f64 {
         let elements = layout.raw_bytes() / layout.element.bytes();
         self.block_bytes(layout) as f64 * 8.0 / elements as f64
+    }
+}
+
+impl std::fmt::Display for BlockFormat {
+    /// `int8`, or `r4/int4` for keys and values that differ, and then `+raw2:1` for two first layers and one last that stay raw.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let BlockFormat { keys, values, raw_first_layers, raw_last_layers } = self;
+        write!(f, "{keys}")?;
+        if values != keys {
+            write!(f, "/{values}")?;
+        }
+        match (raw_first_layers, raw_last_layers) {
+            (0, 0) => Ok(()),
+            (first, last) => write!(f, "+raw{first}:{last}"),
+        }
+    }
+}
+
+impl std::str::FromStr for BlockFormat {
+    type Err = String;
+
+    /// As it is displayed.
+    fn from_str(name: &str) -> Result<BlockFormat, String> {
+        let (formats, raw) = name.split_once("+raw").unwrap_or((name, "0:0"));
+        let (keys, values) = formats.split_once('/').unwrap_or((formats, formats));
+        let layers = raw.split_once(':').and_then(|(a, b)| Some((a.parse().ok()?, b.parse().ok()?)));
+        let (raw_first_layers, raw_last_layers) = layers
+            .ok_or_else(|| format!("+raw{raw} is not of the kind +raw2:1, the first and the last layers"))?;
+        Ok(BlockFormat { keys: keys.parse()?, values: values.parse()?, raw_first_layers, raw_last_layers })
     }
 }
 
@@ -193,59 +270,121 @@ pub struct KeepRaw {
 
 /// Where a block of one format keeps its rows and scales.
 ///
-/// Codes first, in the raw order `[layer][K|V][kv_head][token]` of rows; then all scales in the same order, beginning at a multiple
-/// of 4 bytes.
+/// What stays raw comes first, then the codes, both in the raw order `[layer][K|V][kv_head][token]` of rows; then all scales in the
+/// same order, beginning at a multiple of 4 bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct FormatLayout {
+    format: BlockFormat,
     keys: RowFormat,
     values: RowFormat,
+    /// Where the codes begin.
+    pub codes_offset: usize,
     /// Where the scales begin.
     pub scales_offset: usize,
     /// All bytes of the block.
     pub total_bytes: usize,
 }
 
+/// Bytes of a layer that is not raw as a whole, by plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerBytes {
+    /// Of planes that are raw all the same.
+    pub raw: [usize; 2],
+    /// Of codes.
+    pub codes: [usize; 2],
+    /// Of scales.
+    pub scales: [usize; 2],
+}
+
 impl FormatLayout {
     /// The layout of blocks of `format`.
-    pub const fn new(format: Format, layout: &BlockLayout) -> Self {
-        let keys = RowFormat::new(format, layout, Plane::Key);
-        let values = RowFormat::new(format, layout, Plane::Value);
-        let rows = layout.rows_per_plane();
-        let codes = layout.layers * rows * (keys.row_bytes() + values.row_bytes());
-        let scales = layout.layers * (keys.scales_bytes(rows) + values.scales_bytes(rows));
-        let scales_offset = if scales == 0 { codes } else { codes.next_multiple_of(4) };
-        Self { keys, values, scales_offset, total_bytes: scales_offset + scales }
+    pub const fn new(format: BlockFormat, layout: &BlockLayout) -> Self {
+        let keys = RowFormat::new(format.keys, layout, Plane::Key);
+        let values = RowFormat::new(format.values, layout, Plane::Value);
+        let mut place =
+            FormatLayout { format, keys, values, codes_offset: 0, scales_offset: 0, total_bytes: 0 };
+        let LayerBytes { raw, codes, scales } = place.layer_bytes(layout);
+        let coded = place.coded_layers(layout);
+        let coded = coded.end - coded.start;
+        place.codes_offset = (layout.layers - coded) * layout.layer_bytes() + coded * (raw[0] + raw[1]);
+        let codes_end = place.codes_offset + coded * (codes[0] + codes[1]);
+        let scales = coded * (scales[0] + scales[1]);
+        place.scales_offset = if scales == 0 { codes_end } else { codes_end.next_multiple_of(4) };
+        place.total_bytes = place.scales_offset + scales;
+        place
     }
 
-    /// How rows of keys or of values are stored.
-    pub const fn rows(&self, plane: Plane) -> RowFormat {
-        match plane {
-            Plane::Key => self.keys,
-            Plane::Value => self.values,
+    /// What the block is stored in.
+    pub const fn format(&self) -> BlockFormat {
+        self.format
+    }
+
+    /// The layers that are not raw as a whole.
+    pub const fn coded_layers(&self, layout: &BlockLayout) -> Range<usize> {
+        let first = self.format.raw_first_layers as usize;
+        let end = layout.layers.saturating_sub(self.format.raw_last_layers as usize);
+        if first < end { first..end } else { end..end }
+    }
+
+    /// Bytes of one of [these](Self::coded_layers).
+    pub const fn layer_bytes(&self, layout: &BlockLayout) -> LayerBytes {
+        let rows = layout.rows_per_plane();
+        let [mut raw, mut codes, mut scales] = [[0; 2]; 3];
+        let mut plane = 0;
+        while plane < 2 {
+            let of = if plane == 0 { self.keys } else { self.values };
+            match of.format {
+                Format::Raw => raw[plane] = rows * of.row_bytes(),
+                _ => (codes[plane], scales[plane]) = (rows * of.row_bytes(), of.scales_bytes(rows)),
+            }
+            plane += 1;
+        }
+        LayerBytes { raw, codes, scales }
+    }
+
+    /// How rows of keys or of values of a layer are stored.
+    pub const fn rows(&self, layout: &BlockLayout, layer: usize, plane: Plane) -> RowFormat {
+        RowFormat::new(self.format.of(layout, layer, plane), layout, plane)
+    }
+
+    /// Where the codes (or elements that stay raw) of one plane of one layer begin.
+    pub const fn codes_at(&self, layout: &BlockLayout, layer: usize, plane: Plane) -> usize {
+        let coded = self.coded_layers(layout);
+        let LayerBytes { raw, codes, .. } = self.layer_bytes(layout);
+        let before = if layer < coded.start {
+            0
+        } else if layer < coded.end {
+            layer - coded.start
+        } else {
+            coded.end - coded.start
+        };
+        let is_value = matches!(plane, Plane::Value);
+        match self.format.of(layout, layer, plane) {
+            Format::Raw => {
+                let keys = match self.format.of(layout, layer, Plane::Key) {
+                    Format::Raw if is_value => layout.plane_bytes(Plane::Key),
+                    _ => 0,
+                };
+                (layer - before) * layout.layer_bytes() + before * (raw[0] + raw[1]) + keys
+            }
+            _ => {
+                let keys = if is_value { codes[0] } else { 0 };
+                self.codes_offset + before * (codes[0] + codes[1]) + keys
+            }
         }
     }
 
-    /// Where the codes of one plane of one layer begin.
-    pub const fn codes_at(&self, layout: &BlockLayout, layer: usize, plane: Plane) -> usize {
-        let keys = layout.rows_per_plane() * self.keys.row_bytes();
-        let values = layout.rows_per_plane() * self.values.row_bytes();
-        layer * (keys + values)
-            + match plane {
-                Plane::Key => 0,
-                Plane::Value => keys,
-            }
-    }
-
-    /// Where the scales of one plane of one layer begin.
+    /// Where the scales of one plane of one layer begin, if it has any.
     pub const fn scales_at(&self, layout: &BlockLayout, layer: usize, plane: Plane) -> usize {
-        let keys = self.keys.scales_bytes(layout.rows_per_plane());
-        let values = self.values.scales_bytes(layout.rows_per_plane());
-        self.scales_offset
-            + layer * (keys + values)
-            + match plane {
-                Plane::Key => 0,
-                Plane::Value => keys,
+        let scales = self.layer_bytes(layout).scales;
+        match self.format.of(layout, layer, plane) {
+            Format::Raw => self.scales_offset,
+            _ => {
+                let before = layer - self.coded_layers(layout).start;
+                let keys = if matches!(plane, Plane::Value) { scales[0] } else { 0 };
+                self.scales_offset + before * (scales[0] + scales[1]) + keys
             }
+        }
     }
 
     /// Where the codes of some rows of a plane lie, and where the scales of all groups that they are in.
@@ -256,7 +395,7 @@ impl FormatLayout {
         plane: Plane,
         rows: &Range<usize>,
     ) -> (Range<usize>, Range<usize>) {
-        let of = self.rows(plane);
+        let of = self.rows(layout, layer, plane);
         let (codes, row) = (self.codes_at(layout, layer, plane), of.row_bytes());
         let (scales, scale) = (self.scales_at(layout, layer, plane), of.scale_bytes());
         let groups = rows.start / of.scale_rows()..rows.end.div_ceil(of.scale_rows());
@@ -264,6 +403,27 @@ impl FormatLayout {
             codes + rows.start * row..codes + rows.end * row,
             scales + groups.start * scale..scales + groups.end * scale,
         )
+    }
+
+    /// What a block keeps in the element type: `(where in a raw block, where in this one, bytes)` of runs that are contiguous in both.
+    pub fn raw_runs(&self, layout: &BlockLayout) -> impl Iterator<Item = (usize, usize, usize)> {
+        let planes = (0..layout.layers).flat_map(|layer| Plane::BOTH.map(|plane| (layer, plane)));
+        let (place, layout) = (*self, *layout);
+        let mut runs = planes
+            .filter(move |&(layer, plane)| place.format.of(&layout, layer, plane) == Format::Raw)
+            .map(move |(layer, plane)| {
+                let from = layout.plane_offset(layer, plane);
+                (from, place.codes_at(&layout, layer, plane), layout.plane_bytes(plane))
+            })
+            .peekable();
+        std::iter::from_fn(move || {
+            let (from, to, mut bytes) = runs.next()?;
+            while let Some((_, _, more)) = runs.next_if(|next| next.0 == from + bytes && next.1 == to + bytes)
+            {
+                bytes += more;
+            }
+            Some((from, to, bytes))
+        })
     }
 }
 
@@ -278,33 +438,76 @@ mod tests {
         geometry.layout().unwrap()
     }
 
+    /// Every pair of formats, with and without raw layers at the ends.
+    fn block_formats() -> impl Iterator<Item = BlockFormat> {
+        let pairs = Format::ALL.into_iter().flat_map(|keys| Format::ALL.map(|values| (keys, values)));
+        pairs.flat_map(|(keys, values)| {
+            [(0, 0), (1, 0), (0, 1), (1, 1), (2, 1)].map(|(raw_first_layers, raw_last_layers)| BlockFormat {
+                keys,
+                values,
+                raw_first_layers,
+                raw_last_layers,
+            })
+        })
+    }
+
     /// No byte of a block belongs to two rows, and none is left over but for the alignment of the scales.
     #[test]
     fn rows_and_scales_tile_a_block() {
         for element in [ElementType::F16, ElementType::Bf16, ElementType::F32] {
             for (key_dim, value_dim) in [(64, 64), (128, 80), (7, 5)] {
                 let layout = layout(element, key_dim, value_dim);
-                for format in Format::ALL {
+                for format in block_formats() {
                     let place = FormatLayout::new(format, &layout);
                     let planes = (0..3).flat_map(|layer| Plane::BOTH.map(|plane| (layer, plane)));
                     let rows = 0..layout.rows_per_plane();
-                    let (mut codes, mut scales) = (0, place.scales_offset);
+                    let (mut raw, mut codes, mut scales) = (0, place.codes_offset, place.scales_offset);
                     for (layer, plane) in planes {
                         let (of_codes, of_scales) = place.places(&layout, layer, plane, &rows);
-                        assert_eq!((of_codes.start, of_scales.start), (codes, scales), "{format} {layer}");
-                        (codes, scales) = (of_codes.end, of_scales.end);
+                        if format.of(&layout, layer, plane) == Format::Raw {
+                            assert_eq!((of_codes.start, of_scales.len()), (raw, 0), "{format} {layer}");
+                            raw = of_codes.end;
+                        } else {
+                            assert_eq!(
+                                (of_codes.start, of_scales.start),
+                                (codes, scales),
+                                "{format} {layer}"
+                            );
+                            (codes, scales) = (of_codes.end, of_scales.end);
+                        }
                     }
+                    assert_eq!(raw, place.codes_offset, "{format}");
                     assert!(place.scales_offset - codes < 4, "{format}");
                     assert_eq!(place.total_bytes, scales, "{format}");
+                    let runs = place.raw_runs(&layout).collect::<Vec<_>>();
+                    assert_eq!(runs.iter().map(|run| run.2).sum::<usize>(), place.codes_offset, "{format}");
+                    if format.is_raw() {
+                        assert_eq!(runs, [(0, 0, layout.raw_bytes())]);
+                        assert_eq!(place.total_bytes, layout.raw_bytes());
+                    }
                 }
-                assert_eq!(Format::Raw.block_bytes(&layout), layout.raw_bytes());
             }
         }
     }
 
     #[test]
+    fn names_tell_what_differs() {
+        assert_eq!(BlockFormat::from(Format::Int8).to_string(), "int8");
+        let mixed = BlockFormat { values: Format::Int4, raw_first_layers: 2, ..Format::R4.into() };
+        assert_eq!(mixed.to_string(), "r4/int4+raw2:0");
+        for format in block_formats() {
+            assert_eq!(format.to_string().parse(), Ok(format));
+        }
+        for wrong in ["", "int8/", "int7/int8", "int8+raw", "int8+raw2", "int8+raw-1:2", "int8+raw70000:1"] {
+            assert!(wrong.parse::<BlockFormat>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
     fn bits_per_element_are_those_of_codes_and_scales() {
-        let bits = |format: Format, element, dim| format.bits_per_element(&layout(element, dim, dim));
+        let bits = |format: Format, element, dim| {
+            BlockFormat::from(format).bits_per_element(&layout(element, dim, dim))
+        };
         assert_eq!(bits(Format::Raw, ElementType::F16, 128), 16.0);
         assert_eq!(bits(Format::Int8, ElementType::F16, 128), 8.125);
         assert_eq!(bits(Format::Int8, ElementType::Bf16, 128), 8.25);

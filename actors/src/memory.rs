@@ -15,7 +15,7 @@ use std::time::Duration;
 use crate::block::BlockId;
 use crate::device::tier::TierMoves;
 use crate::dropping::KeyScore;
-use crate::format::Format;
+use crate::format::BlockFormat;
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::payload::Payload;
 use crate::pool::PoolLayout;
@@ -46,7 +46,7 @@ pub trait Backend: Send + 'static {
         self,
         block: &BlockLayout,
         pool: &PoolLayout,
-        format: Format,
+        format: BlockFormat,
     ) -> Result<Lanes<Self::Lane>, String>;
 }
 
@@ -134,7 +134,7 @@ pub enum Step {
     /// Decodes a sealed block into a raw slot.
     Reopen {
         /// How it is stored.
-        format: Format,
+        format: BlockFormat,
         /// Position of the block's first token in its sequence.
         position: u32,
         /// Slot read.
@@ -151,7 +151,7 @@ pub enum Step {
         /// Whose flag.
         flight: usize,
         /// Format to encode to.
-        format: Format,
+        format: BlockFormat,
         /// Position of the block's first token in its sequence.
         position: u32,
         /// Raw slot read.
@@ -183,7 +183,7 @@ pub struct ScoreStep {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScoreSource {
     /// How the block is stored.
-    pub format: Format,
+    pub format: BlockFormat,
     /// Position of the block's first token in its sequence.
     pub position: u32,
     /// Slot read.
@@ -196,7 +196,7 @@ pub struct ScoreSource {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GatherStep {
     /// How the block is stored.
-    pub format: Format,
+    pub format: BlockFormat,
     /// Position of the block's first token in its sequence.
     pub position: u32,
     /// Slot read.
@@ -299,7 +299,7 @@ pub struct ReadStep {
     /// Whose output.
     pub flight: usize,
     /// How the block is stored.
-    pub format: Format,
+    pub format: BlockFormat,
     /// Position of the block's first token in its sequence.
     pub position: u32,
     /// Slot read.

@@ -14,7 +14,7 @@ mod audit;
 use std::collections::VecDeque;
 
 use crate::error::ConfigError;
-use crate::format::Format;
+use crate::format::BlockFormat;
 use crate::geometry::BlockLayout;
 use crate::runs::Runs;
 use crate::slot::{FilledSlot, SlotId, SlotTable, VacantSlot};
@@ -81,10 +81,10 @@ impl PoolLayout {
     ///
     /// # Errors
     /// [`ConfigError::Invalid`] with the bytes that are missing if not even three chunks of one block fit.
-    pub fn plan(layout: &BlockLayout, format: Format, budget_bytes: u64) -> Result<Self, ConfigError> {
+    pub fn plan(layout: &BlockLayout, format: BlockFormat, budget_bytes: u64) -> Result<Self, ConfigError> {
         let raw_slot_bytes = layout.raw_bytes().next_multiple_of(SLOT_ALIGN_BYTES);
         let sealed_slot_bytes = format.block_bytes(layout).next_multiple_of(SLOT_ALIGN_BYTES);
-        let has_sealed_class = format != Format::Raw;
+        let has_sealed_class = !format.is_raw();
         let budget = usize::try_from(budget_bytes).unwrap_or(usize::MAX);
         if budget < BLOCKS_MIN * raw_slot_bytes {
             return Err(ConfigError::invalid(
@@ -679,11 +679,12 @@ impl Pool {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use crate::format::Format;
     use crate::geometry::{ElementType, Geometry};
 
     fn pool(blocks: u64) -> Pool {
         let layout = Geometry::new(1, 1, 16, ElementType::F16).layout().unwrap();
-        Pool::new(PoolLayout::plan(&layout, Format::Int8, blocks * layout.raw_bytes() as u64).unwrap())
+        Pool::new(PoolLayout::plan(&layout, Format::Int8.into(), blocks * layout.raw_bytes() as u64).unwrap())
     }
 
     #[test]
@@ -790,7 +791,7 @@ mod tests {
     #[test]
     fn a_budget_that_does_not_fit_says_what_is_missing() {
         let layout = Geometry::new(2, 2, 64, ElementType::F16).layout().unwrap();
-        let error = PoolLayout::plan(&layout, Format::Int8, 1000).unwrap_err().to_string();
+        let error = PoolLayout::plan(&layout, Format::Int8.into(), 1000).unwrap_err().to_string();
         let missing = BLOCKS_MIN * layout.raw_bytes() - 1000;
         assert!(error.contains("memory_bytes_per_device") && error.contains(&missing.to_string()), "{error}");
     }

@@ -2,7 +2,7 @@
 
 use anyhow::ensure;
 use kv_cache::half::f16;
-use kv_cache::{Element as _, Format, OpenOptions};
+use kv_cache::{BlockFormat, Element as _, Format, OpenOptions};
 use serde::Serialize;
 
 use crate::llm::generate::until_sealed;
@@ -27,7 +27,7 @@ pub(crate) async fn run(model: &Model, json: bool) -> anyhow::Result<()> {
         let mut raw = None;
         for format in Format::ALL {
             let layout = model.geometry(f16::TYPE).layout()?;
-            let block = format.block_bytes(&layout);
+            let block = BlockFormat::from(format).block_bytes(&layout);
             let bytes = sequence_bytes(model, format, tokens).await?;
             let (raw_block, raw_bytes) = *raw.get_or_insert((block, bytes));
             let row = Row {

@@ -7,7 +7,7 @@ use anyhow::{Context, ensure};
 use indicatif::ProgressBar;
 use kv_cache::cold::Codec;
 use kv_cache::half::f16;
-use kv_cache::{Cache, Devices, Element as _, Format, KeyMeans, KeyMeansBuilder, OpenOptions};
+use kv_cache::{BlockFormat, Cache, Devices, Element as _, Format, KeyMeans, KeyMeansBuilder, OpenOptions};
 
 use crate::cold::recode;
 use crate::llm::CHUNK_TOKENS;
@@ -26,7 +26,7 @@ const PASSAGE_TOKENS: usize = 1024;
 /// A format, and how it is used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Kind {
-    pub(crate) format: Format,
+    pub(crate) format: BlockFormat,
     /// `+rc`
     pub(crate) centred: bool,
     /// `+all`: no full block stays raw.
@@ -38,8 +38,8 @@ pub(crate) struct Kind {
 }
 
 impl Kind {
-    fn of(format: Format) -> Kind {
-        Kind { format, centred: false, all: false, no_sinks: false, cold: None }
+    fn of(format: impl Into<BlockFormat>) -> Kind {
+        Kind { format: format.into(), centred: false, all: false, no_sinks: false, cold: None }
     }
 }
 
@@ -48,15 +48,24 @@ impl FromStr for Kind {
 
     fn from_str(name: &str) -> Result<Kind, String> {
         let mut parts = name.split('+');
-        let mut kind = Kind::of(parts.next().unwrap_or_default().parse()?);
+        let mut kind = Kind::of(parts.next().unwrap_or_default().parse::<BlockFormat>()?);
         for part in parts {
             match part {
+                layers if layers.starts_with("raw") => {
+                    let of_layers: BlockFormat = format!("int8+{layers}").parse()?;
+                    (kind.format.raw_first_layers, kind.format.raw_last_layers) =
+                        (of_layers.raw_first_layers, of_layers.raw_last_layers);
+                }
                 "rc" => kind.centred = true,
                 "all" => kind.all = true,
                 "nosinks" => kind.no_sinks = true,
                 "cold32" => kind.cold = Some(Codec::Lossy32),
                 "cold16" => kind.cold = Some(Codec::Lossy16),
-                _ => return Err(format!("+{part} is none of +rc, +all, +nosinks, +cold32 and +cold16")),
+                _ => {
+                    return Err(format!(
+                        "+{part} is none of +raw2:1 (layers), +rc, +all, +nosinks, +cold32 and +cold16"
+                    ));
+                }
             }
         }
         if kind.cold.is_some() && kind.format != Format::Raw {
@@ -256,9 +265,17 @@ mod tests {
 
     #[test]
     fn kinds_are_read_as_they_are_written() {
-        for name in
-            ["raw", "int8", "r4+rc", "r2+rc+all", "fp8+all", "int2+nosinks", "raw+cold32", "raw+all+cold16"]
-        {
+        for name in [
+            "raw",
+            "int8",
+            "r4+rc",
+            "r2+rc+all",
+            "fp8+all",
+            "int2+nosinks",
+            "raw+cold32",
+            "raw+all+cold16",
+            "r4/int4+raw2:1+rc",
+        ] {
             assert_eq!(name.parse::<Kind>().unwrap().to_string(), name);
         }
         for name in ["", "int7", "int8+", "int8+rd", "raw+cold8", "int8+cold16"] {

@@ -8,12 +8,15 @@ mod building;
 use std::task::{Context, Waker};
 use std::time::Duration;
 
-use common::{Combo, ELEMENTS, FORMATS, Model, Number, Rig, SETUPS, Tokens, geometry, shaped, whole_case};
+use common::{
+    Combo, ELEMENTS, FORMATS, Model, Number, Rig, SETUPS, Tokens, fitting, geometry, shaped, whole_case,
+};
 use kv_cache::half::{bf16, f16};
 use kv_cache::*;
 
 /// A small cache: blocks of 5 tokens (32 where the format asks for that), 2 layers of 2 heads, keys of 8 and values of 6 elements.
-fn small(element: ElementType, format: Format) -> Combo {
+fn small(element: ElementType, format: impl Into<BlockFormat>) -> Combo {
+    let format = fitting(format.into(), 2);
     Combo { setup: &SETUPS[0], format, geometry: shaped(format, (5, 2, 2, 8, 6), element) }
 }
 

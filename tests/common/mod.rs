@@ -121,7 +121,22 @@ fn cuda(geometry: Geometry, change: impl FnOnce(&mut CacheConfig)) -> Result<Cac
     Ok(Cache::builder(geometry).devices(Devices::cuda(1)).configure(small).configure(change))
 }
 
-pub const FORMATS: [Format; 8] = Format::ALL;
+/// Every format for keys and values alike, keys and values in two that store scales differently, and layers that stay raw beside them.
+pub const FORMATS: [BlockFormat; 11] = {
+    let mut formats = [BlockFormat::RAW; 11];
+    let mut at = 0;
+    while at < Format::ALL.len() {
+        (formats[at].keys, formats[at].values) = (Format::ALL[at], Format::ALL[at]);
+        at += 1;
+    }
+    let (raw_first_layers, raw_last_layers) = (1, 1);
+    formats[8] =
+        BlockFormat { keys: Format::Int4, values: Format::R3, raw_first_layers: 0, raw_last_layers: 0 };
+    formats[9] = BlockFormat { keys: Format::R4, values: Format::Int2, raw_first_layers, raw_last_layers };
+    formats[10] =
+        BlockFormat { keys: Format::Raw, values: Format::Int8, raw_first_layers, raw_last_layers: 0 };
+    formats
+};
 pub const ELEMENTS: [ElementType; 3] = [ElementType::F16, ElementType::Bf16, ElementType::F32];
 
 /// `(block_tokens, layers, kv_heads, key_dim, value_dim)`: round and odd, keys and values alike and not.
@@ -138,7 +153,7 @@ pub const SHAPES: [(u32, u32, u32, u32, u32); 6] = [
 #[derive(Clone)]
 pub struct Combo {
     pub setup: &'static Setup,
-    pub format: Format,
+    pub format: BlockFormat,
     pub geometry: Geometry,
 }
 
@@ -151,11 +166,27 @@ impl fmt::Display for Combo {
     }
 }
 
+/// The format without its raw layers, where a shape has too few for them.
+pub fn fitting(format: BlockFormat, layers: u32) -> BlockFormat {
+    match u32::from(format.raw_first_layers + format.raw_last_layers) < layers {
+        true => format,
+        false => BlockFormat { raw_first_layers: 0, raw_last_layers: 0, ..format },
+    }
+}
+
 /// A shape with blocks that `format` takes.
-pub fn shaped(format: Format, shape: (u32, u32, u32, u32, u32), element: ElementType) -> Geometry {
+pub fn shaped(
+    format: impl Into<BlockFormat>,
+    shape: (u32, u32, u32, u32, u32),
+    element: ElementType,
+) -> Geometry {
     let geometry = geometry(shape, element);
     let block_tokens = geometry.block_tokens;
-    if format.is_grouped() { geometry.block_tokens(block_tokens.next_multiple_of(32)) } else { geometry }
+    if format.into().keys.is_grouped() {
+        geometry.block_tokens(block_tokens.next_multiple_of(32))
+    } else {
+        geometry
+    }
 }
 
 pub fn geometry(shape: (u32, u32, u32, u32, u32), element: ElementType) -> Geometry {
@@ -193,7 +224,7 @@ pub fn all_combos() -> impl Iterator<Item = Combo> {
             ELEMENTS.into_iter().flat_map(move |element| {
                 SHAPES.into_iter().map(move |shape| Combo {
                     setup,
-                    format,
+                    format: fitting(format, shape.1),
                     geometry: shaped(format, shape, element),
                 })
             })
@@ -278,7 +309,7 @@ macro_rules! run_case {
 pub struct Rig<E> {
     pub cache: Cache,
     pub layout: BlockLayout,
-    pub format: Format,
+    pub format: BlockFormat,
     pub combo: Combo,
     blocks_free: u64,
     seed: AtomicU64,

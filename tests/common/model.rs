@@ -325,8 +325,17 @@ impl<E: Number> Model<E> {
 
     /// Every row is as it was written, byte for byte, or (in a lossy format) has been through the codec: once when its block
     /// was sealed, once more each time that its block was reopened and sealed again.
-    pub fn compare(&self, layer: u32, range: Range<u32>, keys: &[E], values: &[E], format: Format) {
+    pub fn compare(
+        &self,
+        layer: u32,
+        range: Range<u32>,
+        keys: &[E],
+        values: &[E],
+        format: impl Into<BlockFormat>,
+    ) {
+        let block = format.into();
         self.compare_with(layer, range, keys, values, |plane, at, written, read| {
+            let format = block.of(&self.layout, layer as usize, plane);
             if plane == Plane::Key && format.is_grouped() {
                 return self.is_key(format, at, written, read, false);
             }
@@ -341,8 +350,17 @@ impl<E: Number> Model<E> {
     }
 
     /// Every row has been sealed exactly once.
-    pub fn compare_sealed(&self, layer: u32, range: Range<u32>, keys: &[E], values: &[E], format: Format) {
+    pub fn compare_sealed(
+        &self,
+        layer: u32,
+        range: Range<u32>,
+        keys: &[E],
+        values: &[E],
+        format: impl Into<BlockFormat>,
+    ) {
+        let block = format.into();
         self.compare_with(layer, range, keys, values, |plane, at, written, read| {
+            let format = block.of(&self.layout, layer as usize, plane);
             if plane == Plane::Key && format.is_grouped() {
                 return self.is_key(format, at, written, read, true);
             }

@@ -7,7 +7,11 @@ use kv_cache::*;
 use crate::common::{Combo, Rig, SETUPS, geometry, within};
 
 fn small(setup: usize, element: ElementType) -> Combo {
-    Combo { setup: &SETUPS[setup], format: Format::Int8, geometry: geometry((5, 2, 2, 16, 8), element) }
+    Combo {
+        setup: &SETUPS[setup],
+        format: Format::Int8.into(),
+        geometry: geometry((5, 2, 2, 16, 8), element),
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -136,7 +140,7 @@ async fn two_caches_side_by_side() {
 }
 
 /// A script of operations whose outcome shows in bytes, places and ids (less the number of the cache in their highest byte).
-async fn script(rig: &Rig<f32>) -> Vec<(u64, u32, Format, usize, Vec<u8>)> {
+async fn script(rig: &Rig<f32>) -> Vec<(u64, u32, BlockFormat, usize, Vec<u8>)> {
     let mut rows = Vec::new();
     for _ in 0..9 {
         rows.push(rig.filled(rig.block() + 2).await);

@@ -23,12 +23,12 @@ async fn sealing_frees_memory<E: Number>(rig: Rig<E>) {
     let raw = 8 * (rig.layout.raw_bytes() as u64).next_multiple_of(128);
     let sealed = 8 * (rig.format.block_bytes(&rig.layout) as u64).next_multiple_of(128);
     assert_eq!(total.bytes_used, sealed);
-    assert!(rig.format == Format::Raw || rig.layout.raw_bytes() <= 128 || sealed < raw);
+    assert!(rig.format.is_raw() || rig.layout.raw_bytes() <= 128 || sealed < raw);
     // Once it holds more tokens than there is raw room for, it has really let go of the raw blocks. How many more depends on
     // how sealed blocks fit into chunks; a fifth is far from what the formats save.
     let blocks = total.blocks_total / rig.cache.stats().shards.len() as u64;
-    let goal = match rig.format {
-        Format::Raw => blocks / 2,
+    let goal = match rig.format.is_raw() {
+        true => blocks / 2,
         _ if sealed * 3 < raw * 2 => blocks * 6 / 5,
         _ => blocks / 2,
     };
@@ -192,7 +192,7 @@ async fn dropped_tokens_are_gone_and_kept_ones_exact() {
     for (setup, block) in [(0, 5), (1, 1), (2, 32), (3, 5), (4, 3), (0, 1)] {
         let setup = &crate::common::SETUPS[setup];
         let geometry = geometry((block, 2, 2, 16, 8), ElementType::F16);
-        let combo = crate::common::Combo { setup, format: Format::Raw, geometry };
+        let combo = crate::common::Combo { setup, format: BlockFormat::RAW, geometry };
         let Some(builder) = combo.builder() else { continue };
         let compression = Compression { enabled: true, ratio: 0.5, method: CompressionMethod::Truncation };
         let rig = Rig::<half::f16>::new(&combo, builder.compression(compression)).await;

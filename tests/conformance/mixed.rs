@@ -5,13 +5,15 @@ use kv_cache::*;
 use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng};
 
-use crate::common::{Combo, ELEMENTS, Number, Rig, SETUPS, eventually, geometry, whole_case};
+use crate::common::{
+    Combo, ELEMENTS, FORMATS, Number, Rig, SETUPS, eventually, fitting, geometry, whole_case,
+};
 
 /// Every setup with every format that has codes, in one element type each.
 fn runs() -> impl Iterator<Item = (Combo, ElementType)> {
     let setups = SETUPS.iter().filter(|setup| crate::common::is_wanted(setup)).enumerate();
     setups.flat_map(|(number, setup)| {
-        let formats = Format::ALL.into_iter().filter(|format| *format != Format::Raw).enumerate();
+        let formats = FORMATS.into_iter().filter(|format| !format.is_raw()).enumerate();
         formats.map(move |(at, format)| {
             let element = ELEMENTS[(number + at) % ELEMENTS.len()];
             let mut geometry = geometry((32, 2, 2, 64, 24), element);
@@ -22,7 +24,7 @@ fn runs() -> impl Iterator<Item = (Combo, ElementType)> {
                 layout,
                 attention_scale: 1.0,
             });
-            (Combo { setup, format, geometry }, element)
+            (Combo { setup, format: fitting(format, 2), geometry }, element)
         })
     })
 }
@@ -146,7 +148,8 @@ async fn means_take_what_all_keys_share<E: Number>(combo: Combo) {
     let with_means = |c: &mut CacheConfig| c.quantisation.key_means = Some(file.path().to_owned());
     let Some(rig) = rig::<E>(&combo, with_means).await else { return };
     // Errors of the format itself, as shares of the row's length, and what rounding to the element type adds.
-    let share = match combo.format {
+    let share = match combo.format.keys {
+        Format::Raw => 0.0,
         Format::Int8 => 0.015,
         Format::Fp8 => 0.04,
         Format::R4 => 0.115,
@@ -187,7 +190,7 @@ async fn means_take_what_all_keys_share<E: Number>(combo: Combo) {
     rig.finish().await;
 
     // What it would be without them.
-    if matches!(combo.format, Format::R4 | Format::R3 | Format::R2)
+    if matches!(combo.format.keys, Format::R4 | Format::R3 | Format::R2)
         && let Some(rig) = self::rig::<E>(&combo, |_| {}).await
     {
         let sequence = rig.cache.open("tenant", OpenOptions::default()).await.unwrap();

@@ -114,7 +114,7 @@ async fn a_listener_who_counts_along_knows_what_is_cached<E: Number>(rig: Rig<E>
 #[tokio::test]
 async fn a_slow_listener_is_told_how_many_it_missed() {
     let geometry = geometry((4, 1, 1, 8, 8), ElementType::F32);
-    let combo = crate::common::Combo { setup: &SETUPS[0], format: Format::Int8, geometry };
+    let combo = crate::common::Combo { setup: &SETUPS[0], format: Format::Int8.into(), geometry };
     let Some(builder) = combo.builder() else { return };
     let rig = Rig::<f32>::new(&combo, builder.configure(|c| c.event_capacity = 8)).await;
     let (mut slow, mut quick) = (rig.cache.events(), rig.cache.events());

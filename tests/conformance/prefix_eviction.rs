@@ -311,7 +311,7 @@ async fn whoever_holds_what_is_invalidated_keeps_it<E: Number>(rig: Rig<E>) {
 fn small(setup: usize) -> Combo {
     Combo {
         setup: &SETUPS[setup],
-        format: Format::Int8,
+        format: Format::Int8.into(),
         geometry: geometry((4, 2, 1, 16, 8), ElementType::F32),
     }
 }
@@ -414,7 +414,7 @@ async fn sequences_that_come_one_by_one_fill_all_shards() {
 /// The prompts of a batch are looked for before any of its operations is carried out, and what they have found stays: others make way.
 #[tokio::test]
 async fn a_write_looks_behind_all_blocks_that_prompts_have_just_found() {
-    let combo = Combo { format: Format::Raw, ..small(0) };
+    let combo = Combo { format: BlockFormat::RAW, ..small(0) };
     let Some(builder) = combo.builder() else { return };
     let rig = Rig::<f32>::new(&combo, builder.memory_bytes_per_device(memory(&combo, 160))).await;
     let old: Vec<_> = (0..60).map(|_| rig.text(5)).collect();

@@ -62,7 +62,10 @@ pub(super) fn look<E: Number>(layout: &BlockLayout, view: &View) -> Seen<E> {
                         rows.flat_map(|(codes, scale)| int8_decode::<E>(codes, scale)).collect()
                     }
                     Rows::Coded { rows, skip, codes, scales } => {
-                        assert_eq!(rows, RowFormat { format: block.format(), element: E::TYPE, plane, dim });
+                        assert_eq!(
+                            rows,
+                            RowFormat { format: block.format_of(plane), element: E::TYPE, plane, dim }
+                        );
                         assert_eq!(codes.len(), tokens * rows.row_bytes());
                         assert_eq!(scales.bytes().len(), rows.scales_bytes(skip + tokens));
                         seen.stored.extend_from_slice(codes);
@@ -102,7 +105,7 @@ async fn a_view_agrees_with_a_read<E: Number>(rig: Rig<E>) {
                 next += block.tokens();
                 if sealed {
                     let full = block.tokens() == rig.block();
-                    assert_eq!(block.format(), if full { rig.format } else { Format::Raw });
+                    assert_eq!(block.format(), if full { rig.format } else { BlockFormat::RAW });
                 }
             }
             assert_eq!(next, model.len());
@@ -196,17 +199,26 @@ async fn a_block_table_agrees_with_the_view<E: Number>(rig: Rig<E>) {
                 }
                 for head in 0..rig.layout.kv_heads {
                     let rows = head * rig.layout.block_tokens;
-                    let row_bytes = (rig.layout.key_dim * code_bits(entry.format, element)).div_ceil(8);
-                    let keys = base + entry.keys_offset_bytes + rows * row_bytes;
-                    match (block.keys::<E>(head).unwrap(), block.values::<E>(head).unwrap()) {
-                        (Rows::Raw(k), Rows::Raw(v)) => {
-                            assert_eq!(k.as_ptr() as usize, keys);
-                            let values = base + entry.keys_offset_bytes + table.value_offset_bytes;
-                            assert_eq!(v.as_ptr() as usize, values + rows * rig.layout.value_dim * element);
-                        }
-                        (Rows::Int8 { codes, .. }, _) => assert_eq!(codes.as_ptr() as usize, keys),
-                        (Rows::Coded { codes, .. }, _) => assert_eq!(codes.as_ptr() as usize, keys),
-                        other => panic!("{other:?}"),
+                    let at = |plane, offset| {
+                        let format = entry.format.of(&rig.layout, layer as usize, plane);
+                        let row_bytes = (rig.layout.dim(plane) * code_bits(format, element)).div_ceil(8);
+                        base + offset + rows * row_bytes
+                    };
+                    let keys = at(Plane::Key, entry.keys_offset_bytes);
+                    let values = at(Plane::Value, entry.values_offset_bytes);
+                    for (rows, expected) in [(block.keys::<E>(head), keys), (block.values::<E>(head), values)]
+                    {
+                        let address = match rows.unwrap() {
+                            Rows::Raw(rows) => rows.as_ptr() as usize,
+                            Rows::Int8 { codes, .. } => codes.as_ptr() as usize,
+                            Rows::Coded { codes, .. } => codes.as_ptr() as usize,
+                            other => panic!("{other:?}"),
+                        };
+                        assert_eq!(address, expected);
+                    }
+                    if entry.format.is_raw() {
+                        let apart = entry.values_offset_bytes - entry.keys_offset_bytes;
+                        assert_eq!(apart, table.value_offset_bytes);
                     }
                 }
             }

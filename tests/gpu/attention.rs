@@ -86,7 +86,7 @@ fn stored(row: &[f16], format: Format) -> Vec<f64> {
 fn reference(model: &Model<f16>, row: &SequenceRows, layer: u32, block: u32, queries: &[f32]) -> Vec<f64> {
     let formats = |token: u32| {
         let entry = row.blocks.iter().find(|entry| entry.first_token == token / block * block);
-        entry.map(|entry| entry.format)
+        entry.map(|entry| entry.format.keys)
     };
     let kept: Vec<(u32, Format)> = (0..row.tokens)
         .filter(|token| !row.dropped.contains(token))

@@ -130,12 +130,12 @@ impl<T: OnDevice> Shared<T> {
 
 /// A cache on the GPU, and the GPU; prints the reason if there is none.
 pub(crate) async fn rig<E: OnDevice>(
-    format: Format,
+    format: impl Into<BlockFormat>,
     geometry: Geometry,
     change: impl FnOnce(CacheBuilder) -> CacheBuilder,
 ) -> Option<(Device, Rig<E>)> {
     let setup = SETUPS.iter().find(|setup| setup.name == "cuda").unwrap();
-    let combo = Combo { setup, format, geometry };
+    let combo = Combo { setup, format: format.into(), geometry };
     let builder = combo.builder()?;
     Some((Device::open()?, Rig::new(&combo, change(builder)).await))
 }

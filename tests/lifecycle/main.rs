@@ -22,7 +22,7 @@ type Numbers = f32;
 fn combo(setup: usize) -> Combo {
     Combo {
         setup: &SETUPS[setup],
-        format: Format::Int8,
+        format: Format::Int8.into(),
         geometry: geometry((5, 2, 2, 8, 6), ElementType::F32),
     }
 }

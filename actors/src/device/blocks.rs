@@ -9,7 +9,7 @@ use super::lineage::Lineage;
 use crate::block::{Block, BlockId, BlockKey, BlockState, Place, Places};
 use crate::events::BlockEvent;
 use crate::eviction::{EvictionPolicy, Evictor};
-use crate::format::{Format, KeepRaw};
+use crate::format::{BlockFormat, KeepRaw};
 use crate::geometry::BlockLayout;
 use crate::index::IndexWriter;
 use crate::limits::Ledger;
@@ -28,7 +28,7 @@ pub struct BlockStore {
     /// Token ids of every block, `block_tokens` each, by block number.
     token_ids: Vec<u32>,
     block_tokens: usize,
-    sealed_format: Format,
+    sealed_format: BlockFormat,
     sealed_bytes: usize,
     keep_raw: KeepRaw,
     /// Full blocks that may be sealed. Some may have been cut or freed since; whatever has their number now is sealed if it is full.
@@ -63,7 +63,7 @@ pub struct BlockStore {
 pub(crate) struct SealPlan {
     block: BlockId,
     slot: FilledSlot,
-    format: Format,
+    format: BlockFormat,
     position: u32,
     from_offset: usize,
     to_offset: usize,
@@ -119,7 +119,7 @@ impl BlockStore {
         pool: Pool,
         shard: u16,
         layout: &BlockLayout,
-        sealed_format: Format,
+        sealed_format: BlockFormat,
         keep_raw: KeepRaw,
         policy: EvictionPolicy,
         index_hash_bits: u32,
@@ -152,7 +152,7 @@ impl BlockStore {
         }
     }
 
-    pub(super) fn sealed_format(&self) -> Format {
+    pub(super) fn sealed_format(&self) -> BlockFormat {
         self.sealed_format
     }
 
@@ -209,7 +209,7 @@ impl BlockStore {
         self.pool.offset_bytes(block.class, block.slot.id())
     }
 
-    pub(super) fn format(&self, id: BlockId) -> Format {
+    pub(super) fn format(&self, id: BlockId) -> BlockFormat {
         self.get(id).format(self.sealed_format)
     }
 
@@ -412,7 +412,7 @@ impl BlockStore {
 
     /// Every token of the block is committed. It is sealed once it [leaves the window](Self::leaves_window) of its sequence.
     pub(super) fn complete(&mut self, id: BlockId, counters: &mut CoreCounters) {
-        let raw_is_sealed = self.sealed_format == Format::Raw;
+        let raw_is_sealed = self.sealed_format.is_raw();
         let block = self.get_mut(id);
         if raw_is_sealed {
             block.state = BlockState::Sealed;

@@ -6,7 +6,7 @@ use super::blocks::BlockStore;
 use super::cached::{Origin, Published};
 use crate::block::{BlockId, BlockKey};
 use crate::eviction::EvictionPolicy;
-use crate::format::{Format, KeepRaw};
+use crate::format::{BlockFormat, KeepRaw};
 use crate::geometry::{ElementType, Geometry};
 use crate::index::PrefixIndex;
 use crate::pool::{Pool, PoolLayout, SLOT_ALIGN_BYTES};
@@ -50,7 +50,7 @@ impl Bookkeeping {
             host_slots: 0,
         };
         let mut blocks =
-            BlockStore::new(Pool::new(pool), 0, &layout, Format::Raw, KeepRaw::default(), policy, 64);
+            BlockStore::new(Pool::new(pool), 0, &layout, BlockFormat::RAW, KeepRaw::default(), policy, 64);
         blocks.open_owner(0, Default::default());
         Bookkeeping {
             reader: blocks.index().clone(),

@@ -12,7 +12,6 @@ use crate::block::{BlockId, BlockKey, BlockState};
 use crate::error::Error;
 use crate::events::BlockEvent;
 use crate::eviction::{Retention, Touch};
-use crate::format::Format;
 use crate::index::{Lease, PrefixIndex};
 use crate::limits::TenantLimits;
 use crate::pool::{Pool, SizeClass};
@@ -138,7 +137,7 @@ impl BlockStore {
         root: u32,
         token_ids: &[u32],
     ) -> Option<(BlockId, usize)> {
-        if self.sealed_format() != Format::Raw {
+        if !self.sealed_format().is_raw() {
             // Most are sealed: a decoded copy is its sequence's alone, and so is all that comes behind it.
             return None;
         }

@@ -26,7 +26,7 @@ use crate::dropping::Dropping;
 use crate::error::Error;
 use crate::events::BlockEvent;
 use crate::eviction::EvictionPolicy;
-use crate::format::{Format, KeepRaw};
+use crate::format::{BlockFormat, KeepRaw};
 use crate::geometry::{BlockLayout, Geometry};
 use crate::limits::TenantLimits;
 use crate::memory::{AppendRow, AppendRows, Flight, LaneKind, Launch, OpRef, Purpose, ReadBuffer, Step};
@@ -51,7 +51,7 @@ pub struct CoreConfig {
     /// How the slab is cut.
     pub pool: PoolLayout,
     /// Format of sealed blocks.
-    pub sealed_format: Format,
+    pub sealed_format: BlockFormat,
     /// Full blocks that are not sealed.
     pub keep_raw: KeepRaw,
     /// Longest sequence.

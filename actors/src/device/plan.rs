@@ -12,7 +12,6 @@ use super::entry::{Rest, SequenceEntry, Sharing};
 use crate::batch::Outcome;
 use crate::block::{BlockId, BlockKey, BlockState, ExtraIdentity};
 use crate::error::Error;
-use crate::format::Format;
 use crate::geometry::Plane;
 use crate::memory::{AppendStep, LaneKind, OpRef, ReadBuffer, ReadStep, Step};
 use crate::payload::TensorView;
@@ -454,15 +453,14 @@ fn prepare_blocks(
         let from = state.blocks[at];
         let (source, format) = (blocks.offset(from), blocks.format(from));
         // Decoded bytes are not what the model computed: they never pass as the clean block.
-        let private = blocks.get(from).private || format != Format::Raw;
+        let private = blocks.get(from).private || !format.is_raw();
         let new = blocks.create(rest.tenant, at, private);
         // The copy overwrites the whole slot, so there is nothing to zero.
-        prepared.steps.push(match format {
-            Format::Raw => Step::Copy { from_offset: source, to_offset: new.offset },
-            format => {
-                let position = blocks.position(from);
-                Step::Reopen { format, position, from_offset: source, to_offset: new.offset }
-            }
+        prepared.steps.push(if format.is_raw() {
+            Step::Copy { from_offset: source, to_offset: new.offset }
+        } else {
+            let position = blocks.position(from);
+            Step::Reopen { format, position, from_offset: source, to_offset: new.offset }
         });
         blocks.copy_token_ids(from, new.id);
         rest.replacing.push((at, new.id));

@@ -12,7 +12,7 @@ use crate::batch::Outcome;
 use crate::block::{BlockKey, ExtraIdentity, KeyScheme};
 use crate::dropping::{Dropping, KeyScore, TokenScores, choose};
 use crate::error::Error;
-use crate::format::Format;
+use crate::format::BlockFormat;
 use crate::geometry::{BlockLayout, Plane};
 use crate::memory::{Elements, ReadBuffer};
 use crate::pool::Tier;
@@ -26,7 +26,7 @@ pub struct Rules {
     /// The shape of what is stored.
     pub layout: BlockLayout,
     /// Format of sealed blocks.
-    pub format: Format,
+    pub format: BlockFormat,
     /// Longest sequence.
     pub max_tokens: u32,
     /// Tokens of all sequences.
@@ -169,7 +169,7 @@ impl ModelSequence {
         let mut fork = self.clone();
         let cut = !(self.stored() as usize).is_multiple_of(rules.layout.block_tokens);
         if let (Some(last), true, true) = (fork.blocks.last_mut(), cut, self.has_staged())
-            && rules.format != Format::Raw
+            && !rules.format.is_raw()
             && *last == Identity::Public
         {
             // Its owner may fill the shared block in place and have it sealed before the fork writes.
@@ -461,7 +461,7 @@ impl ModelSequence {
                 self.blocks.truncate(stored.div_ceil(block_tokens));
                 let cut = !stored.is_multiple_of(block_tokens);
                 if let (Some(last), true, true) = (self.blocks.last_mut(), cut, was_full)
-                    && rules.format != Format::Raw
+                    && !rules.format.is_raw()
                     && *last == Identity::Public
                 {
                     *last = Identity::Either;

@@ -141,7 +141,7 @@ impl Setup {
         let layout = self.geometry.layout().expect("a geometry that works");
         let slot = layout.raw_bytes().next_multiple_of(crate::pool::SLOT_ALIGN_BYTES) as u64;
         let mut pool =
-            PoolLayout::plan(&layout, self.format, self.blocks * slot).expect("a budget that works");
+            PoolLayout::plan(&layout, self.format.into(), self.blocks * slot).expect("a budget that works");
         if let Some(slots) = self.chunk_slots {
             pool.chunk_bytes = slots * pool.raw_slot_bytes;
             pool.chunks = self.blocks as usize / slots;
@@ -153,7 +153,7 @@ impl Setup {
             geometry: self.geometry.clone(),
             layout,
             pool,
-            sealed_format: self.format,
+            sealed_format: self.format.into(),
             keep_raw: self.keep_raw,
             max_tokens: self.max_tokens,
             token_budget: TokenBudget::new(self.max_total_tokens),

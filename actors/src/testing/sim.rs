@@ -15,7 +15,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::tracker::Tracker;
-use crate::format::{Format, FormatLayout};
+use crate::format::{BlockFormat, Format, FormatLayout};
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::memory::{
     AppendStep, Backend, DeviceLost, Doorbell, GatherStep, Lane, LaneKind, Lanes, Launch, ReadStep,
@@ -84,7 +84,7 @@ impl SimDevice {
         SimDevice(Arc::new(Mutex::new(Sim {
             memory: Memory {
                 layout: *layout,
-                int8: FormatLayout::new(Format::Int8, layout),
+                int8: FormatLayout::new(Format::Int8.into(), layout),
                 bytes: vec![0; pool.slab_bytes() + pool.host_bytes()],
             },
             tracker: Tracker::new(*layout, *pool),
@@ -351,7 +351,7 @@ impl Memory {
     #[allow(clippy::too_many_arguments)]
     fn load_row(
         &self,
-        format: Format,
+        format: BlockFormat,
         slot: usize,
         layer: usize,
         plane: Plane,
@@ -359,7 +359,7 @@ impl Memory {
         token: usize,
         to: &mut [u8],
     ) {
-        match format {
+        match format.keys {
             Format::Int8 => self.decode_row(slot, layer, plane, head, token, to),
             _ => to.copy_from_slice(&self.bytes[self.raw_row(slot, layer, plane, head, token)]),
         }
@@ -442,7 +442,7 @@ impl Memory {
 impl Backend for SimDevice {
     type Lane = SimLane;
 
-    fn open(self, _: &BlockLayout, _: &PoolLayout, _: Format) -> Result<Lanes<SimLane>, String> {
+    fn open(self, _: &BlockLayout, _: &PoolLayout, _: BlockFormat) -> Result<Lanes<SimLane>, String> {
         let lane = |kind| SimLane { device: self.clone(), kind };
         Ok(Lanes {
             compute: lane(LaneKind::Compute),

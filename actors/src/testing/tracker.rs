@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use smallvec::{SmallVec, smallvec};
 
-use crate::format::Format;
+use crate::format::{BlockFormat, Format};
 use crate::geometry::BlockLayout;
 use crate::memory::{AppendStep, LaneKind, Step};
 use crate::pool::{PoolLayout, SizeClass};
@@ -123,12 +123,12 @@ impl Tracker {
     }
 
     /// The class of the slot at `offset`, of a block that is stored so.
-    fn class_at(&self, format: Format, offset: usize) -> SizeClass {
+    fn class_at(&self, format: BlockFormat, offset: usize) -> SizeClass {
         if offset >= self.pool.slab_bytes() { SizeClass::Host } else { self.class_of(format) }
     }
 
-    fn class_of(&self, format: Format) -> SizeClass {
-        match format == Format::Raw || !self.pool.has_sealed_class {
+    fn class_of(&self, format: BlockFormat) -> SizeClass {
+        match format.is_raw() || !self.pool.has_sealed_class {
             true => SizeClass::Raw,
             false => SizeClass::Sealed,
         }
@@ -159,7 +159,7 @@ impl Tracker {
             Step::Copy { from_offset, to_offset } => {
                 let marks = self.whole(*from_offset).to_vec();
                 self.whole(*to_offset).copy_from_slice(&marks);
-                let from_class = self.class_at(Format::Raw, *from_offset);
+                let from_class = self.class_at(BlockFormat::RAW, *from_offset);
                 let decoded = self.is_decoded(from_class, *from_offset);
                 self.set_decoded(SizeClass::Raw, *to_offset, decoded);
             }
@@ -168,7 +168,7 @@ impl Tracker {
                     let marks = self.whole(*from_offset).to_vec();
                     self.whole(*to_offset).copy_from_slice(&marks);
                 }
-                let format = if self.pool.has_sealed_class { Format::Int8 } else { Format::Raw };
+                let format = if self.pool.has_sealed_class { Format::Int8.into() } else { BlockFormat::RAW };
                 let (from_class, to_class) =
                     (self.class_at(format, *from_offset), self.class_at(format, *to_offset));
                 let (from, to) = (self.slot_of(from_class, *from_offset), self.slot_of(to_class, *to_offset));
@@ -231,7 +231,7 @@ impl Tracker {
                     self.rows(gather.to_offset, layer, filled.clone()).fill(true);
                 }
                 let from = self.class_at(gather.format, gather.from_offset);
-                if gather.format != Format::Raw || self.is_decoded(from, gather.from_offset) {
+                if !gather.format.is_raw() || self.is_decoded(from, gather.from_offset) {
                     self.set_decoded(SizeClass::Raw, gather.to_offset, true);
                 }
             }
@@ -241,7 +241,7 @@ impl Tracker {
     /// All layers of some tokens of a block have been written.
     fn check_tokens(
         &mut self,
-        format: Format,
+        format: BlockFormat,
         position: u32,
         offset: usize,
         tokens: impl Iterator<Item = u32>,
@@ -259,7 +259,7 @@ impl Tracker {
     }
 
     /// It was sealed, as the block of this position: that is part of what its bytes mean.
-    fn check_sealed(&self, format: Format, position: u32, offset: usize, step: &Step) {
+    fn check_sealed(&self, format: BlockFormat, position: u32, offset: usize, step: &Step) {
         let slot = self.slot_of(self.class_at(format, offset), offset);
         assert_eq!(self.sealed[slot], Some(position), "not what was sealed, or before it was: {step:?}");
     }
@@ -276,12 +276,13 @@ impl Tracker {
             match step {
                 Step::Zero { slot_offset } => self.access(lane, launch, true, raw, *slot_offset, whole, all),
                 Step::Copy { from_offset, to_offset } => {
-                    let class = self.class_at(Format::Raw, *from_offset);
+                    let class = self.class_at(BlockFormat::RAW, *from_offset);
                     self.access(lane, launch, false, class, *from_offset, whole.clone(), all.clone());
                     self.access(lane, launch, true, raw, *to_offset, whole, all);
                 }
                 Step::Transfer { from_offset, to_offset, .. } => {
-                    let format = if self.pool.has_sealed_class { Format::Int8 } else { Format::Raw };
+                    let format =
+                        if self.pool.has_sealed_class { Format::Int8.into() } else { BlockFormat::RAW };
                     let class = |offset| self.class_at(format, offset);
                     let (from, to) = (class(*from_offset), class(*to_offset));
                     self.access(lane, launch, false, from, *from_offset, whole.clone(), all.clone());

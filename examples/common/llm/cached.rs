@@ -1,7 +1,7 @@
 //! Keys and values in the blocks of `kv_cache`, and nowhere else: what was stored before is read in place, what a step computes goes
 //! in as one batch.
 
-use kv_cache::{BatchCacheOperations, BlockView, CommittedView, Error, Format, Rows as Stored, Sequence};
+use kv_cache::{BatchCacheOperations, BlockView, CommittedView, Error, Rows as Stored, Sequence};
 
 use super::attention::{Rows, Run};
 use super::plain::Stored as Element;
@@ -159,7 +159,7 @@ fn rows<'b, T: Element>(
         Stored::Raw(rows) => Ok(T::rows(rows)),
         Stored::Int8 { codes, scales } => Ok(Rows::Int8(codes, scales)),
         _ => {
-            debug_assert_ne!(block.format(), Format::Raw);
+            debug_assert!(!block.format().is_raw());
             let mut rows = vec![T::round(0.0); elements];
             decode(block, &mut rows)?;
             Ok(Rows::Decoded(rows.into_iter().map(T::single).collect()))

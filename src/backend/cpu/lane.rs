@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kv_cache_actors::format::{Format, FormatLayout};
+use kv_cache_actors::format::{BlockFormat, Format, FormatLayout};
 use kv_cache_actors::geometry::{BlockLayout, Plane};
 use kv_cache_actors::memory::{
     AppendStep, Backend, DeviceLost, GatherStep, Lane, Lanes, Launch, ReadBuffer, ReadStep, ScoreStep, Step,
@@ -30,7 +30,7 @@ impl CpuBackend {
 impl Backend for CpuBackend {
     type Lane = CpuLane;
 
-    fn open(self, block: &BlockLayout, _: &PoolLayout, _: Format) -> Result<Lanes<CpuLane>, String> {
+    fn open(self, block: &BlockLayout, _: &PoolLayout, _: BlockFormat) -> Result<Lanes<CpuLane>, String> {
         let lane = || CpuLane {
             slab: self.slab.clone(),
             kernels: self.kernels,
@@ -149,7 +149,7 @@ impl CpuLane {
     }
 
     /// Encodes a whole block; true if all is finite.
-    fn seal(&self, format: Format, position: u32, from: usize, to: usize) -> bool {
+    fn seal(&self, format: BlockFormat, position: u32, from: usize, to: usize) -> bool {
         let layout = &self.layout;
         let sealed = FormatLayout::new(format, layout);
         let all = 0..layout.rows_per_plane();
@@ -167,6 +167,12 @@ impl CpuLane {
                         self.slab.bytes_mut(to + scales.start..to + scales.end),
                     )
                 };
+                let of = sealed.rows(layout, layer, plane);
+                if of.format == Format::Raw {
+                    let row = of.row_bytes();
+                    finite &= self.kernels.copy_rows(of.element, raw, row, codes, row, row, all.len());
+                    continue;
+                }
                 let mut centred = Vec::new();
                 let rows = match (&self.centres, plane) {
                     (Some(centres), Plane::Key) => {
@@ -181,14 +187,14 @@ impl CpuLane {
                     }
                     _ => raw,
                 };
-                finite &= self.kernels.encode(sealed.rows(plane), rows, codes, scales);
+                finite &= self.kernels.encode(of, rows, codes, scales);
             }
         }
         finite
     }
 
     /// Decodes a whole block into a raw slot.
-    fn reopen(&self, format: Format, position: u32, from: usize, to: usize) {
+    fn reopen(&self, format: BlockFormat, position: u32, from: usize, to: usize) {
         let layout = &self.layout;
         for layer in 0..layout.layers {
             for plane in Plane::BOTH {
@@ -270,7 +276,7 @@ impl CpuLane {
     /// Decodes rows of one head, keys or values, of a slot: row `i` to `target[i * stride]`.
     fn decode(
         &self,
-        format: Format,
+        format: BlockFormat,
         slot: usize,
         plane: Plane,
         which: &Keys,
@@ -290,12 +296,12 @@ impl CpuLane {
                 self.slab.bytes(slot + scales.start..slot + scales.end),
             )
         };
-        match format {
+        let of = stored.rows(layout, layer, plane);
+        match of.format {
             Format::Raw => {
                 self.kernels.copy_rows(element, codes, row, target, stride, row, rows.len());
             }
             _ => {
-                let of = stored.rows(plane);
                 self.kernels.decode(of, rows.start % of.scale_rows(), codes, scales, target, stride);
                 if let (Some(centres), Plane::Key) = (&self.centres, plane) {
                     centres.add(which, element, target, stride);

@@ -1,10 +1,8 @@
 //! What kernels are handed, byte for byte as in `kernels/common.cuh`.
 
 use bytemuck::{Pod, Zeroable};
-use kv_cache_actors::format::{Format, FormatLayout};
+use kv_cache_actors::format::FormatLayout;
 use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
-
-use crate::columns;
 
 /// Where everything lies in a block.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
@@ -20,10 +18,17 @@ pub(super) struct Layout {
     element_bytes: u32,
     /// Of a row, or of the rows that have them in common.
     scale_bytes: [u32; 2],
+    /// Planes are counted keys, values, keys of the next layer, ….
+    first_plane: u32,
+    plane_step: u32,
     padding: u32,
     plane_bytes: [u64; 2],
     layer_bytes: u64,
-    scales_offset: u64,
+    /// Codes of layer 0, were it coded (maybe before the block's first byte), and from a layer to the next. Scales likewise.
+    codes_at: [u64; 2],
+    codes_layer: u64,
+    scales_at: [u64; 2],
+    scales_layer: u64,
     centres: CentreTables,
 }
 
@@ -40,10 +45,20 @@ pub(super) struct CentreTables {
 }
 
 impl Layout {
-    /// For blocks that are sealed in `sealed`.
-    pub(super) fn new(block: &BlockLayout, sealed: Format, centres: CentreTables) -> Self {
-        let place = FormatLayout::new(sealed, block);
+    /// For `planes` (keys, values or both) of blocks that are sealed as `sealed` says.
+    pub(super) fn new(
+        block: &BlockLayout,
+        sealed: &FormatLayout,
+        planes: &[Plane],
+        centres: CentreTables,
+    ) -> Self {
         let of = |f: &dyn Fn(Plane) -> usize| Plane::BOTH.map(f);
+        let first = sealed.coded_layers(block).start;
+        let rows = |plane| sealed.rows(block, first, plane);
+        let bytes = sealed.layer_bytes(block);
+        // Of layer 0, which may lie before the block: addresses wrap.
+        let from_layer_0 = |at: usize, layer: usize| (at as u64).wrapping_sub((first * layer) as u64);
+        let (codes_layer, scales_layer) = (bytes.codes.iter().sum(), bytes.scales.iter().sum());
         Layout {
             layers: block.layers as u32,
             kv_heads: block.kv_heads as u32,
@@ -55,13 +70,20 @@ impl Layout {
             },
             dim: of(&|plane| block.dim(plane)).map(|n| n as u32),
             row_bytes: of(&|plane| block.row_bytes(plane)).map(|n| n as u32),
-            code_bytes: of(&|plane| place.rows(plane).row_bytes()).map(|n| n as u32),
+            code_bytes: of(&|plane| rows(plane).row_bytes()).map(|n| n as u32),
             element_bytes: block.element.bytes() as u32,
-            scale_bytes: of(&|plane| place.rows(plane).scale_bytes()).map(|n| n as u32),
+            scale_bytes: of(&|plane| rows(plane).scale_bytes()).map(|n| n as u32),
+            first_plane: (2 * first + usize::from(planes == [Plane::Value])) as u32,
+            plane_step: (3 - planes.len()) as u32,
             padding: 0,
             plane_bytes: of(&|plane| block.plane_bytes(plane)).map(|n| n as u64),
             layer_bytes: block.layer_bytes() as u64,
-            scales_offset: place.scales_offset as u64,
+            codes_at: of(&|plane| sealed.codes_at(block, first, plane))
+                .map(|at| from_layer_0(at, codes_layer)),
+            codes_layer: codes_layer as u64,
+            scales_at: of(&|plane| sealed.scales_at(block, first, plane))
+                .map(|at| from_layer_0(at, scales_layer)),
+            scales_layer: scales_layer as u64,
             centres,
         }
     }
@@ -99,13 +121,15 @@ pub(super) struct Convert {
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
 pub(super) struct Read {
-    pub(super) slot: u64,
+    /// From where keys and values lie in it as the kernel expects.
+    pub(super) slot: [u64; 2],
     /// Where the first token's keys and values go.
     pub(super) output: [u64; 2],
     pub(super) layer: u32,
     pub(super) first_token: u32,
     pub(super) tokens: u32,
-    pub(super) format: u32,
+    /// Bit 0: keys are raw; bit 1: values are.
+    pub(super) raw: u32,
     /// Where the block stands in its sequence.
     pub(super) index: u64,
 }
@@ -117,9 +141,4 @@ pub(super) struct Move {
     pub(super) from: u64,
     pub(super) to: u64,
     pub(super) bytes: u64,
-}
-
-/// The number of a format: that of block tables.
-pub(super) fn format_number(format: Format) -> u32 {
-    columns::number(format).into()
 }

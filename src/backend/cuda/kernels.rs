@@ -5,7 +5,7 @@
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use kv_cache_actors::format::Format;
+use kv_cache_actors::format::{BlockFormat, Format, FormatLayout};
 use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
 
 use super::abi;
@@ -62,16 +62,11 @@ const ENOUGH_BLOCKS: u32 = 1024;
 
 /// The kernels for one element type, and for one format of sealed blocks.
 pub(super) struct Kernels {
-    layout: abi::Layout,
-    sealed: Format,
-    row_bytes_max: usize,
-    kv_heads: usize,
-    layers: u32,
+    block: BlockLayout,
+    sealed: Sealed,
     append: Function,
-    /// None if blocks stay raw.
-    seal: Option<Function>,
-    reopen: Option<Function>,
-    read: Function,
+    /// For keys and values together, or for each: at least one.
+    of_planes: Vec<PlaneKernels>,
     move_blocks: Function,
     carry_blocks: Function,
     signal: Function,
@@ -79,6 +74,37 @@ pub(super) struct Kernels {
     _tables: Option<Tables>,
     /// The functions are theirs.
     _modules: Vec<Arc<Module>>,
+}
+
+/// How blocks are sealed.
+#[derive(Debug)]
+pub(super) struct Sealed {
+    pub(super) place: FormatLayout,
+    /// What stays raw: see [`FormatLayout::raw_runs`].
+    pub(super) raw_runs: Vec<(usize, usize, usize)>,
+}
+
+impl Sealed {
+    pub(super) fn new(format: BlockFormat, block: &BlockLayout) -> Self {
+        let place = FormatLayout::new(format, block);
+        let raw_runs = if format.is_raw() { Vec::new() } else { place.raw_runs(block).collect() };
+        Sealed { place, raw_runs }
+    }
+
+    pub(super) fn format(&self) -> BlockFormat {
+        self.place.format()
+    }
+}
+
+/// The kernels that know a format, for the planes that are stored in it.
+struct PlaneKernels {
+    layout: abi::Layout,
+    /// 1 or 2.
+    planes: u32,
+    /// None for what stays raw.
+    seal: Option<Function>,
+    reopen: Option<Function>,
+    read: Function,
 }
 
 /// The tables of [`Centres`] in device memory.
@@ -124,13 +150,18 @@ impl Kernels {
     pub(super) fn load(
         gpu: &Arc<Gpu>,
         block: &BlockLayout,
-        sealed: Format,
+        sealed: BlockFormat,
         centres: Option<&Centres>,
     ) -> Result<Kernels, DriverError> {
-        let format =
-            source(sealed, centres.is_some())?.map(|source| Self::module(gpu, source)).transpose()?;
+        let module =
+            |format, centred| source(format, centred)?.map(|source| Self::module(gpu, source)).transpose();
+        let keys = module(sealed.keys, centres.is_some())?;
+        let values = match sealed.values == sealed.keys {
+            true => keys.clone(),
+            false => module(sealed.values, false)?,
+        };
         let tables = centres.map(|centres| Tables::upload(gpu, centres)).transpose()?;
-        Self::of(Self::module(gpu, CACHE)?, format, block, sealed, tables)
+        Self::of(Self::module(gpu, CACHE)?, [keys, values], block, sealed, tables)
     }
 
     /// A module on a GPU, loaded once for all caches that are on it at a time.
@@ -152,9 +183,9 @@ impl Kernels {
 
     fn of(
         cache: Arc<Module>,
-        format: Option<Arc<Module>>,
+        [keys, values]: [Option<Arc<Module>>; 2],
         block: &BlockLayout,
-        sealed: Format,
+        format: BlockFormat,
         tables: Option<Tables>,
     ) -> Result<Kernels, DriverError> {
         let element = match block.element {
@@ -165,46 +196,56 @@ impl Kernels {
         let pick = |module: &Module, name: &str, element: &str| {
             let name = format!("{name}{element}");
             module.function(&name).or_else(|error| {
-                tracing::warn!(target: "kv_cache::cuda", kernel = name, format = %sealed, %error, "a kernel cannot be loaded: the plain one runs instead");
+                tracing::warn!(target: "kv_cache::cuda", kernel = name, %format, %error, "a kernel cannot be loaded: the plain one runs instead");
                 module.function(&format!("plain_{name}"))
             })
         };
-        let of_format = |module: &Arc<Module>, name: &str| {
-            let function = pick(module, name, element)?;
-            // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise.
-            if matches!(sealed, Format::R4 | Format::R3 | Format::R2) {
-                function.prefer_shared_memory()?;
-            }
-            Ok::<_, DriverError>(function)
+        let sealed = Sealed::new(format, block);
+        let centres = tables.as_ref().map(|tables| tables.at).unwrap_or_default();
+        let of_planes = |planes: &[Plane], format: Format, module: Option<&Arc<Module>>| {
+            let function = |module: &Arc<Module>, name: &str| {
+                let function = pick(module, name, element)?;
+                // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise.
+                if matches!(format, Format::R4 | Format::R3 | Format::R2) {
+                    function.prefer_shared_memory()?;
+                }
+                Ok::<_, DriverError>(function)
+            };
+            Ok::<_, DriverError>(PlaneKernels {
+                layout: abi::Layout::new(block, &sealed.place, planes, centres),
+                planes: planes.len() as u32,
+                seal: module.map(|module| function(module, "seal")).transpose()?,
+                reopen: module.map(|module| function(module, "reopen")).transpose()?,
+                read: match module {
+                    Some(module) => function(module, "read")?,
+                    None => pick(&cache, "read_raw", "")?,
+                },
+            })
+        };
+        let of_planes = match format.keys == format.values {
+            true => vec![of_planes(&Plane::BOTH, format.keys, keys.as_ref())?],
+            false => vec![
+                of_planes(&[Plane::Key], format.keys, keys.as_ref())?,
+                of_planes(&[Plane::Value], format.values, values.as_ref())?,
+            ],
         };
         Ok(Kernels {
-            layout: abi::Layout::new(
-                block,
-                sealed,
-                tables.as_ref().map(|tables| tables.at).unwrap_or_default(),
-            ),
-            _tables: tables,
+            block: *block,
             sealed,
-            row_bytes_max: block.row_bytes(Plane::Key).max(block.row_bytes(Plane::Value)),
-            kv_heads: block.kv_heads,
-            layers: block.layers as u32,
+            _tables: tables,
             append: pick(&cache, "append", "")?,
-            seal: format.as_ref().map(|module| of_format(module, "seal")).transpose()?,
-            reopen: format.as_ref().map(|module| of_format(module, "reopen")).transpose()?,
-            read: match &format {
-                Some(module) => of_format(module, "read")?,
-                None => pick(&cache, "read_raw", "")?,
-            },
+            of_planes,
             move_blocks: pick(&cache, "move_blocks", "")?,
             carry_blocks: pick(&cache, "carry_blocks", "")?,
             signal: cache.function("signal")?,
-            _modules: format.into_iter().chain([cache]).collect(),
+            _modules: keys.into_iter().chain(values).chain([cache]).collect(),
         })
     }
 
     /// Vectors of 16 bytes in `tokens` tokens of one plane of one layer.
     fn vectors(&self, tokens: usize) -> u32 {
-        (tokens * self.kv_heads * self.row_bytes_max).div_ceil(16) as u32
+        let row = self.block.row_bytes(Plane::Key).max(self.block.row_bytes(Plane::Value));
+        (tokens * self.block.kv_heads * row).div_ceil(16) as u32
     }
 
     /// Scatters tokens: `layers` and `tokens` are the most of any descriptor.
@@ -219,45 +260,53 @@ impl Kernels {
         tokens: usize,
     ) -> Result<(), DriverError> {
         let threads = self.vectors(tokens).next_multiple_of(32).clamp(32, 256);
+        // Appends know no format: any of the layouts does.
+        let of = &self.of_planes[0];
+        let grid = (steps.count as u32, 2 * layers as u32, 1);
         // SAFETY: passed on.
-        unsafe {
-            self.with_layout(self.append, stream, (steps.count as u32, 2 * layers as u32, 1), threads, steps)
-        }
+        unsafe { of.launch(self.append, stream, grid, threads, steps) }
     }
 
-    /// The format of sealed blocks.
-    pub(super) fn sealed(&self) -> Format {
-        self.sealed
+    /// How blocks are sealed.
+    pub(super) fn sealed(&self) -> &Sealed {
+        &self.sealed
     }
 
-    /// Encodes whole blocks.
+    /// Encodes whole blocks, but for what stays raw.
     ///
     /// # Safety
     /// The descriptors are [`abi::Convert`]s, raw to sealed, that keep to invariants 3 and 4.
     pub(super) unsafe fn seal(&self, stream: &Stream, steps: Descriptors) -> Result<(), DriverError> {
-        let grid = (steps.count as u32, 2 * self.layers, 1);
-        let seal = self.seal.ok_or_else(Self::nothing_to_convert)?;
         // SAFETY: passed on.
-        unsafe { self.with_layout(seal, stream, grid, CONVERT_THREADS, steps) }
+        unsafe { self.convert(stream, steps, |of| of.seal) }
     }
 
-    /// Decodes whole blocks.
+    /// Decodes whole blocks, but for what stays raw.
     ///
     /// # Safety
     /// The descriptors are [`abi::Convert`]s, sealed to raw, that keep to invariants 3 and 4.
     pub(super) unsafe fn reopen(&self, stream: &Stream, steps: Descriptors) -> Result<(), DriverError> {
-        let grid = (steps.count as u32, 2 * self.layers, 1);
-        let reopen = self.reopen.ok_or_else(Self::nothing_to_convert)?;
         // SAFETY: passed on.
-        unsafe { self.with_layout(reopen, stream, grid, CONVERT_THREADS, steps) }
+        unsafe { self.convert(stream, steps, |of| of.reopen) }
     }
 
-    fn nothing_to_convert() -> DriverError {
-        DriverError::Call {
-            call: "converting a block",
-            name: "no kernel".into(),
-            text: "blocks of this cache stay raw".into(),
+    /// # Safety
+    /// The descriptors are those of the kernels that `which` picks.
+    unsafe fn convert(
+        &self,
+        stream: &Stream,
+        steps: Descriptors,
+        which: impl Fn(&PlaneKernels) -> Option<Function>,
+    ) -> Result<(), DriverError> {
+        let layers = self.sealed.place.coded_layers(&self.block).len() as u32;
+        for of in &self.of_planes {
+            if let Some(function) = which(of) {
+                let grid = (steps.count as u32, of.planes * layers, 1);
+                // SAFETY: passed on.
+                unsafe { of.launch(function, stream, grid, CONVERT_THREADS, steps) }?;
+            }
         }
+        Ok(())
     }
 
     /// Gathers and decodes tokens; `tokens` is the most of any descriptor.
@@ -273,8 +322,12 @@ impl Kernels {
         let vectors = self.vectors(tokens);
         let threads = vectors.next_multiple_of(32).clamp(32, 256);
         let parts = vectors.div_ceil(threads * 4).min(ENOUGH_BLOCKS / (2 * steps.count as u32)).max(1);
-        // SAFETY: passed on.
-        unsafe { self.with_layout(self.read, stream, (steps.count as u32, 2, parts), threads, steps) }
+        for of in &self.of_planes {
+            let grid = (steps.count as u32, of.planes, parts);
+            // SAFETY: passed on.
+            unsafe { of.launch(of.read, stream, grid, threads, steps) }?;
+        }
+        Ok(())
     }
 
     /// Copies or zeroes; `bytes` is the most of any descriptor.
@@ -326,10 +379,12 @@ impl Kernels {
         // SAFETY: the kernel takes an address, here of a fence's word (6), and a value.
         unsafe { self.signal.launch(stream, (1, 1, 1), 1, &mut parameters) }
     }
+}
 
+impl PlaneKernels {
     /// # Safety
-    /// `function` takes the layout and an address of descriptors that keep to invariants 3 and 4.
-    unsafe fn with_layout(
+    /// `function` takes a layout and an address of descriptors that keep to invariants 3 and 4.
+    unsafe fn launch(
         &self,
         function: Function,
         stream: &Stream,
@@ -457,7 +512,7 @@ mod tests {
     }
 
     impl Bench {
-        fn new(gpu: &Arc<Gpu>, layout: BlockLayout, sealed: Format) -> Bench {
+        fn new(gpu: &Arc<Gpu>, layout: BlockLayout, sealed: BlockFormat) -> Bench {
             let zeroed = |bytes| DeviceMemory::zeroed(gpu, bytes).unwrap();
             let (raw, sealed) = (layout.raw_bytes(), sealed.block_bytes(&layout));
             Bench {
@@ -535,17 +590,16 @@ mod tests {
             // SAFETY: as above.
             unsafe { kernels.reopen(stream, reopen) }.unwrap();
             written.push(self.bytes(&self.reopened));
-            for (format, slot) in [(Format::Raw, &self.raw), (kernels.sealed(), &self.sealed)] {
-                let format = abi::format_number(format);
+            for (raw, slot) in [(0b11, &self.raw), (0b00, &self.sealed)] {
                 for layer in 0..layout.layers {
                     let output = self.output.address();
                     let read = self.step(abi::Read {
-                        slot: slot.address(),
+                        slot: [slot.address(); 2],
                         output: [output, output + (count * key_token) as u64],
                         layer: layer as u32,
                         first_token: tokens.start as u32,
                         tokens: count as u32,
-                        format,
+                        raw,
                         index: INDEX,
                     });
                     // SAFETY: as above; the output has room for a block of all layers.
@@ -643,10 +697,11 @@ mod tests {
                 let mut geometry = Geometry::new(layers, heads, key_dim, element).block_tokens(block_tokens);
                 geometry.groups[0].value_dim = value_dim;
                 let layout = geometry.layout().unwrap();
-                let bench = Bench::new(gpu, layout, format);
+                let bench = Bench::new(gpu, layout, format.into());
                 let kernels = [(&fast, &fast_format), (&plain, &plain_format)].map(|(cache, of_format)| {
                     let tables = centred.then(|| Tables::upload(gpu, &some_centres(&geometry)).unwrap());
-                    Kernels::of(cache.clone(), Some(of_format.clone()), &layout, format, tables).unwrap()
+                    let modules = [Some(of_format.clone()), Some(of_format.clone())];
+                    Kernels::of(cache.clone(), modules, &layout, format.into(), tables).unwrap()
                 });
                 let block = layout.block_tokens;
                 let parts = [0..1, 0..block, block - 1..block, block / 3..(2 * block).div_ceil(3)];

@@ -10,8 +10,8 @@ use serde::Serialize;
 use super::abi;
 use super::driver::{DeviceMemory, DriverError, Gpu, PinnedMemory, Stream, check};
 use super::kernels::{Descriptors, Kernels};
-use crate::Format;
 use crate::error::BuildError;
+use crate::{BlockFormat, Format};
 
 /// Bytes moved in a time.
 #[derive(Debug, Clone, Serialize)]
@@ -120,8 +120,9 @@ fn measure(
     let flag = PinnedMemory::zeroed(&gpu, 64)?;
     let at = |memory: &DeviceMemory, block: usize, bytes: usize| memory.address() + (block * bytes) as u64;
     for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
-        let kernels = Kernels::load(&gpu, layout, format, None)?;
-        let sealed_bytes = format.block_bytes(layout).next_multiple_of(128);
+        let block_format = BlockFormat::from(format);
+        let kernels = Kernels::load(&gpu, layout, block_format, None)?;
+        let sealed_bytes = block_format.block_bytes(layout).next_multiple_of(128);
         let sealed = DeviceMemory::zeroed(&gpu, blocks * sealed_bytes)?;
         let converts = |from: (&DeviceMemory, usize), to: (&DeviceMemory, usize), flag| {
             let steps: Vec<abi::Convert> = (0..blocks)
@@ -141,19 +142,19 @@ fn measure(
                 let (block, layer) = (at_layer / layout.layers, at_layer % layout.layers);
                 let to = at(&decoded, block, raw_bytes) + (layer * layout.layer_bytes()) as u64;
                 abi::Read {
-                    slot: at(&sealed, block, sealed_bytes),
+                    slot: [at(&sealed, block, sealed_bytes); 2],
                     output: [to, to + (layout.layer_bytes() / 2) as u64],
                     layer: layer as u32,
                     first_token: 0,
                     tokens: layout.block_tokens as u32,
-                    format: abi::format_number(format),
+                    raw: 0,
                     index: 0,
                 }
             })
             .collect();
         let reads = upload(&gpu, &reads)?;
         let of = |memory: &DeviceMemory, count| Descriptors { address: memory.address(), count };
-        let moved = (blocks * (raw_bytes + format.block_bytes(layout))) as u64;
+        let moved = (blocks * (raw_bytes + block_format.block_bytes(layout))) as u64;
         // SAFETY: descriptors of allocations that outlive the kernels, as sized above (3).
         let seal = || unsafe { kernels.seal(&stream, of(&seals, blocks)) };
         figures.push(repeat(format!("seal {format}"), moved, &seal)?);
@@ -192,7 +193,7 @@ fn call_costs(ordinal: usize) -> Result<Vec<(&'static str, f64)>, DriverError> {
         name: "the geometry".into(),
         text: error.to_string(),
     })?;
-    let kernels = Kernels::load(&gpu, &layout, Format::Raw, None)?;
+    let kernels = Kernels::load(&gpu, &layout, BlockFormat::RAW, None)?;
     let mut fence = super::fence::Fence::new(&stream, &kernels)?;
     let word = PinnedMemory::zeroed(&gpu, 64)?;
     let event = super::driver::Event::new(&gpu)?;

@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kv_cache_actors::format::RowFormat;
+use kv_cache_actors::format::{BlockFormat, RowFormat};
 use kv_cache_actors::geometry::{BlockLayout, Plane};
 
 use super::Slab;
@@ -22,6 +22,9 @@ const BUFFER_BYTES_MIN: usize = 64 << 10;
 const SPARE_BUFFERS_MAX: usize = 128;
 
 /// Distances in bytes inside one layer of a block, for kernels. The same for every block of a format.
+///
+/// `values_bytes` and `layer_bytes` are those of blocks that are in one format as a whole: where keys and values have formats of their own, or
+/// some layers stay raw, take the addresses of values, and a table for each layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BlockStrides {
@@ -68,6 +71,7 @@ impl BlockStrides {
 pub struct DeviceBlockTable {
     arrays: Arrays,
     max_blocks: usize,
+    layer: usize,
     layout: BlockLayout,
     memory: Option<DeviceMemory>,
     slab: Arc<Slab>,
@@ -78,11 +82,12 @@ pub struct DeviceBlockTable {
 /// Addresses of the arrays.
 #[derive(Debug, Clone, Copy, Default)]
 struct Arrays {
-    keys: u64,
-    scales: u64,
+    /// Keys and values, as the next two.
+    rows: [u64; 2],
+    scales: [u64; 2],
+    formats: [u64; 2],
     lengths: u64,
     dropped: u64,
-    formats: u64,
 }
 
 impl DeviceBlockTable {
@@ -118,7 +123,7 @@ impl DeviceBlockTable {
         self.host.sequences.len()
     }
 
-    /// Columns of `keys`, `scales` and `formats`: at least 1.
+    /// Columns of `keys`, `values` and of their scales and formats: at least 1.
     pub fn max_blocks(&self) -> usize {
         self.max_blocks
     }
@@ -128,24 +133,41 @@ impl DeviceBlockTable {
         self.host.block_tokens
     }
 
-    /// Whether any block is stored in `format`: a kernel that reads only `raw` blocks wants to know.
+    /// Whether keys or values of any block are stored in `format` in this layer: a kernel that reads only `raw` ones wants to know.
     pub fn has(&self, format: Format) -> bool {
-        self.host.sequences.iter().flat_map(|row| &row.blocks).any(|block| block.format == format)
+        let mut formats = self.host.sequences.iter().flat_map(|row| &row.blocks).map(|block| block.format);
+        let of = |block: BlockFormat, plane| block.of(&self.layout, self.layer, plane);
+        formats.any(|block| Plane::BOTH.into_iter().any(|plane| of(block, plane) == format))
     }
 
     /// Device address of `u64[sequences][max_blocks]`: where the layer's keys begin.
     pub fn keys(&self) -> u64 {
-        self.arrays.keys
+        self.arrays.rows[0]
+    }
+
+    /// Device address of `u64[sequences][max_blocks]`: where the layer's values begin.
+    pub fn values(&self) -> u64 {
+        self.arrays.rows[1]
     }
 
     /// Device address of `u64[sequences][max_blocks]`: where the scales of the layer's keys begin.
     pub fn scales(&self) -> u64 {
-        self.arrays.scales
+        self.arrays.scales[0]
     }
 
-    /// Device address of `u8[sequences][max_blocks]`.
+    /// Device address of `u64[sequences][max_blocks]`: where the scales of the layer's values begin.
+    pub fn value_scales(&self) -> u64 {
+        self.arrays.scales[1]
+    }
+
+    /// Device address of `u8[sequences][max_blocks]`: formats of the layer's keys.
     pub fn formats(&self) -> u64 {
-        self.arrays.formats
+        self.arrays.formats[0]
+    }
+
+    /// Device address of `u8[sequences][max_blocks]`: formats of the layer's values.
+    pub fn value_formats(&self) -> u64 {
+        self.arrays.formats[1]
     }
 
     /// Device address of `u32[sequences]`.
@@ -219,14 +241,22 @@ impl Cache {
         let (image, at) = image(&columns);
         let memory = slab.tables().put(slab.gpu(), &image);
         let memory = memory.map_err(|error| Error::Device(error.to_string().into()))?;
-        let [keys, scales, lengths, dropped, formats] = at.map(|at| memory.address() + at as u64);
-        let arrays = Arrays { keys, scales, lengths, dropped, formats };
-        Ok(DeviceBlockTable { arrays, max_blocks, layout, memory: Some(memory), slab: slab.clone(), host })
+        let [keys, scales, lengths, dropped, formats, values, value_scales, value_formats] =
+            at.map(|at| memory.address() + at as u64);
+        let arrays = Arrays {
+            rows: [keys, values],
+            scales: [scales, value_scales],
+            formats: [formats, value_formats],
+            lengths,
+            dropped,
+        };
+        let (layer, memory, slab) = (layer as usize, Some(memory), slab.clone());
+        Ok(DeviceBlockTable { arrays, max_blocks, layer, layout, memory, slab, host })
     }
 }
 
 /// The bytes of a table, and where in them its arrays begin.
-fn image(columns: &Columns) -> (Vec<u8>, [usize; 5]) {
+fn image(columns: &Columns) -> (Vec<u8>, [usize; 8]) {
     let mut image = Vec::new();
     let mut put = |bytes: &[u8]| {
         let at = image.len();
@@ -235,11 +265,14 @@ fn image(columns: &Columns) -> (Vec<u8>, [usize; 5]) {
         at
     };
     let at = [
-        put(bytemuck::cast_slice(&columns.keys)),
-        put(bytemuck::cast_slice(&columns.scales)),
+        put(bytemuck::cast_slice(&columns.rows[0])),
+        put(bytemuck::cast_slice(&columns.scales[0])),
         put(bytemuck::cast_slice(&columns.lengths)),
         put(bytemuck::cast_slice(&columns.dropped)),
-        put(&columns.formats),
+        put(&columns.formats[0]),
+        put(bytemuck::cast_slice(&columns.rows[1])),
+        put(bytemuck::cast_slice(&columns.scales[1])),
+        put(&columns.formats[1]),
     ];
     (image, at)
 }
@@ -303,10 +336,11 @@ mod tests {
         let slab = 1 << 40;
         let block = |first_token, format, slot_offset_bytes, inside| BlockEntry {
             first_token,
-            format,
+            format: BlockFormat::from(format),
             tier: Tier::Device,
             slot_offset_bytes,
             keys_offset_bytes: slot_offset_bytes + inside,
+            values_offset_bytes: 0,
             address: slab + (slot_offset_bytes + inside) as u64,
         };
         let raw_keys = layout.plane_offset(1, Plane::Key);
@@ -339,12 +373,18 @@ mod tests {
         let keys =
             [slab + 1024 + codes as u64, slab + 4096 + raw_keys as u64, 0, slab + 8192 + raw_keys as u64];
         assert_eq!(read::<u64>(&image, at[0], 8), [&keys[..], &[0; 4]].concat());
-        let int8 = FormatLayout::new(Format::Int8, &layout);
+        let int8 = FormatLayout::new(Format::Int8.into(), &layout);
         let scales = slab + 1024 + int8.scales_at(&layout, 1, Plane::Key) as u64;
         assert_eq!(read::<u64>(&image, at[1], 8), [scales, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(read::<u32>(&image, at[2], 2), [14, 0]);
         assert_eq!(read::<u32>(&image, at[3], 4), [5, 13, 0, 0]);
         assert_eq!(read::<u8>(&image, at[4], 8), [1, 0, 0, 0, 0, 0, 0, 0]);
+        let raw_values = layout.plane_bytes(Plane::Key) as u64;
+        let values = [keys[0] + raw_values / 2, keys[1] + raw_values, 0, keys[3] + raw_values];
+        assert_eq!(read::<u64>(&image, at[5], 8), [&values[..], &[0; 4]].concat());
+        let scales = slab + 1024 + int8.scales_at(&layout, 1, Plane::Value) as u64;
+        assert_eq!(read::<u64>(&image, at[6], 8), [scales, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(read::<u8>(&image, at[7], 8), [1, 0, 0, 0, 0, 0, 0, 0]);
     }
 
     /// The strides name the same bytes as the layouts of `format.rs` and `geometry.rs`.
@@ -353,7 +393,7 @@ mod tests {
         let mut geometry = Geometry::new(3, 2, 8, ElementType::F16).block_tokens(4);
         geometry.groups[0].value_dim = 5;
         let layout = geometry.layout().unwrap();
-        let int8 = FormatLayout::new(Format::Int8, &layout);
+        let int8 = FormatLayout::new(Format::Int8.into(), &layout);
         let scale = layout.element.scale_bytes();
         type At<'a> = &'a dyn Fn(usize, Plane) -> usize;
         let cases: [(usize, usize, At<'_>); 3] = [

@@ -8,12 +8,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use kv_cache_actors::format::Format;
+use kv_cache_actors::format::{BlockFormat, Format};
 use kv_cache_actors::geometry::{BlockLayout, Plane};
 use kv_cache_actors::memory::{AppendRows, AppendStep, Launch, ReadStep, Step};
 
 use super::driver::{DriverError, Stream};
-use super::kernels::{Descriptors, Kernels};
+use super::kernels::{Descriptors, Kernels, Sealed};
 use super::{Slab, abi};
 
 /// Payloads and outputs begin at multiples of this: what a thread loads or stores at once.
@@ -66,23 +66,37 @@ fn data_bytes(layout: &BlockLayout, launch: &Launch, step: &Step) -> usize {
 
 impl Plan {
     /// The steps of `launch` from `from` on that fit into `bytes_max` bytes. At least one does: see [`split_large`].
-    pub(super) fn of(layout: &BlockLayout, launch: &Launch, from: usize, bytes_max: usize) -> Plan {
+    /// `raw_runs` of a sealed block stay raw.
+    pub(super) fn of(
+        layout: &BlockLayout,
+        raw_runs: usize,
+        launch: &Launch,
+        from: usize,
+        bytes_max: usize,
+    ) -> Plan {
         let mut plan = Plan { flights: launch.flights.len(), ..Plan::default() };
         for step in &launch.steps[from..] {
             let data_bytes = data_bytes(layout, launch, step);
             let rows = if let Step::AppendRows(rows) = step { rows.rows.len() } else { 0 };
             // The largest descriptor stands for any.
-            let descriptors = rows.max(1) * size_of::<abi::Append>() + rows * size_of::<u32>();
+            let runs = if matches!(step, Step::Seal { .. } | Step::Reopen { .. }) { raw_runs } else { 0 };
+            let descriptors = (rows.max(1) + runs) * size_of::<abi::Append>() + rows * size_of::<u32>();
             let more = plan.bytes() + data_bytes + descriptors + VECTOR_BYTES;
             if plan.steps > 0 && more > bytes_max {
                 break;
             }
             match step {
                 Step::Zero { .. } | Step::Copy { .. } | Step::Transfer { .. } => plan.moves += 1,
-                Step::Reopen { .. } => plan.reopens += 1,
+                Step::Reopen { .. } => {
+                    plan.reopens += 1;
+                    plan.moves += raw_runs;
+                }
                 Step::Append(_) => plan.appends += 1,
                 Step::AppendRows(_) => plan.appends += rows,
-                Step::Seal { .. } => plan.seals += 1,
+                Step::Seal { .. } => {
+                    plan.seals += 1;
+                    plan.moves += raw_runs;
+                }
                 Step::Read(_) => plan.reads += 1,
                 _ => {}
             }
@@ -192,7 +206,7 @@ impl<T> Section<'_, T> {
 pub(super) struct Unit<'a> {
     layout: &'a BlockLayout,
     /// The only format that the kernels know besides `raw`.
-    sealed: Format,
+    sealed: &'a Sealed,
     launch: &'a Launch,
     slab: &'a Slab,
     flags: u64,
@@ -235,7 +249,7 @@ impl<'a> Unit<'a> {
     /// Lays the unit out over `bytes`, which the device sees at `address`.
     pub(super) fn new(
         layout: &'a BlockLayout,
-        sealed: Format,
+        sealed: &'a Sealed,
         launch: &'a Launch,
         plan: &Plan,
         slab: &'a Slab,
@@ -279,41 +293,48 @@ impl<'a> Unit<'a> {
     /// # Errors
     /// In words, a step that this device does not know.
     pub(super) fn write(&mut self, step: &Step) -> Result<Option<[Range<usize>; 2]>, Arc<str>> {
-        let block_bytes = self.layout.raw_bytes() as u64;
-        let at = |offset: &usize| self.slab.address_of(*offset);
+        let block_bytes = self.layout.raw_bytes();
+        let slab = self.slab;
+        let at = |offset: &usize| slab.address_of(*offset);
         match step {
-            Step::Zero { slot_offset } => {
-                let to = at(slot_offset);
-                self.moves.put(abi::Move { from: 0, to, bytes: block_bytes });
-                self.most.3 = block_bytes as usize;
-            }
+            Step::Zero { slot_offset } => self.put_move(0, at(slot_offset), block_bytes),
             Step::Copy { from_offset, to_offset } => {
-                let (from, to) = (at(from_offset), at(to_offset));
-                self.moves.put(abi::Move { from, to, bytes: block_bytes });
-                self.most.3 = block_bytes as usize;
+                self.put_move(at(from_offset), at(to_offset), block_bytes);
             }
             Step::Transfer { from_offset, to_offset, bytes } => {
-                let (from, to) = (at(from_offset), at(to_offset));
-                self.moves.put(abi::Move { from, to, bytes: *bytes as u64 });
-                self.most.3 = self.most.3.max(*bytes);
+                self.put_move(at(from_offset), at(to_offset), *bytes);
             }
-            Step::Reopen { format, position, from_offset, to_offset } if *format == self.sealed => {
+            Step::Reopen { format, position, from_offset, to_offset } if *format == self.sealed.format() => {
                 let (from, to) = (at(from_offset), at(to_offset));
+                for &(raw, sealed, bytes) in &self.sealed.raw_runs {
+                    self.put_move(from + sealed as u64, to + raw as u64, bytes);
+                }
                 self.reopens.put(abi::Convert { from, to, flag: 0, index: self.index(*position) });
             }
-            Step::Seal { flight, format, position, from_offset, to_offset } if *format == self.sealed => {
+            Step::Seal { flight, format, position, from_offset, to_offset }
+                if *format == self.sealed.format() =>
+            {
                 let (from, to, flag) = (at(from_offset), at(to_offset), self.flag(*flight));
+                // Appends have seen that it is finite.
+                for &(raw, sealed, bytes) in &self.sealed.raw_runs {
+                    self.put_move(from + raw as u64, to + sealed as u64, bytes);
+                }
                 self.seals.put(abi::Convert { from, to, flag, index: self.index(*position) });
             }
             Step::Append(append) => self.append(append, self.flag(append.flight)),
             Step::AppendRows(rows) => self.append_rows(rows),
-            Step::Read(read) if [Format::Raw, self.sealed].contains(&read.format) => {
+            Step::Read(read) if [BlockFormat::RAW, self.sealed.format()].contains(&read.format) => {
                 return Ok(self.read(read));
             }
             // Steps of a newer core, formats of another cache: failing loudly beats leaving bytes out.
             other => return Err(format!("the CUDA device does not know {other:?}").into()),
         }
         Ok(None)
+    }
+
+    fn put_move(&mut self, from: u64, to: u64, bytes: usize) {
+        self.moves.put(abi::Move { from, to, bytes: bytes as u64 });
+        self.most.3 = self.most.3.max(bytes);
     }
 
     /// Which block of its sequence begins at `position`.
@@ -424,13 +445,28 @@ impl<'a> Unit<'a> {
             }
         };
         self.most.2 = self.most.2.max(read.tokens.len());
+        let slot = self.slab.address_of(read.slot_offset);
+        let (mut slots, mut raw) = ([slot; 2], 0);
+        for (at, plane) in Plane::BOTH.into_iter().enumerate() {
+            if read.format.of(self.layout, read.layer, plane) == Format::Raw {
+                raw |= 1 << at;
+                if !read.format.is_raw() {
+                    // So that it lies where it does in a raw block.
+                    let (here, there) = (
+                        self.sealed.place.codes_at(self.layout, read.layer, plane),
+                        self.layout.plane_offset(read.layer, plane),
+                    );
+                    slots[at] = slot.wrapping_add(here as u64).wrapping_sub(there as u64);
+                }
+            }
+        }
         self.reads.put(abi::Read {
-            slot: self.slab.address_of(read.slot_offset),
+            slot: slots,
             output,
             layer: read.layer as u32,
             first_token: read.tokens.start as u32,
             tokens: read.tokens.len() as u32,
-            format: abi::format_number(read.format),
+            raw,
             index: self.index(read.position),
         });
         planes

@@ -4,7 +4,6 @@ use super::Oracle;
 use crate::batch::{BatchCacheOperations, Outcome};
 use crate::block::BlockId;
 use crate::device::Event;
-use crate::format::Format;
 use crate::testing::rig::Ticket;
 use crate::testing::sim::LANES;
 use crate::testing::values::tenant_of;
@@ -57,7 +56,7 @@ impl Oracle {
                 let decoded = self.rig.device.is_decoded(place.class, offset);
                 assert!(!decoded, "{}: block {index} has a key, but was decoded", tracked.id);
             }
-            if place.format == Format::Raw {
+            if place.format.is_raw() {
                 // Also the rows that it never wrote: they may be its own old ones or zero, never another tenant's.
                 let start = self.rig.config().pool.offset_bytes(place.class, place.slot);
                 let slot = start..start + layout.raw_bytes();

@@ -29,7 +29,6 @@ use super::sim::LANES;
 use crate::batch::{BatchCacheOperations, Outcome, Results};
 use crate::block::BlockKey;
 use crate::error::Error;
-use crate::format::Format;
 use crate::sequence::{OpenSequence, SequenceId};
 
 /// Which faults a run injects.
@@ -293,7 +292,7 @@ impl Oracle {
                         let mut model = ModelSequence::new(&self.rules, handle.id(), tenant, reserved_tokens);
                         let found = handle.shared().committed();
                         let block_tokens = self.rules.layout.block_tokens as u32;
-                        let whole = found.is_multiple_of(block_tokens) || self.rules.format == Format::Raw;
+                        let whole = found.is_multiple_of(block_tokens) || self.rules.format.is_raw();
                         assert!(found == 0 || found < prompt_tokens && whole);
                         if let Some(document) = document {
                             model.found(

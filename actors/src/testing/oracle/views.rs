@@ -2,7 +2,7 @@
 
 use super::Oracle;
 use crate::block::{BlockId, Place};
-use crate::format::{Format, FormatLayout};
+use crate::format::FormatLayout;
 use crate::geometry::Plane;
 use crate::memory::ReadBuffer;
 use crate::slot::SlotPin;
@@ -83,7 +83,7 @@ impl Oracle {
                         self.rig.device.copy_bytes(piece.clone(), &mut view.bytes);
                         view.pieces.push(piece);
                     }
-                    if settled && place.format == Format::Raw {
+                    if settled && place.format.is_raw() {
                         let bytes = &view.bytes[view.bytes.len() - inside.len() * layout.row_bytes(plane)..];
                         for (i, row) in bytes.chunks_exact(layout.row_bytes(plane)).enumerate() {
                             let to = ((first as usize + i) * layout.kv_heads + head) * row.len();
@@ -93,7 +93,7 @@ impl Oracle {
                 }
             }
             if settled
-                && place.format == Format::Raw
+                && place.format.is_raw()
                 && let Some(model) = &tracked.model
             {
                 let stored = first..first + inside.len() as u32;

@@ -18,9 +18,6 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 enum Element { F16 = 0, BF16 = 1, F32 = 2 };
-// The number of raw blocks in descriptors. Every other number is the format of the module.
-enum { RAW = 0 };
-
 // Mirrors `abi::CentreTables`.
 struct CentreTables {
     u64 means, block_turns, token_turns;
@@ -29,15 +26,22 @@ struct CentreTables {
 
 // Mirrors `abi::Layout`. A raw block is [layer][K|V][kv_head][token][dim], `row_bytes` a row; a sealed one has `code_bytes` a row in
 // the same order, and behind them all scales in the order of the rows: `scale_bytes` for a row, or for KEY_SCALE_ROWS rows of keys.
+// Planes are counted keys, values, keys of the next layer, …: a launch takes those from `first_plane` on, `plane_step` apart.
+// Those of a layer have their codes at `codes_at` and their scales at `scales_at`, by kind, as if all layers were coded.
 struct Layout {
     u32 layers, kv_heads, block_tokens, element;
     u32 dim[2], row_bytes[2], code_bytes[2];
-    u32 element_bytes, scale_bytes[2], padding;
+    u32 element_bytes, scale_bytes[2], first_plane, plane_step, padding;
     u64 plane_bytes[2];
     u64 layer_bytes;
-    u64 scales_offset;
+    u64 codes_at[2], codes_layer;
+    u64 scales_at[2], scales_layer;
     CentreTables centres;
 };
+
+// The plane of a thread block, over all layers; and of a read, which has one layer.
+__device__ __forceinline__ u32 plane_of(const Layout& L) { return L.first_plane + blockIdx.y * L.plane_step; }
+__device__ __forceinline__ u32 plane_of_read(const Layout& L) { return L.first_plane % 2 + blockIdx.y; }
 
 // Mirrors `abi::Append`: tokens of payload tensors [layers, source_tokens, kv_heads, dim] go to one raw slot.
 struct Append {
@@ -51,11 +55,12 @@ struct Convert {
     u64 from, to, flag, index;
 };
 
-// Mirrors `abi::Read`: tokens of one layer of a slot, block `index` of a sequence, go to [tokens, kv_heads, dim].
+// Mirrors `abi::Read`: tokens of one layer of a slot, block `index` of a sequence, go to [tokens, kv_heads, dim]. Keys are raw if the first
+// bit of `raw` is set, values if the second is: they lie then as in a raw block at their `slot`.
 struct Read {
-    u64 slot;
+    u64 slot[2];
     u64 output[2];
-    u32 layer, first_token, tokens, format;
+    u32 layer, first_token, tokens, raw;
     u64 index;
 };
 
@@ -217,9 +222,8 @@ struct Plane {
         scale_bytes = L.scale_bytes[plane];
         keys = plane == 0;
         raw = raw_slot + layer * L.layer_bytes + plane * L.plane_bytes[0];
-        codes = sealed_slot + (u64)rows * (layer * (L.code_bytes[0] + L.code_bytes[1]) + plane * L.code_bytes[0]);
-        const u64 of_keys = rows / KEY_SCALE_ROWS * L.scale_bytes[0], of_values = rows * L.scale_bytes[1];
-        scales = sealed_slot + L.scales_offset + layer * (of_keys + of_values) + plane * of_keys;
+        codes = sealed_slot + L.codes_at[plane] + layer * L.codes_layer;
+        scales = sealed_slot + L.scales_at[plane] + layer * L.scales_layer;
     }
 };
 
@@ -309,8 +313,8 @@ struct Place {
 
 // Gathers tokens of one layer of a raw block: [kv_head][token][dim] to [tokens, kv_heads, dim].
 __device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool plain) {
-    const u32 plane = blockIdx.y, row_bytes = L.row_bytes[plane];
-    const Plane p(L, r.slot, r.slot, 2 * r.layer + plane);
+    const u32 plane = plane_of_read(L), row_bytes = L.row_bytes[plane];
+    const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
     const u64 output = r.output[plane];
     const u32 rows = r.tokens * L.kv_heads, per_row = row_bytes / 16;
     if (!plain && row_bytes % 16 == 0 && aligned16(p.raw, output) && per_row <= blockDim.x) {
@@ -353,11 +357,11 @@ __device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool 
     extern "C" __global__ void plain_reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { reopen_plane<E>(L, s[blockIdx.x], true); }      \
     extern "C" __global__ void read_##NAME(const __grid_constant__ Layout L, const Read* steps) {                                                        \
         const Read& r = steps[blockIdx.x];                                                                                       \
-        if (r.format == RAW) gather_raw(L, r, false);                                                                              \
+        if (r.raw >> plane_of_read(L) & 1) gather_raw(L, r, false);                                                                              \
         else read_plane<E>(L, r, false);                                                                                         \
     }                                                                                                                            \
     extern "C" __global__ void plain_read_##NAME(const __grid_constant__ Layout L, const Read* steps) {                                                  \
         const Read& r = steps[blockIdx.x];                                                                                       \
-        if (r.format == RAW) gather_raw(L, r, true);                                                                               \
+        if (r.raw >> plane_of_read(L) & 1) gather_raw(L, r, true);                                                                               \
         else read_plane<E>(L, r, true);                                                                                          \
     }

@@ -213,7 +213,7 @@ template <u32 E> __device__ __forceinline__ bool seal_values(const Layout& L, co
 
 template <u32 E> __device__ __forceinline__ void seal_tiles(const Layout& L, const Convert& s, const Plane& p) {
     constexpr u32 N = Vector<E>::N;
-    const Centre centre(L, blockIdx.y, s.index);
+    const Centre centre(L, plane_of(L), s.index);
     bool bad = false;
     for (u32 tile = threadIdx.x / 32; tile < Tile<E>::count(p, p.rows); tile += blockDim.x / 32) {
         const Tile<E> t(p, tile);
@@ -235,7 +235,7 @@ template <u32 E> __device__ __forceinline__ void seal_tiles(const Layout& L, con
 
 // One group after the other, a thread each.
 template <u32 E> __device__ __forceinline__ void plain_seal(const Layout& L, const Convert& s, const Plane& p) {
-    const Centre centre(L, blockIdx.y, s.index);
+    const Centre centre(L, plane_of(L), s.index);
     // Bytes of codes have more than one writer, of which each knows its own bits only.
     for (u32 i = threadIdx.x; i < p.rows * p.code_bytes; i += blockDim.x) ((u8*)p.codes)[i] = 0;
     __syncthreads();
@@ -279,7 +279,7 @@ template <u32 E> __device__ __forceinline__ void plain_seal(const Layout& L, con
 }
 
 template <u32 E> __device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s, bool plain) {
-    const Plane p(L, s.from, s.to, blockIdx.y);
+    const Plane p(L, s.from, s.to, plane_of(L));
     if (plain || !are_vectors<E>(p)) plain_seal<E>(L, s, p);
     else seal_tiles<E>(L, s, p);
 }
@@ -343,8 +343,8 @@ __device__ __forceinline__ float decode_one(const Layout& L, const Plane& p, con
 
 // Decodes a whole plane back to rows as they were.
 template <u32 E> __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
-    const Plane p(L, s.to, s.from, blockIdx.y);
-    const Centre centre(L, blockIdx.y, s.index);
+    const Plane p(L, s.to, s.from, plane_of(L));
+    const Centre centre(L, plane_of(L), s.index);
     if (!plain && are_vectors<E>(p)) {
         for (u32 tile = threadIdx.x / 32; tile < Tile<E>::count(p, p.rows); tile += blockDim.x / 32) {
             decode_tile<E>(L, p, centre, Tile<E>(p, tile), [&](u32 row) { return p.raw + (u64)row * p.row_bytes; });
@@ -358,8 +358,8 @@ template <u32 E> __device__ __forceinline__ void reopen_plane(const Layout& L, c
 
 // Gathers and decodes tokens of one layer: [kv_head][token][dim] to [tokens, kv_heads, dim].
 template <u32 E> __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
-    const u32 plane = blockIdx.y, row_bytes = L.row_bytes[plane];
-    const Plane p(L, r.slot, r.slot, 2 * r.layer + plane);
+    const u32 plane = plane_of_read(L), row_bytes = L.row_bytes[plane];
+    const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
     const Centre centre(L, 2 * r.layer + plane, r.index);
     const u64 output = r.output[plane];
     if (!plain && are_vectors<E>(p) && (output & 15) == 0) {

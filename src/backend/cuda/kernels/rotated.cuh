@@ -195,8 +195,8 @@ __device__ __forceinline__ void fetch(uint4* v, const Plane& p, u32 row, u32 lan
 
 template <u32 E>
 __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, const Tables& tables, u32 lanes) {
-    const Plane p(L, s.from, s.to, blockIdx.y);
-    const Centre centre(L, blockIdx.y, s.index);
+    const Plane p(L, s.from, s.to, plane_of(L));
+    const Centre centre(L, plane_of(L), s.index);
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     const Flips<E> flips(lane, lanes);
     const float shorten = inverse_root(lanes * PER_THREAD);
@@ -353,8 +353,8 @@ template <typename F> __device__ __forceinline__ float plain_sum(float* t, u32 d
 
 template <u32 E>
 __device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, Scratch& S) {
-    const Plane p(L, s.from, s.to, blockIdx.y);
-    const Centre centre(L, blockIdx.y, s.index);
+    const Plane p(L, s.from, s.to, plane_of(L));
+    const Centre centre(L, plane_of(L), s.index);
     for (u32 row = 0; row < p.rows; row++) {
         const u8* raw = (const u8*)p.raw + (u64)row * p.row_bytes;
         const u64 to = p.codes + (u64)row * p.code_bytes;
@@ -435,7 +435,7 @@ union Shared {
 template <u32 E>
 __device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s, bool plain) {
     __shared__ Shared S;
-    const Plane p(L, s.from, s.to, blockIdx.y);
+    const Plane p(L, s.from, s.to, plane_of(L));
     const u32 lanes = lanes_of(p, p.raw, plain);
     if (lanes == 0) return plain_seal_rows<E>(L, s, S.scratch);
     S.tables.fill();
@@ -455,14 +455,14 @@ __device__ __forceinline__ void decode_plane(const Layout& L, const Plane& p, co
 
 template <u32 E>
 __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
-    const Plane p(L, s.to, s.from, blockIdx.y);
-    decode_plane<E>(L, p, Centre(L, blockIdx.y, s.index), p.raw, p.rows, 0, 1, plain, [](u32 row) { return make_uint2(row, row); });
+    const Plane p(L, s.to, s.from, plane_of(L));
+    decode_plane<E>(L, p, Centre(L, plane_of(L), s.index), p.raw, p.rows, 0, 1, plain, [](u32 row) { return make_uint2(row, row); });
 }
 
 template <u32 E>
 __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
-    const u32 plane = blockIdx.y;
-    const Plane p(L, r.slot, r.slot, 2 * r.layer + plane);
+    const u32 plane = plane_of_read(L);
+    const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
     decode_plane<E>(L, p, Centre(L, 2 * r.layer + plane, r.index), r.output[plane], r.tokens * L.kv_heads, blockIdx.z, gridDim.z, plain, [&](u32 i) {
         const Place place(L, r, i);
         return make_uint2(place.row, place.target);

@@ -59,8 +59,8 @@ __device__ __forceinline__ bool are_vectors(const Plane& p) { return ((p.row_byt
 template <u32 E>
 __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32 lanes) {
     const u32 UNROLL = SEAL_UNROLL, N = Vector<E>::N;
-    const Plane p(L, s.from, s.to, blockIdx.y);
-    const Centre centre(L, blockIdx.y, s.index);
+    const Plane p(L, s.from, s.to, plane_of(L));
+    const Centre centre(L, plane_of(L), s.index);
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     const bool active = lane * 16 < p.row_bytes;
     bool bad = false;
@@ -114,8 +114,8 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32
 
 template <u32 E>
 __device__ __forceinline__ void plain_seal_rows(const Layout& L, const Convert& s) {
-    const Plane p(L, s.from, s.to, blockIdx.y);
-    const Centre centre(L, blockIdx.y, s.index);
+    const Plane p(L, s.from, s.to, plane_of(L));
+    const Centre centre(L, plane_of(L), s.index);
     for (u32 row = threadIdx.x; row < p.rows; row += blockDim.x) {
         const auto element = [&](u32 i) {
             const float x = load<E>((const u8*)p.raw + (u64)row * p.row_bytes + i * L.element_bytes);
@@ -141,8 +141,8 @@ __device__ __forceinline__ void plain_seal_rows(const Layout& L, const Convert& 
 // The widest row that seal_rows takes is 32 vectors; wider ones and odd ones are the plain kernel's.
 template <u32 E>
 __device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s, bool plain) {
-    const u32 row_bytes = L.row_bytes[blockIdx.y & 1];
-    if (plain || row_bytes > 512 || !are_vectors(Plane(L, s.from, s.to, blockIdx.y))) plain_seal_rows<E>(L, s);
+    const u32 row_bytes = L.row_bytes[plane_of(L) & 1];
+    if (plain || row_bytes > 512 || !are_vectors(Plane(L, s.from, s.to, plane_of(L)))) plain_seal_rows<E>(L, s);
     else seal_rows<E>(L, s, row_bytes > 256 ? 32 : row_bytes > 128 ? 16 : row_bytes > 64 ? 8 : 4);
 }
 
@@ -175,8 +175,8 @@ __device__ __forceinline__ uint4 decode_vector(uint2 codes, float scale) {
 // Decodes a whole plane back to rows as they were.
 template <u32 E>
 __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
-    const Plane p(L, s.to, s.from, blockIdx.y);
-    const Centre centre(L, blockIdx.y, s.index);
+    const Plane p(L, s.to, s.from, plane_of(L));
+    const Centre centre(L, plane_of(L), s.index);
     const u32 N = Vector<E>::N, per_row = p.dim / N;
     if (!plain && are_vectors(p) && per_row <= blockDim.x) {
         const Columns c(per_row);
@@ -212,8 +212,8 @@ __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, 
 // Gathers and decodes tokens of one layer: [kv_head][token][dim] to [tokens, kv_heads, dim].
 template <u32 E>
 __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
-    const u32 plane = blockIdx.y, N = Vector<E>::N, row_bytes = L.row_bytes[plane];
-    const Plane p(L, r.slot, r.slot, 2 * r.layer + plane);
+    const u32 plane = plane_of_read(L), N = Vector<E>::N, row_bytes = L.row_bytes[plane];
+    const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
     const Centre centre(L, 2 * r.layer + plane, r.index);
     const u64 output = r.output[plane];
     const u32 rows = r.tokens * L.kv_heads, per_row = p.dim / N;

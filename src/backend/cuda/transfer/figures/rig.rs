@@ -13,7 +13,7 @@ use super::super::super::measure::{random, upload};
 use super::super::engine::{Engine, Finished, Transfer};
 use super::super::plan::{Direction, Method, Move};
 use super::GIB;
-use crate::Format;
+use crate::{BlockFormat, Format};
 
 /// After so long the driver is asked for the error.
 const STALL_S: f64 = 5.0;
@@ -171,7 +171,7 @@ pub(super) struct Sealing {
 impl Sealing {
     pub(super) fn new(gpu: &Arc<Gpu>, layout: &BlockLayout, blocks: usize) -> Result<Sealing, DriverError> {
         let (raw_bytes, sealed_bytes) =
-            (layout.raw_bytes(), Format::Int8.block_bytes(layout).next_multiple_of(128));
+            (layout.raw_bytes(), BlockFormat::from(Format::Int8).block_bytes(layout).next_multiple_of(128));
         let raw = random(gpu, layout.element, blocks * raw_bytes)?;
         let sealed = DeviceMemory::zeroed(gpu, blocks * sealed_bytes)?;
         let flag = PinnedMemory::zeroed(gpu, 64)?;
