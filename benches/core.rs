@@ -64,7 +64,7 @@ fn step(name: &str, count: usize, copied: bool, each: bool) {
         geometry,
         layout,
         pool,
-        sealed_format: BlockFormat::RAW,
+        formats: BlockFormat::RAW.into(),
         keep_raw: Default::default(),
         max_tokens: 1 << 20,
         token_budget: TokenBudget::new(1 << 40),

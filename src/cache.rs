@@ -20,7 +20,7 @@ use crate::sequence::unexpected;
 use crate::telemetry::Stats;
 use crate::view::BlockTable;
 use crate::{
-    BlockEvents, BlockFormat, Error, Geometry, Invalidate, OpenOptions, Sequence, SequenceId, Tenant,
+    BlockEvents, BlockFormat, Error, Format, Geometry, Invalidate, OpenOptions, Sequence, SequenceId, Tenant,
 };
 
 /// A KV cache: cheap to clone, shared by all tasks of a server.
@@ -48,6 +48,13 @@ impl CacheBuilder {
     /// Bytes of each device's slab; 1 GiB unless set.
     pub fn memory_bytes_per_device(mut self, bytes: u64) -> Self {
         self.config.memory_bytes_per_device = bytes;
+        self
+    }
+
+    /// Formats that sealed blocks are re-encoded to when memory runs short; none unless set. See
+    /// [`Quantisation::colder_formats`](crate::Quantisation::colder_formats).
+    pub fn colder_formats(mut self, formats: &[Format]) -> Self {
+        self.config.quantisation.colder_formats = formats.to_vec();
         self
     }
 

@@ -7,7 +7,7 @@ use kv_cache_actors::block::HashSecret;
 use kv_cache_actors::dropping::{Dropping, KeyScore};
 use kv_cache_actors::error::ConfigError;
 use kv_cache_actors::eviction::EvictionPolicy;
-use kv_cache_actors::format::{BlockFormat, Format, GROUP, KeepRaw};
+use kv_cache_actors::format::{BlockFormat, Format, GROUP, KeepRaw, Ladder};
 use kv_cache_actors::geometry::{BlockLayout, Geometry, Plane};
 use kv_cache_actors::limits::TenantLimits;
 use kv_cache_actors::permit::Amount;
@@ -71,6 +71,11 @@ pub struct Quantisation {
     /// A format of their own for values; unless it is said, that of the keys.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub values_format: Option<Format>,
+    /// Smaller formats that sealed blocks are re-encoded to when memory runs short, before any has to make way: `["r4", "r2"]` behind
+    /// `int8`, at most two. Blocks that no sequence holds go first, while less than an eighth of a device's memory is left; while less than
+    /// a sixteenth is, those of sequences too, the ones sealed longest ago first. What is lost is not regained.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub colder_formats: Vec<Format>,
     /// So many of the first layers stay raw in sealed blocks too, and [so many](Quantisation::raw_last_layers) of the last.
     pub raw_first_layers: u16,
     /// See [`Quantisation::raw_first_layers`].
@@ -96,6 +101,7 @@ impl Default for Quantisation {
             enabled: true,
             format: Format::Int8,
             values_format: None,
+            colder_formats: Vec::new(),
             raw_first_layers: 0,
             raw_last_layers: 0,
             raw_sinks: None,
@@ -406,11 +412,13 @@ impl CacheConfig {
         }
         self.check_scores(matches!(self.devices, Devices::Cuda(_)))?;
         let (format, tokens) = (self.sealed_format(), layout.block_tokens);
-        if format.keys.is_grouped() && !tokens.is_multiple_of(GROUP) {
-            let keys = format.keys;
-            let fix =
-                format!("use a multiple of {GROUP}: {keys} has a scale for each channel of {GROUP} keys");
-            return Err(ConfigError::invalid("geometry.block_tokens", tokens, fix));
+        self.check_ladder(&layout)?;
+        for keys in self.formats().formats().iter().map(|format| format.keys) {
+            if keys.is_grouped() && !tokens.is_multiple_of(GROUP) {
+                let fix =
+                    format!("use a multiple of {GROUP}: {keys} has a scale for each channel of {GROUP} keys");
+                return Err(ConfigError::invalid("geometry.block_tokens", tokens, fix));
+            }
         }
         let raw_layers = [format.raw_first_layers, format.raw_last_layers].map(usize::from);
         if raw_layers.iter().sum::<usize>() >= layout.layers && !format.is_raw() {
@@ -418,7 +426,7 @@ impl CacheConfig {
             let fix = "leave a layer to be sealed, or turn quantisation off";
             return Err(ConfigError::invalid("quantisation.raw_first_layers, raw_last_layers", value, fix));
         }
-        let pool = PoolLayout::plan(&layout, self.sealed_format(), self.memory_bytes_per_device)?;
+        let pool = PoolLayout::plan(&layout, self.formats(), self.memory_bytes_per_device)?;
         self.check_tenants(&pool)?;
         let with_tier = pool.with_host_bytes(self.host_tier_bytes_per_device);
         if with_tier.host_slots == 0 && self.host_tier_bytes_per_device > 0 {
@@ -487,6 +495,44 @@ impl CacheConfig {
             true => BlockFormat { keys, values, raw_first_layers, raw_last_layers },
             false => BlockFormat::RAW,
         }
+    }
+
+    /// That format, and those that sealed blocks are re-encoded to.
+    pub(crate) fn formats(&self) -> Ladder {
+        let sealed = self.sealed_format();
+        let colder = self.quantisation.colder_formats.iter().filter(|_| !sealed.is_raw());
+        let colder = colder.map(|&format| BlockFormat { keys: format, values: format, ..sealed });
+        let all = std::iter::once(sealed).chain(colder).collect::<Vec<_>>();
+        // More than there may be are refused before.
+        Ladder::new(&all).unwrap_or_else(|| sealed.into())
+    }
+
+    /// Formats that blocks are re-encoded to are fewer bytes each, and few.
+    fn check_ladder(&self, layout: &BlockLayout) -> Result<(), ConfigError> {
+        let Quantisation { enabled, ref colder_formats, .. } = self.quantisation;
+        let refuse = |fix: String| {
+            let names = colder_formats.iter().map(|format| format.name()).collect::<Vec<_>>();
+            Err(ConfigError::invalid("quantisation.colder_formats", names.join(", "), fix))
+        };
+        if colder_formats.len() >= Ladder::RUNGS_MAX {
+            return refuse(format!("name at most {}", Ladder::RUNGS_MAX - 1));
+        }
+        if enabled && !colder_formats.is_empty() && self.sealed_format().is_raw() {
+            return refuse("name none, or seal in a format that is not raw".into());
+        }
+        let bytes = |format: &BlockFormat| format.block_bytes(layout);
+        for pair in self.formats().formats().windows(2) {
+            if bytes(&pair[1]) >= bytes(&pair[0]) {
+                return refuse(format!(
+                    "name formats that grow smaller: a block in {} has {} bytes, and {} in {}",
+                    pair[1],
+                    bytes(&pair[1]),
+                    bytes(&pair[0]),
+                    pair[0]
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Full blocks that are not sealed.

@@ -108,7 +108,7 @@ pub(crate) fn open(
             geometry: config.geometry.clone(),
             layout,
             pool,
-            sealed_format: config.sealed_format(),
+            formats: config.formats(),
             keep_raw: config.keep_raw(),
             max_tokens: config.max_tokens,
             token_budget: tokens.clone(),
@@ -198,9 +198,8 @@ impl Runtime {
         let blocks = self.layout.blocks_for(tokens as usize) as u64;
         let fits = |(shard, view): (usize, &ShardView)| {
             let counters = view.stats.lock().counters;
-            // Cached blocks make way; most of them are sealed.
-            let sealed_bytes = counters.blocks_cached * self.pool.sealed_slot_bytes as u64;
-            let room = counters.blocks_free + sealed_bytes / self.pool.raw_slot_bytes as u64;
+            // Cached blocks make way.
+            let room = counters.blocks_free + counters.bytes_cached / self.pool.raw_slot_bytes as u64;
             self.supervisor.lost(shard as u16).is_none() && room >= blocks
         };
         total <= self.config.max_total_tokens && self.views.iter().enumerate().any(fits)

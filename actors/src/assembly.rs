@@ -74,7 +74,7 @@ impl Assembler {
         let name = ActorName::Device(shard);
         self.supervisor.started(name);
         let spawned = std::thread::Builder::new().name(name.to_string()).spawn(move || {
-            let opened = backend.open(&config.layout, &config.pool, config.sealed_format).and_then(|lanes| {
+            let opened = backend.open(&config.layout, &config.pool, &config.formats).and_then(|lanes| {
                 TransferActor::spawn(
                     shard,
                     lanes.upload,

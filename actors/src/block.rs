@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use crate::dropping::Dropping;
-use crate::format::BlockFormat;
+use crate::format::{BlockFormat, Ladder};
 use crate::geometry::Geometry;
 use crate::pool::SizeClass;
 use crate::sequence::{OpenOptions, Prompt};
@@ -185,6 +185,10 @@ pub(crate) struct Block {
     pub(crate) slot: FilledSlot,
     pub(crate) class: SizeClass,
     pub(crate) state: BlockState,
+    /// How often it has been re-encoded since it was sealed: its format is that of this rung.
+    pub(crate) rung: u8,
+    /// In which queues for that it is, see [`super::device`].
+    pub(crate) queued: u8,
     /// Sequences and flights that hold the block.
     pub(crate) refs: u32,
     pub(crate) tenant: u32,
@@ -207,8 +211,8 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    pub(crate) fn format(&self, sealed: BlockFormat) -> BlockFormat {
-        if self.state == BlockState::Sealed { sealed } else { BlockFormat::RAW }
+    pub(crate) fn format(&self, formats: &Ladder) -> BlockFormat {
+        if self.state == BlockState::Sealed { formats.rung(self.rung) } else { BlockFormat::RAW }
     }
 }
 
@@ -233,21 +237,39 @@ pub struct Place {
 /// moved (been sealed), reads the place again.
 #[derive(Debug, Clone)]
 pub struct Places {
-    // slot << 32 | generation << 4 | class << 1 (two bits) | sealed: one word, so that a reader never sees half a move.
+    // slot << 32 | generation << 4 | what is stored, as a number: one word, so that a reader never sees half a move.
     words: Arc<Vec<AtomicU64>>,
-    sealed_format: BlockFormat,
+    formats: Ladder,
 }
 
+/// `(class, sealed, rung)` of the numbers in [`Places`].
+const STORED: [(SizeClass, bool, u8); 8] = [
+    (SizeClass::Raw, false, 0),
+    (SizeClass::Raw, true, 0),
+    (SizeClass::Sealed, true, 0),
+    (SizeClass::Colder, true, 1),
+    (SizeClass::Coldest, true, 2),
+    (SizeClass::Host, true, 0),
+    (SizeClass::Host, true, 1),
+    (SizeClass::Host, true, 2),
+];
+
 impl Places {
-    pub(crate) fn new(blocks: usize, sealed_format: BlockFormat) -> Self {
-        Places { words: Arc::new((0..blocks).map(|_| AtomicU64::new(u64::MAX)).collect()), sealed_format }
+    pub(crate) fn new(blocks: usize, formats: Ladder) -> Self {
+        Places { words: Arc::new((0..blocks).map(|_| AtomicU64::new(u64::MAX)).collect()), formats }
     }
 
     pub(crate) fn publish(&self, id: BlockId, block: &Block) {
-        let sealed = u64::from(block.state == BlockState::Sealed);
-        let class = block.class as u64;
+        let sealed = block.state == BlockState::Sealed;
+        let stored = match block.class {
+            SizeClass::Raw => u64::from(sealed),
+            SizeClass::Sealed => 2,
+            SizeClass::Colder => 3,
+            SizeClass::Coldest => 4,
+            SizeClass::Host => 5 + u64::from(block.rung),
+        };
         let generation = u64::from(block.slot.generation().0);
-        let word = u64::from(block.slot.id().0) << 32 | generation << 4 | class << 1 | sealed;
+        let word = u64::from(block.slot.id().0) << 32 | generation << 4 | stored;
         self.words[id.0 as usize].store(word, Ordering::Release);
     }
 
@@ -258,12 +280,12 @@ impl Places {
         if slot.0 == u32::MAX {
             return None;
         }
-        let sealed = word & 1 == 1;
+        let &(class, sealed, rung) = STORED.get((word & 15) as usize)?;
         Some(Place {
             slot,
-            class: [SizeClass::Raw, SizeClass::Sealed, SizeClass::Host][(word >> 1 & 3) as usize % 3],
+            class,
             generation: Generation((word >> 4) as u32 & ((1 << Generation::BITS) - 1)),
-            format: if sealed { self.sealed_format } else { BlockFormat::RAW },
+            format: if sealed { self.formats.rung(rung) } else { BlockFormat::RAW },
             sealed,
         })
     }

@@ -182,6 +182,49 @@ impl std::str::FromStr for BlockFormat {
     }
 }
 
+/// How a cache stores blocks that are not raw: as what they are sealed, and to what they are re-encoded, step by step, when memory runs short.
+///
+/// A block's rung says what it has been through: it was encoded as each format down to its own, one from the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ladder {
+    formats: [BlockFormat; Self::RUNGS_MAX],
+    rungs: u8,
+}
+
+impl Ladder {
+    /// The format of sealing, and at most two below it.
+    pub const RUNGS_MAX: usize = 3;
+
+    /// Sealed in the first of these, re-encoded to the others. None for no formats, or more than [`Ladder::RUNGS_MAX`].
+    pub fn new(of: &[BlockFormat]) -> Option<Ladder> {
+        let mut formats = [BlockFormat::RAW; Self::RUNGS_MAX];
+        formats.get_mut(..of.len())?.copy_from_slice(of);
+        (!of.is_empty()).then_some(Ladder { formats, rungs: of.len() as u8 })
+    }
+
+    /// As what blocks are sealed.
+    pub fn sealed(&self) -> BlockFormat {
+        self.formats[0]
+    }
+
+    /// All of them, the largest first.
+    pub fn formats(&self) -> &[BlockFormat] {
+        &self.formats[..usize::from(self.rungs)]
+    }
+
+    /// The format of a rung; the lowest, for those that are not there.
+    pub fn rung(&self, rung: u8) -> BlockFormat {
+        self.formats[usize::from(rung.min(self.rungs - 1))]
+    }
+}
+
+impl<T: Into<BlockFormat>> From<T> for Ladder {
+    /// Sealed, and never re-encoded.
+    fn from(format: T) -> Ladder {
+        Ladder { formats: [format.into(), BlockFormat::RAW, BlockFormat::RAW], rungs: 1 }
+    }
+}
+
 /// How the rows of one plane are stored: keys or values of some dim, in a format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RowFormat {

@@ -13,9 +13,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::block::BlockId;
+use crate::device::recode::Recoded;
 use crate::device::tier::TierMoves;
 use crate::dropping::KeyScore;
-use crate::format::BlockFormat;
+use crate::format::{BlockFormat, Ladder};
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::payload::Payload;
 use crate::pool::PoolLayout;
@@ -46,7 +47,7 @@ pub trait Backend: Send + 'static {
         self,
         block: &BlockLayout,
         pool: &PoolLayout,
-        format: BlockFormat,
+        formats: &Ladder,
     ) -> Result<Lanes<Self::Lane>, String>;
 }
 
@@ -456,6 +457,8 @@ pub(crate) enum Purpose {
     Rows { op: OpRef },
     /// Sealing this block into this slot.
     Seal { block: BlockId, slot: FilledSlot },
+    /// Re-encoding a sealed block.
+    Recode(Box<Recoded>),
     /// Moving sealed blocks to another tier.
     Tier(Box<TierMoves>),
     /// Moving this raw block to this slot.

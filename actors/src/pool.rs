@@ -14,7 +14,7 @@ mod audit;
 use std::collections::VecDeque;
 
 use crate::error::ConfigError;
-use crate::format::BlockFormat;
+use crate::format::Ladder;
 use crate::geometry::BlockLayout;
 use crate::runs::Runs;
 use crate::slot::{FilledSlot, SlotId, SlotTable, VacantSlot};
@@ -25,17 +25,25 @@ pub const SLOT_ALIGN_BYTES: usize = 128;
 /// Slots of a chunk are kept in one 64-bit set.
 const CHUNK_SLOTS_MAX: usize = 64;
 
+/// Blocks that are re-encoded at once, at most; and the least part of the slab that is for that.
+const SCRATCH_SLOTS_MAX: usize = 16;
+const SCRATCH_PART: usize = 32;
+
 /// The least raw blocks that make a cache: one chunk for sealed slots, one as moving room, one to use.
 const BLOCKS_MIN: usize = 3;
 
-/// The kinds of slots: two sizes in the device's slab, and the host tier.
+/// The kinds of slots: sizes in the device's slab, and the host tier.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SizeClass {
     /// Holds a block in the element type.
     Raw,
-    /// Holds a block in the sealed format.
+    /// Holds a block as it was sealed.
     Sealed,
-    /// Holds a block in the sealed format in host memory.
+    /// Holds one that was re-encoded since.
+    Colder,
+    /// Holds one that was re-encoded twice.
+    Coldest,
+    /// Holds a sealed block in host memory, whatever its format.
     Host,
 }
 
@@ -50,12 +58,25 @@ pub enum Tier {
 }
 
 impl SizeClass {
+    /// How many there are.
+    pub const COUNT: usize = 5;
+
+    /// All of them, in the order of their numbers.
+    pub const ALL: [SizeClass; Self::COUNT] =
+        [SizeClass::Raw, SizeClass::Sealed, SizeClass::Colder, SizeClass::Coldest, SizeClass::Host];
+
+    /// Those of sealed blocks in the slab, by rung of the [`Ladder`].
+    pub const SEALED: [SizeClass; Ladder::RUNGS_MAX] =
+        [SizeClass::Sealed, SizeClass::Colder, SizeClass::Coldest];
+
     /// The tier of such slots.
     pub fn tier(self) -> Tier {
-        match self {
-            SizeClass::Raw | SizeClass::Sealed => Tier::Device,
-            SizeClass::Host => Tier::Host,
-        }
+        if self == SizeClass::Host { Tier::Host } else { Tier::Device }
+    }
+
+    /// Whether it is one of [`SizeClass::SEALED`].
+    pub fn is_sealed(self) -> bool {
+        Self::SEALED.contains(&self)
     }
 }
 
@@ -66,26 +87,44 @@ pub struct PoolLayout {
     pub raw_slot_bytes: usize,
     /// Bytes from one sealed slot to the next.
     pub sealed_slot_bytes: usize,
+    /// Likewise of blocks that were re-encoded once and twice; 0 where that is never done.
+    pub colder_slot_bytes: [usize; Ladder::RUNGS_MAX - 1],
     /// Bytes of a chunk; a whole number of raw slots.
     pub chunk_bytes: usize,
     /// Chunks in the slab.
     pub chunks: usize,
     /// Whether sealed blocks have slots of their own size (not so when the sealed format is `raw`).
     pub has_sealed_class: bool,
+    /// Places for raw blocks behind the chunks, into which blocks are decoded that are re-encoded. They have no numbers: what is there lasts no
+    /// longer than a flight.
+    pub scratch_slots: usize,
     /// Slots of the host tier. They have numbers, and offsets, behind those of the slab.
     pub host_slots: usize,
 }
 
 impl PoolLayout {
-    /// Cuts `budget_bytes` for blocks of `layout` sealed into `format`.
+    /// Cuts `budget_bytes` for blocks of `layout` that are sealed and re-encoded as `formats` says.
     ///
     /// # Errors
     /// [`ConfigError::Invalid`] with the bytes that are missing if not even three chunks of one block fit.
-    pub fn plan(layout: &BlockLayout, format: BlockFormat, budget_bytes: u64) -> Result<Self, ConfigError> {
+    pub fn plan(
+        layout: &BlockLayout,
+        formats: impl Into<Ladder>,
+        budget_bytes: u64,
+    ) -> Result<Self, ConfigError> {
+        let formats = formats.into();
         let raw_slot_bytes = layout.raw_bytes().next_multiple_of(SLOT_ALIGN_BYTES);
-        let sealed_slot_bytes = format.block_bytes(layout).next_multiple_of(SLOT_ALIGN_BYTES);
-        let has_sealed_class = !format.is_raw();
+        let mut slot_bytes = [0; Ladder::RUNGS_MAX];
+        for (bytes, format) in slot_bytes.iter_mut().zip(formats.formats()) {
+            *bytes = format.block_bytes(layout).next_multiple_of(SLOT_ALIGN_BYTES);
+        }
+        let has_sealed_class = !formats.sealed().is_raw();
         let budget = usize::try_from(budget_bytes).unwrap_or(usize::MAX);
+        let scratch_slots = match formats.formats().len() {
+            1 => 0,
+            _ => (budget / raw_slot_bytes / SCRATCH_PART).clamp(1, SCRATCH_SLOTS_MAX),
+        };
+        let budget = budget.saturating_sub(scratch_slots * raw_slot_bytes);
         if budget < BLOCKS_MIN * raw_slot_bytes {
             return Err(ConfigError::invalid(
                 "memory_bytes_per_device",
@@ -100,8 +139,11 @@ impl PoolLayout {
         // the smallest chunk within 1 % of the best waste, of those that leave at least 32 chunks: two of them are not for raw blocks.
         let waste = |slots: usize| {
             let chunk = slots * raw_slot_bytes;
-            let used = (chunk / sealed_slot_bytes).min(CHUNK_SLOTS_MAX) * sealed_slot_bytes;
-            (chunk - used) as f64 / chunk as f64
+            let of_class = |&bytes: &usize| {
+                let used = (chunk / bytes).min(CHUNK_SLOTS_MAX) * bytes;
+                (chunk - used) as f64 / chunk as f64
+            };
+            slot_bytes[..formats.formats().len()].iter().map(of_class).fold(0.0, f64::max)
         };
         let slots_max = (budget / raw_slot_bytes / 32).clamp(1, CHUNK_SLOTS_MAX);
         let least = (1..=slots_max).map(waste).fold(f64::INFINITY, f64::min);
@@ -113,10 +155,12 @@ impl PoolLayout {
         let chunks = (budget / (slots * raw_slot_bytes)).min((u32::MAX as usize) / CHUNK_SLOTS_MAX - 1);
         Ok(Self {
             raw_slot_bytes,
-            sealed_slot_bytes,
+            sealed_slot_bytes: slot_bytes[0],
+            colder_slot_bytes: [slot_bytes[1], slot_bytes[2]],
             chunk_bytes: slots * raw_slot_bytes,
             chunks,
             has_sealed_class,
+            scratch_slots,
             host_slots: 0,
         })
     }
@@ -137,7 +181,12 @@ impl PoolLayout {
 
     /// Bytes of the whole slab.
     pub fn slab_bytes(&self) -> usize {
-        self.chunks * self.chunk_bytes
+        self.scratch_offset_bytes(self.scratch_slots)
+    }
+
+    /// Where a place for a block that is re-encoded begins in the slab.
+    pub fn scratch_offset_bytes(&self, scratch: usize) -> usize {
+        self.chunks * self.chunk_bytes + scratch * self.raw_slot_bytes
     }
 
     /// Raw slots that are kept vacant, so that a raw chunk can always be emptied into the others.
@@ -154,14 +203,17 @@ impl PoolLayout {
     pub fn slots_per_chunk(&self, class: SizeClass) -> usize {
         match class {
             SizeClass::Raw => self.chunk_bytes / self.raw_slot_bytes,
-            SizeClass::Sealed => (self.chunk_bytes / self.sealed_slot_bytes).min(CHUNK_SLOTS_MAX),
             SizeClass::Host => 0,
+            sealed => match self.slot_bytes(sealed) {
+                0 => 0,
+                bytes => (self.chunk_bytes / bytes).min(CHUNK_SLOTS_MAX),
+            },
         }
     }
 
     /// Slot numbers that one chunk takes up, used or not in its present class.
     pub fn slot_ids_per_chunk(&self) -> usize {
-        self.slots_per_chunk(SizeClass::Raw).max(self.slots_per_chunk(SizeClass::Sealed))
+        SizeClass::ALL.into_iter().map(|class| self.slots_per_chunk(class)).max().unwrap_or_default()
     }
 
     /// Slot numbers of the whole slab.
@@ -189,6 +241,8 @@ impl PoolLayout {
         match class {
             SizeClass::Raw => self.raw_slot_bytes,
             SizeClass::Sealed | SizeClass::Host => self.sealed_slot_bytes,
+            SizeClass::Colder => self.colder_slot_bytes[0],
+            SizeClass::Coldest => self.colder_slot_bytes[1],
         }
     }
 }
@@ -230,17 +284,17 @@ pub struct Pool {
     /// Of the layout: every block asks for them, and working them out takes divisions.
     slot_ids_per_chunk: u32,
     /// Slots of a chunk, by class.
-    slots_per_chunk: [u32; 3],
+    slots_per_chunk: [u32; SizeClass::COUNT],
     table: SlotTable,
     chunks: Vec<Chunk>,
     stock: Vec<u32>,
-    with_vacancy: [Vec<u32>; 2],
+    with_vacancy: [Vec<u32>; SizeClass::COUNT],
     vacant: Vec<Option<VacantSlot>>,
     residue: Vec<Residue>,
     quarantine: VecDeque<(SizeClass, FilledSlot)>,
-    vacant_raw: usize,
-    vacant_sealed: usize,
-    used: [usize; 3],
+    /// Vacant slots of chunks by class, those of chunks that are being emptied left out.
+    vacancies: [usize; SizeClass::COUNT],
+    used: [usize; SizeClass::COUNT],
     /// Which slots of the host tier are free, counted from its first.
     host: Runs,
     reserved_raw: usize,
@@ -257,19 +311,17 @@ impl Pool {
                 .map(|_| Chunk { class: None, vacant: 0, listed_at: None, draining: false })
                 .collect(),
             stock: (0..layout.chunks as u32).rev().collect(),
-            with_vacancy: [Vec::new(), Vec::new()],
+            with_vacancy: Default::default(),
             vacant: (0..slots).map(|id| Some(table.first(SlotId(id as u32)))).collect(),
             residue: vec![Residue::Fresh; layout.slot_ids()],
             quarantine: VecDeque::new(),
-            vacant_raw: 0,
-            vacant_sealed: 0,
-            used: [0; 3],
+            vacancies: [0; SizeClass::COUNT],
+            used: [0; SizeClass::COUNT],
             host: Runs::new(layout.host_slots),
             reserved_raw: 0,
             draining: None,
             slot_ids_per_chunk: layout.slot_ids_per_chunk() as u32,
-            slots_per_chunk: [SizeClass::Raw, SizeClass::Sealed, SizeClass::Host]
-                .map(|class| layout.slots_per_chunk(class) as u32),
+            slots_per_chunk: SizeClass::ALL.map(|class| layout.slots_per_chunk(class) as u32),
             layout,
             table,
         };
@@ -305,13 +357,20 @@ impl Pool {
 
     /// No fewer than could be taken if blocks that take `bytes` bytes of slots were gone, and chunks made raw of them.
     pub(crate) fn raw_available_without(&self, bytes: u64) -> usize {
-        let sealed = bytes.div_ceil(self.layout.sealed_slot_bytes as u64) as usize + self.vacant_sealed;
-        let (raw_slots, sealed_slots) = match self.layout.has_sealed_class {
-            true => (self.slots_per_chunk(SizeClass::Raw), self.slots_per_chunk(SizeClass::Sealed)),
-            false => (1, 1),
-        };
-        // And a chunk that is being emptied, which counts for neither class.
-        self.raw_available() + (sealed * raw_slots).div_ceil(sealed_slots) + raw_slots
+        if !self.layout.has_sealed_class {
+            return self.raw_available() + bytes.div_ceil(self.layout.raw_slot_bytes as u64) as usize + 1;
+        }
+        let raw_slots = self.slots_per_chunk(SizeClass::Raw);
+        let classes = SizeClass::SEALED.into_iter().filter(|class| self.slots_per_chunk(*class) > 0);
+        // As if all of them were of the class of which a chunk holds the fewest bytes.
+        let of_chunk = |class: SizeClass| self.slots_per_chunk(class) * self.layout.slot_bytes(class);
+        let fewest = classes.clone().map(of_chunk).min().unwrap_or(1) as u64;
+        let freed = (bytes * raw_slots as u64).div_ceil(fewest) as usize;
+        let vacant =
+            |class| (self.vacancies[class as usize] * raw_slots).div_ceil(self.slots_per_chunk(class));
+        let vacant: usize = classes.map(vacant).sum();
+        // And a chunk that is being emptied, which counts for no class.
+        self.raw_available() + freed + vacant + raw_slots
     }
 
     /// Whether a chunk's worth of raw slots can be given up to sealed ones without breaking a reservation.
@@ -328,7 +387,7 @@ impl Pool {
     }
 
     fn raw_vacant(&self) -> usize {
-        self.vacant_raw + self.stock.len() * self.slots_per_chunk(SizeClass::Raw)
+        self.vacancies[SizeClass::Raw as usize] + self.stock.len() * self.slots_per_chunk(SizeClass::Raw)
     }
 
     /// Slots of `class` in use, quarantined ones included.
@@ -376,14 +435,14 @@ impl Pool {
         self.take(SizeClass::Raw, tenant)
     }
 
-    /// Takes a sealed slot for a block that comes back from another tier. Unlike sealing that frees no raw slot afterwards, so it
-    /// leaves the moving room alone.
-    pub(crate) fn take_sealed_spare(&mut self, tenant: u32) -> Option<FilledSlot> {
-        let needs_chunk = self.with_vacancy[SizeClass::Sealed as usize].is_empty();
+    /// Takes a slot of a class of sealed blocks for one that comes back from another tier. Unlike sealing that frees no raw slot
+    /// afterwards, so it leaves the moving room alone.
+    pub(crate) fn take_sealed_spare(&mut self, class: SizeClass, tenant: u32) -> Option<FilledSlot> {
+        let needs_chunk = self.with_vacancy[class as usize].is_empty();
         if needs_chunk && self.raw_available() < self.slots_per_chunk(SizeClass::Raw) {
             return None;
         }
-        self.take(SizeClass::Sealed, tenant).map(|taken| taken.slot)
+        self.take(class, tenant).map(|taken| taken.slot)
     }
 
     /// Slots of the host tier that can be taken.
@@ -407,14 +466,14 @@ impl Pool {
         Some(slots)
     }
 
-    /// Takes a sealed slot for `tenant`, never at the cost of a raw slot that is reserved.
-    pub(crate) fn take_sealed(&mut self, tenant: u32) -> Option<FilledSlot> {
-        let needs_chunk = self.with_vacancy[SizeClass::Sealed as usize].is_empty();
+    /// Takes a slot for a block of `tenant` that is sealed, or re-encoded, never at the cost of a raw slot that is reserved.
+    pub(crate) fn take_sealed(&mut self, class: SizeClass, tenant: u32) -> Option<FilledSlot> {
+        let needs_chunk = self.with_vacancy[class as usize].is_empty();
         if needs_chunk && !self.can_give_up_chunk() {
             return None;
         }
-        // Sealing overwrites the whole block, so nothing of another tenant's survives in it.
-        self.take(SizeClass::Sealed, tenant).map(|taken| taken.slot)
+        // The whole block is overwritten, so nothing of another tenant's survives in it.
+        self.take(class, tenant).map(|taken| taken.slot)
     }
 
     fn take(&mut self, class: SizeClass, tenant: u32) -> Option<Allocated> {
@@ -438,7 +497,7 @@ impl Pool {
         };
         self.residue[id] = Residue::Tenant(tenant);
         self.used[class as usize] += 1;
-        *self.vacant_of(class) -= 1;
+        self.vacancies[class as usize] -= 1;
         Some(Allocated { slot, must_zero })
     }
 
@@ -468,22 +527,17 @@ impl Pool {
         let chunk = &mut self.chunks[index as usize];
         chunk.class = Some(class);
         chunk.vacant = if slots == 64 { u64::MAX } else { (1 << slots) - 1 };
-        *self.vacant_of(class) += slots;
+        self.vacancies[class as usize] += slots;
         self.list(index);
     }
 
-    /// The count of vacant slots of a class, those of chunks that are being emptied left out.
-    fn vacant_of(&mut self, class: SizeClass) -> &mut usize {
-        if class == SizeClass::Raw { &mut self.vacant_raw } else { &mut self.vacant_sealed }
-    }
-
-    /// Chooses the chunk of `class` with the fewest blocks to be emptied for the other class, if the other chunks have room for what
+    /// Chooses the chunk of `class` with the fewest blocks to be emptied for another class, if the other chunks have room for what
     /// is in it. One at a time.
     pub(crate) fn start_draining(&mut self, class: SizeClass) -> bool {
         let slots = self.slots_per_chunk(class);
         let possible = match class {
             SizeClass::Raw => self.can_give_up_chunk(),
-            _ => self.layout.has_sealed_class && self.vacant_sealed >= slots,
+            _ => slots > 0 && self.vacancies[class as usize] >= slots,
         };
         if self.draining.is_some() || !possible {
             return false;
@@ -503,13 +557,13 @@ impl Pool {
         let vacant = vacancies(index);
         let elsewhere = match class {
             SizeClass::Raw => self.raw_vacant() - vacant,
-            _ => self.vacant_sealed - vacant,
+            _ => self.vacancies[class as usize] - vacant,
         };
         if elsewhere < slots - vacant {
             return false;
         }
         self.unlist(index);
-        *self.vacant_of(class) -= vacant;
+        self.vacancies[class as usize] -= vacant;
         if vacant == slots {
             match class {
                 SizeClass::Raw => self.assign(index, SizeClass::Sealed),
@@ -529,7 +583,7 @@ impl Pool {
         chunk.draining = false;
         let (class, vacant) = (chunk.class, chunk.vacant.count_ones() as usize);
         if let Some(class) = class {
-            *self.vacant_of(class) += vacant;
+            self.vacancies[class as usize] += vacant;
         }
         if vacant > 0 {
             self.list(index);
@@ -551,22 +605,28 @@ impl Pool {
         self.quarantine.iter().any(|(_, held)| held.id() == slot)
     }
 
-    /// Whether a chunk serves neither class.
+    /// Bytes of the slab that can be had for one class or another, without touching reservations or the moving room.
+    pub(crate) fn available_bytes(&self) -> usize {
+        let sealed = SizeClass::SEALED
+            .into_iter()
+            .map(|class| self.vacancies[class as usize] * self.layout.slot_bytes(class));
+        self.raw_available() * self.layout.raw_slot_bytes + sealed.sum::<usize>()
+    }
+
+    /// Whether a chunk serves no class.
     pub(crate) fn has_vacant_chunk(&self) -> bool {
         !self.stock.is_empty()
     }
 
     /// Whether sealed slots are vacant without another chunk.
     pub(crate) fn has_sealed_vacancy(&self) -> bool {
-        self.vacant_sealed > 0
+        self.vacancies[SizeClass::Sealed as usize] > 0
     }
 
-    /// A sealed slot out of a chunk that is not being emptied: for a block that moves out of the one that is.
-    pub(crate) fn take_sealed_vacancy(&mut self, tenant: u32) -> Option<FilledSlot> {
-        self.has_sealed_vacancy()
-            .then(|| self.take(SizeClass::Sealed, tenant))
-            .flatten()
-            .map(|taken| taken.slot)
+    /// A slot of a class out of a chunk that is not being emptied: for a block that moves out of the one that is.
+    pub(crate) fn take_vacancy(&mut self, class: SizeClass, tenant: u32) -> Option<FilledSlot> {
+        let is_vacant = self.vacancies[class as usize] > 0;
+        is_vacant.then(|| self.take(class, tenant)).flatten().map(|taken| taken.slot)
     }
 
     /// The slots of the chunk that is being emptied that are not vacant.
@@ -655,7 +715,7 @@ impl Pool {
             }
             return;
         }
-        *self.vacant_of(class) += 1;
+        self.vacancies[class as usize] += 1;
         if self.chunks[index as usize].listed_at.is_none() {
             self.list(index);
         }
@@ -663,12 +723,12 @@ impl Pool {
         let keeps = class == SizeClass::Sealed && self.with_vacancy[class as usize].len() == 1;
         if all_vacant && !keeps {
             self.unlist(index);
-            *self.vacant_of(class) -= slots;
+            self.vacancies[class as usize] -= slots;
             self.return_to_stock(index);
         }
     }
 
-    /// Makes a chunk with no block, that is in no list, serve neither class.
+    /// Makes a chunk with no block, that is in no list, serve no class.
     fn return_to_stock(&mut self, index: u32) {
         self.chunks[index as usize].class = None;
         self.chunks[index as usize].vacant = 0;
@@ -684,7 +744,7 @@ mod tests {
 
     fn pool(blocks: u64) -> Pool {
         let layout = Geometry::new(1, 1, 16, ElementType::F16).layout().unwrap();
-        Pool::new(PoolLayout::plan(&layout, Format::Int8.into(), blocks * layout.raw_bytes() as u64).unwrap())
+        Pool::new(PoolLayout::plan(&layout, Format::Int8, blocks * layout.raw_bytes() as u64).unwrap())
     }
 
     #[test]
@@ -693,7 +753,7 @@ mod tests {
         let whole = pool.raw_available();
         let raw: Vec<_> = (0..whole).map(|_| pool.take_raw(0).unwrap()).collect();
         assert_eq!(pool.raw_available(), 0);
-        let sealed = pool.take_sealed(0).expect("one chunk is kept for sealing");
+        let sealed = pool.take_sealed(SizeClass::Sealed, 0).expect("one chunk is kept for sealing");
         for taken in raw {
             pool.free(SizeClass::Raw, taken.slot);
         }
@@ -702,7 +762,7 @@ mod tests {
             (pool.raw_available(), pool.used(SizeClass::Raw), pool.used(SizeClass::Sealed)),
             (whole, 0, 0)
         );
-        let sealed: Vec<_> = std::iter::from_fn(|| pool.take_sealed(0)).collect();
+        let sealed: Vec<_> = std::iter::from_fn(|| pool.take_sealed(SizeClass::Sealed, 0)).collect();
         assert!(
             sealed.len() > whole,
             "sealed blocks are smaller: {} fit where {whole} raw ones do",
@@ -746,7 +806,7 @@ mod tests {
         let all = pool.raw_available();
         assert!(pool.reserve_raw(all));
         assert!(!pool.reserve_raw(1));
-        let sealed: Vec<_> = std::iter::from_fn(|| pool.take_sealed(0)).collect();
+        let sealed: Vec<_> = std::iter::from_fn(|| pool.take_sealed(SizeClass::Sealed, 0)).collect();
         let per_chunk = pool.layout.slots_per_chunk(SizeClass::Sealed);
         assert_eq!(sealed.len(), 2 * per_chunk, "the chunk kept for sealing, and the moving room");
         sealed.into_iter().for_each(|slot| pool.free(SizeClass::Sealed, slot));
@@ -758,10 +818,10 @@ mod tests {
     fn blocks_that_come_back_leave_sealing_its_room() {
         let mut pool = pool(640);
         let raw: Vec<_> = (0..pool.raw_available() / 2).map(|_| pool.take_raw(0).unwrap().slot).collect();
-        let back: Vec<_> = std::iter::from_fn(|| pool.take_sealed_spare(0)).collect();
+        let back: Vec<_> = std::iter::from_fn(|| pool.take_sealed_spare(SizeClass::Sealed, 0)).collect();
         assert!(!back.is_empty());
         // Whatever came back: a chunk can still be given up to sealing.
-        assert!(pool.can_give_up_chunk() && pool.take_sealed(0).is_some());
+        assert!(pool.can_give_up_chunk() && pool.take_sealed(SizeClass::Sealed, 0).is_some());
         drop((raw, back));
     }
 
@@ -769,14 +829,14 @@ mod tests {
     fn the_emptiest_chunk_can_always_be_emptied() {
         let mut pool = pool(640);
         let mut raw: Vec<_> = (0..pool.raw_available()).map(|_| pool.take_raw(0).unwrap().slot).collect();
-        while pool.take_sealed(0).is_some() {}
+        while pool.take_sealed(SizeClass::Sealed, 0).is_some() {}
         // A vacancy here and there: as many as a chunk has slots, but no chunk is vacant.
         let per_chunk = pool.layout.slots_per_chunk(SizeClass::Raw);
         for turn in 0..per_chunk {
             let slot = raw.swap_remove((turn * 37) % raw.len());
             pool.free(SizeClass::Raw, slot);
         }
-        assert!(pool.take_sealed(0).is_none());
+        assert!(pool.take_sealed(SizeClass::Sealed, 0).is_none());
         assert!(pool.start_draining(SizeClass::Raw));
         for slot in pool.draining().collect::<Vec<_>>() {
             let to = pool.take_raw(0).expect("the others have room").slot;
@@ -784,14 +844,14 @@ mod tests {
             let from = std::mem::replace(&mut raw[at], to);
             pool.free(SizeClass::Raw, from);
         }
-        assert!(pool.take_sealed(0).is_some());
+        assert!(pool.take_sealed(SizeClass::Sealed, 0).is_some());
         assert!(!pool.start_draining(SizeClass::Raw), "what is reserved or in use is not given up");
     }
 
     #[test]
     fn a_budget_that_does_not_fit_says_what_is_missing() {
         let layout = Geometry::new(2, 2, 64, ElementType::F16).layout().unwrap();
-        let error = PoolLayout::plan(&layout, Format::Int8.into(), 1000).unwrap_err().to_string();
+        let error = PoolLayout::plan(&layout, Format::Int8, 1000).unwrap_err().to_string();
         let missing = BLOCKS_MIN * layout.raw_bytes() - 1000;
         assert!(error.contains("memory_bytes_per_device") && error.contains(&missing.to_string()), "{error}");
     }

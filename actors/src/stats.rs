@@ -23,6 +23,8 @@ pub struct CoreCounters {
     pub bytes_out: u64,
     /// Blocks sealed.
     pub seals: u64,
+    /// Sealed blocks re-encoded to a smaller format, since memory was short.
+    pub recodes: u64,
     /// Seals that failed.
     pub seal_failures: u64,
     /// Times that sealing stopped for lack of a sealed slot.
@@ -65,8 +67,12 @@ pub struct CoreCounters {
     pub blocks_used: u64,
     /// Gauge: of those, blocks that no sequence holds: they are kept for a prompt to find, and make way for others.
     pub blocks_cached: u64,
-    /// Gauge: blocks in the sealed format.
+    /// Gauge: slab bytes of those.
+    pub bytes_cached: u64,
+    /// Gauge: blocks in the sealed format, or re-encoded since.
     pub blocks_sealed: u64,
+    /// Gauge: of those, blocks in the slab that were re-encoded.
+    pub blocks_colder: u64,
     /// Gauge: full blocks that wait to be sealed, or are being encoded.
     pub blocks_waiting_to_seal: u64,
     /// Gauge: slots freed while somebody still looked at them.
@@ -86,7 +92,9 @@ impl CoreCounters {
             blocks_free: 0,
             blocks_used: 0,
             blocks_cached: 0,
+            bytes_cached: 0,
             blocks_sealed: 0,
+            blocks_colder: 0,
             blocks_waiting_to_seal: 0,
             slots_quarantined: 0,
             blocks_host: 0,
@@ -105,6 +113,7 @@ impl CoreCounters {
             bytes_in,
             bytes_out,
             seals,
+            recodes,
             seal_failures,
             seal_stalls,
             blocks_moved,
@@ -126,7 +135,9 @@ impl CoreCounters {
             blocks_free,
             blocks_used,
             blocks_cached,
+            bytes_cached,
             blocks_sealed,
+            blocks_colder,
             blocks_waiting_to_seal,
             slots_quarantined,
             blocks_host,
@@ -139,6 +150,7 @@ impl CoreCounters {
         self.bytes_in += bytes_in;
         self.bytes_out += bytes_out;
         self.seals += seals;
+        self.recodes += recodes;
         self.seal_failures += seal_failures;
         self.seal_stalls += seal_stalls;
         self.blocks_moved += blocks_moved;
@@ -160,7 +172,9 @@ impl CoreCounters {
         self.blocks_free += blocks_free;
         self.blocks_used += blocks_used;
         self.blocks_cached += blocks_cached;
+        self.bytes_cached += bytes_cached;
         self.blocks_sealed += blocks_sealed;
+        self.blocks_colder += blocks_colder;
         self.blocks_waiting_to_seal += blocks_waiting_to_seal;
         self.slots_quarantined += slots_quarantined;
         self.blocks_host += blocks_host;

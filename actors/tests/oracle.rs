@@ -44,8 +44,14 @@ fn runs(name: &str, first_seed: u64, share: f64, faults: Faults) -> Report {
 fn every_answer_is_what_the_model_says() {
     let total = runs("no faults", 1, 0.5, Faults::None);
     assert_eq!(total.failed_launches, 0);
-    let counts =
-        [total.tier_moves, total.prefix_tokens, total.deduplicated, total.evictions, total.tokens_dropped];
+    let counts = [
+        total.tier_moves,
+        total.prefix_tokens,
+        total.deduplicated,
+        total.evictions,
+        total.tokens_dropped,
+        total.recodes,
+    ];
     assert!(from_environment("KV_SEED").is_some() || counts.iter().all(|count| *count > 0), "{counts:?}");
 }
 

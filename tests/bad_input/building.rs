@@ -25,7 +25,7 @@ async fn refused(config: CacheConfig) -> ConfigError {
 async fn every_field_out_of_range() {
     assert_eq!(base().validate(), Ok(()));
     type Change = fn(&mut CacheConfig);
-    let wrong: [(&str, &str, Change); 31] = [
+    let wrong: [(&str, &str, Change); 35] = [
         ("devices", "cpu = 0", |c| c.devices = Devices::cpu(0)),
         ("devices", "cuda = 0", |c| c.devices = Devices::cuda(0)),
         ("pinned_memory_bytes", "1", |c| (c.devices, c.pinned_memory_bytes) = (Devices::Auto, 1)),
@@ -53,6 +53,16 @@ async fn every_field_out_of_range() {
         ("geometry.block_tokens", "4294967295", |c| c.geometry.block_tokens = u32::MAX),
         ("geometry.block_tokens", "40", |c| {
             (c.quantisation.format, c.geometry.block_tokens) = (Format::Int4, 40)
+        }),
+        ("quantisation.colder_formats", "fp8", |c| c.quantisation.colder_formats = vec![Format::Fp8]),
+        ("quantisation.colder_formats", "r2, r3", |c| {
+            c.quantisation.colder_formats = vec![Format::R2, Format::R3]
+        }),
+        ("quantisation.colder_formats", "r4, r3, r2", |c| {
+            c.quantisation.colder_formats = vec![Format::R4, Format::R3, Format::R2]
+        }),
+        ("quantisation.colder_formats", "r4", |c| {
+            (c.quantisation.format, c.quantisation.colder_formats) = (Format::Raw, vec![Format::R4])
         }),
         ("quantisation.raw_first_layers, raw_last_layers", "2 and 65535 of 2 layers", |c| {
             (c.quantisation.raw_first_layers, c.quantisation.raw_last_layers) = (2, u16::MAX)

@@ -487,7 +487,11 @@ impl<E: Number> Rig<E> {
             let open = stats.sequences_open as u64 + total.sequences + stats.tokens;
             let blocks = total.blocks_used + total.blocks_sealed + total.slots_quarantined + total.bytes_used;
             let permits = stats.jobs_in_flight + stats.bytes_in_flight;
-            open + blocks + permits == 0 && total.blocks_free == self.blocks_free
+            // The chunk that waits for the next block to seal may have been given to others, where blocks are re-encoded.
+            let is_recoded = !cache.config().quantisation.colder_formats.is_empty();
+            let all_free =
+                total.blocks_free == self.blocks_free || is_recoded && total.blocks_free > self.blocks_free;
+            open + blocks + permits == 0 && all_free
         })
         .await;
         let report = cache.shutdown(PATIENCE).await;

@@ -1,5 +1,6 @@
 //! The naive model: a sequence is its tokens' bytes, layer by layer, and a codec is ten lines of arithmetic.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::ops::Range;
@@ -366,6 +367,33 @@ impl<E: Number> Model<E> {
             }
             bits(&through(format, written)) == bits(read)
         });
+    }
+
+    /// Every row is as it was written, or has been through some formats, one after the other from the first. Returns how many rows had been through
+    /// so many: those of none, those of the first, ….
+    pub fn compare_down(
+        &self,
+        layer: u32,
+        range: Range<u32>,
+        keys: &[E],
+        values: &[E],
+        formats: &[Format],
+    ) -> Vec<usize> {
+        let counts = RefCell::new(vec![0; formats.len() + 1]);
+        self.compare_with(layer, range, keys, values, |_, _, written, read| {
+            let mut row = written.to_vec();
+            for rung in 0..=formats.len() {
+                if bits(&row) == bits(read) {
+                    counts.borrow_mut()[rung] += 1;
+                    return true;
+                }
+                if let Some(format) = formats.get(rung) {
+                    row = through(*format, &row);
+                }
+            }
+            false
+        });
+        counts.into_inner()
     }
 
     /// Every row is as it was written.

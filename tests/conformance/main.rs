@@ -8,6 +8,7 @@ mod common;
 
 mod batches;
 mod callers;
+mod colder;
 mod dropping;
 mod memory;
 mod mixed;

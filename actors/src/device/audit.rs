@@ -40,7 +40,7 @@ impl DeviceCore {
         Holdings {
             sequences: self.sequences.len(),
             blocks: self.blocks.len(),
-            slots: pool.used(SizeClass::Raw) + pool.used(SizeClass::Sealed) + pool.used(SizeClass::Host),
+            slots: SizeClass::ALL.into_iter().map(|class| pool.used(class)).sum(),
             quarantined: pool.quarantined(),
             sealing: self.blocks.iter().filter(|(_, block)| block.state == BlockState::Sealing).count(),
             reserved: pool.reserved_raw(),
@@ -118,7 +118,7 @@ impl DeviceCore {
             }
         }
         let mut slots = HashSet::new();
-        let mut held_by_blocks = [0; 3];
+        let mut held_by_blocks = [0; SizeClass::COUNT];
         for (id, block) in self.blocks.iter() {
             let seals = u32::from(block.state == BlockState::Sealing);
             // The target slots of seals and moves in flight are owned by their flights.

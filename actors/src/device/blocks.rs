@@ -6,10 +6,11 @@ use std::collections::VecDeque;
 use slab::Slab;
 
 use super::lineage::Lineage;
+use super::recode::Recodable;
 use crate::block::{Block, BlockId, BlockKey, BlockState, Place, Places};
 use crate::events::BlockEvent;
 use crate::eviction::{EvictionPolicy, Evictor};
-use crate::format::{BlockFormat, KeepRaw};
+use crate::format::{BlockFormat, KeepRaw, Ladder};
 use crate::geometry::BlockLayout;
 use crate::index::IndexWriter;
 use crate::limits::Ledger;
@@ -27,9 +28,9 @@ pub struct BlockStore {
     pub(super) places: Places,
     /// Token ids of every block, `block_tokens` each, by block number.
     token_ids: Vec<u32>,
-    block_tokens: usize,
-    sealed_format: BlockFormat,
-    sealed_bytes: usize,
+    layout: BlockLayout,
+    pub(super) formats: Ladder,
+    pub(super) recodable: Recodable,
     keep_raw: KeepRaw,
     /// Full blocks that may be sealed. Some may have been cut or freed since; whatever has their number now is sealed if it is full.
     to_seal: VecDeque<BlockId>,
@@ -119,7 +120,7 @@ impl BlockStore {
         pool: Pool,
         shard: u16,
         layout: &BlockLayout,
-        sealed_format: BlockFormat,
+        formats: Ladder,
         keep_raw: KeepRaw,
         policy: EvictionPolicy,
         index_hash_bits: u32,
@@ -127,10 +128,11 @@ impl BlockStore {
         let blocks = pool.layout().slot_ids_all_tiers();
         BlockStore {
             blocks: Slab::with_capacity(blocks),
-            places: Places::new(blocks, sealed_format),
+            places: Places::new(blocks, formats),
             token_ids: vec![0; blocks * layout.block_tokens],
-            block_tokens: layout.block_tokens,
-            sealed_format,
+            layout: *layout,
+            formats,
+            recodable: Recodable::new(pool.layout()),
             keep_raw,
             to_seal: VecDeque::new(),
             sealing: 0,
@@ -147,13 +149,12 @@ impl BlockStore {
             limbo: Vec::new(),
             victims_warmed: 0,
             now_ms: 0,
-            sealed_bytes: sealed_format.block_bytes(layout),
             pool,
         }
     }
 
     pub(super) fn sealed_format(&self) -> BlockFormat {
-        self.sealed_format
+        self.formats.sealed()
     }
 
     /// The pool of slots.
@@ -210,12 +211,17 @@ impl BlockStore {
     }
 
     pub(super) fn format(&self, id: BlockId) -> BlockFormat {
-        self.get(id).format(self.sealed_format)
+        self.get(id).format(&self.formats)
+    }
+
+    /// Bytes of the block as it is stored.
+    pub(super) fn stored_bytes(&self, id: BlockId) -> usize {
+        self.format(id).block_bytes(&self.layout)
     }
 
     /// Position of the block's first token.
     pub(super) fn position(&self, id: BlockId) -> u32 {
-        self.get(id).index * self.block_tokens as u32
+        self.get(id).index * self.layout.block_tokens as u32
     }
 
     /// Keeps the bytes of a block in place until the pin is dropped.
@@ -227,7 +233,7 @@ impl BlockStore {
     /// Loads what a write to token `at` of the block will need.
     pub(super) fn touch(&self, id: BlockId, at: usize) -> u32 {
         let Some(block) = self.blocks.get(id.0 as usize) else { return 0 };
-        block.refs.wrapping_add(self.token_ids[id.0 as usize * self.block_tokens + at])
+        block.refs.wrapping_add(self.token_ids[id.0 as usize * self.layout.block_tokens + at])
     }
 
     /// Whether the block has no key and never will.
@@ -276,6 +282,8 @@ impl BlockStore {
             slot: taken.slot,
             class: SizeClass::Raw,
             state: BlockState::Open,
+            rung: 0,
+            queued: 0,
             refs: 1,
             tenant,
             index: index as u32,
@@ -316,6 +324,11 @@ impl BlockStore {
 
     /// Lets go of a block. The last holder frees its slot, unless a prompt may find it: then it stays until its slot is needed.
     pub(super) fn release(&mut self, id: BlockId) {
+        self.release_from(id, false);
+    }
+
+    /// As [`BlockStore::release`], of a flight: `is_unused` if nobody has used the block meanwhile, so that it is not younger than before.
+    pub(super) fn release_from(&mut self, id: BlockId, is_unused: bool) {
         if id == BlockId::DROPPED {
             return;
         }
@@ -325,9 +338,15 @@ impl BlockStore {
             return;
         }
         if block.published {
-            self.evictor.release(id, self.now_ms);
+            match is_unused {
+                true => self.evictor.put_back(id, self.now_ms),
+                false => self.evictor.release(id, self.now_ms),
+            }
             self.count_cached(id, 1);
             self.seal_stalled = false;
+            if self.is_recoded() {
+                self.let_go(id);
+            }
             if self.keep_raw.window_blocks > 0 {
                 // In nobody's window any more.
                 self.leaves_window(id);
@@ -363,7 +382,7 @@ impl BlockStore {
 
     pub(super) fn free_slot(&mut self, class: SizeClass, slot: FilledSlot) {
         self.pool.free(class, slot);
-        self.seal_stalled = false;
+        (self.seal_stalled, self.recodable.stalled) = (false, false);
     }
 
     /// Whether something is free but for readers.
@@ -398,21 +417,22 @@ impl BlockStore {
 
     /// Token ids of a block, `block_tokens` of them.
     pub(super) fn token_ids(&self, id: BlockId) -> &[u32] {
-        &self.token_ids[id.0 as usize * self.block_tokens..][..self.block_tokens]
+        &self.token_ids[id.0 as usize * self.layout.block_tokens..][..self.layout.block_tokens]
     }
 
     pub(super) fn set_token_ids(&mut self, id: BlockId, at: usize, ids: &[u32]) {
-        self.token_ids[id.0 as usize * self.block_tokens + at..][..ids.len()].copy_from_slice(ids);
+        self.token_ids[id.0 as usize * self.layout.block_tokens + at..][..ids.len()].copy_from_slice(ids);
     }
 
     pub(super) fn copy_token_ids(&mut self, from: BlockId, to: BlockId) {
-        let from = from.0 as usize * self.block_tokens;
-        self.token_ids.copy_within(from..from + self.block_tokens, to.0 as usize * self.block_tokens);
+        let from = from.0 as usize * self.layout.block_tokens;
+        self.token_ids
+            .copy_within(from..from + self.layout.block_tokens, to.0 as usize * self.layout.block_tokens);
     }
 
     /// Every token of the block is committed. It is sealed once it [leaves the window](Self::leaves_window) of its sequence.
     pub(super) fn complete(&mut self, id: BlockId, counters: &mut CoreCounters) {
-        let raw_is_sealed = self.sealed_format.is_raw();
+        let raw_is_sealed = self.sealed_format().is_raw();
         let block = self.get_mut(id);
         if raw_is_sealed {
             block.state = BlockState::Sealed;
@@ -480,7 +500,7 @@ impl BlockStore {
             let to_offset = self.pool.layout().offset_bytes(SizeClass::Sealed, slot.id());
             self.get_mut(id).state = BlockState::Sealing;
             self.sealing += 1;
-            let (format, position) = (self.sealed_format, self.position(id));
+            let (format, position) = (self.sealed_format(), self.position(id));
             return Some(SealPlan { block: id, slot, format, position, from_offset, to_offset });
         }
         None
@@ -489,7 +509,7 @@ impl BlockStore {
     /// The next block to move out of the chunk that is being emptied, and where to. When sealing has stalled, a raw chunk is emptied for
     /// sealed slots.
     pub(super) fn next_move(&mut self, counters: &mut CoreCounters) -> Option<MovePlan> {
-        if self.pool.draining_class() != Some(SizeClass::Sealed) {
+        if !self.pool.draining_class().is_some_and(SizeClass::is_sealed) {
             if self.to_seal.is_empty() || !self.seal_stalled {
                 return None;
             }
@@ -506,7 +526,7 @@ impl BlockStore {
         let tenant = self.get(id).tenant;
         let slot = match class {
             SizeClass::Raw => self.pool.take_raw(tenant)?.slot,
-            _ => self.pool.take_sealed_vacancy(tenant)?,
+            _ => self.pool.take_vacancy(class, tenant)?,
         };
         counters.blocks_moved += 1;
         let from_offset = self.offset(id);
@@ -514,7 +534,7 @@ impl BlockStore {
         self.get_mut(id).moving_to = Some(class);
         // The flight holds it, as a seal does.
         self.retain(id);
-        let sealed_bytes = (class != SizeClass::Raw).then_some(self.sealed_bytes);
+        let sealed_bytes = (class != SizeClass::Raw).then(|| self.stored_bytes(id));
         Some(MovePlan { block: id, slot, from_offset, to_offset, sealed_bytes })
     }
 
@@ -556,6 +576,7 @@ impl BlockStore {
                 self.free_slot(SizeClass::Raw, raw);
                 self.charge(owner, SizeClass::Raw, -1);
                 self.charge(owner, SizeClass::Sealed, 1);
+                self.sealed_anew(id);
             }
             Some(false) => {
                 // Appending checks every element, so this is memory that changed under us: keep the raw bytes.
@@ -586,11 +607,15 @@ impl BlockStore {
         counters.blocks_free = self.pool.raw_available() as u64;
         counters.blocks_used = self.blocks.len() as u64;
         counters.blocks_cached = self.evictor.unheld() as u64;
+        counters.bytes_cached = self.ledger.cached_bytes();
         counters.blocks_sealed = self.sealed_blocks;
         counters.blocks_waiting_to_seal = (self.to_seal.len() + self.sealing) as u64;
         counters.slots_quarantined = self.pool.quarantined() as u64;
         counters.blocks_host = self.pool.used(SizeClass::Host) as u64;
+        counters.blocks_colder =
+            (self.pool.used(SizeClass::Colder) + self.pool.used(SizeClass::Coldest)) as u64;
+        let in_slab = SizeClass::ALL.into_iter().filter(|class| *class != SizeClass::Host);
         let used = |class| (self.pool.used(class) * self.pool.layout().slot_bytes(class)) as u64;
-        counters.bytes_used = used(SizeClass::Raw) + used(SizeClass::Sealed);
+        counters.bytes_used = in_slab.map(used).sum();
     }
 }

@@ -44,13 +44,22 @@ impl Bookkeeping {
         let pool = PoolLayout {
             raw_slot_bytes: slot,
             sealed_slot_bytes: slot,
+            colder_slot_bytes: [0; 2],
+            scratch_slots: 0,
             chunk_bytes: slots * slot,
             chunks: capacity_blocks / slots,
             has_sealed_class: false,
             host_slots: 0,
         };
-        let mut blocks =
-            BlockStore::new(Pool::new(pool), 0, &layout, BlockFormat::RAW, KeepRaw::default(), policy, 64);
+        let mut blocks = BlockStore::new(
+            Pool::new(pool),
+            0,
+            &layout,
+            BlockFormat::RAW.into(),
+            KeepRaw::default(),
+            policy,
+            64,
+        );
         blocks.open_owner(0, Default::default());
         Bookkeeping {
             reader: blocks.index().clone(),

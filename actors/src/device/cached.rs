@@ -117,6 +117,7 @@ impl BlockStore {
         let touch = self.touched(touch);
         self.evictor.touch(id, touch);
         self.retain(id);
+        self.used_in_flight(id);
     }
 
     /// `(blocks before it, blocks of the prompt)`, now.
@@ -335,7 +336,7 @@ impl BlockStore {
 
     /// Sees to it that an owner can have `wanted` raw slots, at the cost of what nobody holds.
     ///
-    /// Cached blocks mostly lie in sealed slots. Enough of them go to empty a chunk, and what is left in the emptiest one moves over into the
+    /// Cached blocks mostly lie in sealed slots. Enough of them are re-encoded to a smaller format, or go, to empty a chunk, and what is left in the emptiest one moves over into the
     /// others: with [`Room::Soon`] it is for the caller to launch these moves ([`BlockStore::next_move`]).
     pub(super) fn make_room(&mut self, owner: u32, wanted: usize, counters: &mut CoreCounters) -> Room {
         if self.has_room(owner, wanted) {
@@ -346,7 +347,7 @@ impl BlockStore {
         let to_be_vacant = self.with_promises(owner, wanted);
         let own = self.ledger.quota_left_bytes(owner).map(|left| left + self.ledger.cached_bytes_of(owner));
         let nothing_goes =
-            self.evictor.unheld() == 0 && self.pool.draining_class() != Some(SizeClass::Sealed);
+            self.evictor.unheld() == 0 && !self.pool.draining_class().is_some_and(SizeClass::is_sealed);
         if nothing_goes
             || to_be_vacant > self.pool.raw_available_without(self.ledger.cached_bytes())
             || own.is_some_and(|own| wanted as u64 * raw_slot > own)
@@ -362,7 +363,7 @@ impl BlockStore {
         // Chunks change class here, and sealing may find what it lacked.
         self.seal_stalled = false;
         loop {
-            if self.pool.draining_class() == Some(SizeClass::Sealed) {
+            if self.pool.draining_class().is_some_and(SizeClass::is_sealed) {
                 if !self.pool.draining_waits_for_readers() {
                     return Room::Soon;
                 }
@@ -375,8 +376,15 @@ impl BlockStore {
             if self.pool.raw_available() >= to_be_vacant {
                 return Room::Now;
             }
-            if !self.pool.start_draining(SizeClass::Sealed) && !self.evict_one(counters) {
-                return Room::Never;
+            if self.start_draining_sealed() {
+                continue;
+            }
+            if self.recode_for_room(counters) {
+                return Room::Soon;
+            }
+            if !self.evict_one(counters) {
+                // What has made way for others to be re-encoded may do.
+                return if self.pool.raw_available() >= to_be_vacant { Room::Now } else { Room::Never };
             }
         }
     }
@@ -427,7 +435,14 @@ impl BlockStore {
         let chunk = self.pool.layout().slots_per_chunk(SizeClass::Raw);
         let kept_raw = self.pool.layout().raw_slots() / 32 + chunk;
         let spares_chunk = |pool: &Pool| pool.raw_available() >= kept_raw && pool.has_vacant_chunk();
-        while !self.pool.has_sealed_vacancy() && !spares_chunk(&self.pool) && self.evict_one(counters) {}
-        self.pool.take_sealed(tenant)
+        while !self.pool.has_sealed_vacancy() && !spares_chunk(&self.pool) {
+            if self.recode_for_room(counters) {
+                return None;
+            }
+            if !self.evict_one(counters) {
+                break;
+            }
+        }
+        self.pool.take_sealed(SizeClass::Sealed, tenant)
     }
 }

@@ -26,7 +26,7 @@ use crate::dropping::Dropping;
 use crate::error::Error;
 use crate::events::BlockEvent;
 use crate::eviction::EvictionPolicy;
-use crate::format::{BlockFormat, KeepRaw};
+use crate::format::{KeepRaw, Ladder};
 use crate::geometry::{BlockLayout, Geometry};
 use crate::limits::TenantLimits;
 use crate::memory::{AppendRow, AppendRows, Flight, LaneKind, Launch, OpRef, Purpose, ReadBuffer, Step};
@@ -50,8 +50,8 @@ pub struct CoreConfig {
     pub layout: BlockLayout,
     /// How the slab is cut.
     pub pool: PoolLayout,
-    /// Format of sealed blocks.
-    pub sealed_format: BlockFormat,
+    /// Format of sealed blocks, and those that they are re-encoded to.
+    pub formats: Ladder,
     /// Full blocks that are not sealed.
     pub keep_raw: KeepRaw,
     /// Longest sequence.
@@ -310,7 +310,7 @@ impl DeviceCore {
                 pool,
                 config.shard,
                 &config.layout,
-                config.sealed_format,
+                config.formats,
                 config.keep_raw,
                 config.eviction,
                 config.index_hash_bits,
@@ -352,7 +352,7 @@ impl DeviceCore {
 
     /// Whether full blocks wait to be sealed and could be now.
     pub fn wants_to_seal(&self) -> bool {
-        self.may_seal() && self.blocks.wants_to_seal()
+        self.may_seal() && (self.blocks.wants_to_seal() || self.blocks.wants_to_recode())
     }
 
     /// Whether sealing must not wait for a quiet moment: raw slots run out while full blocks hold them.
@@ -648,6 +648,7 @@ impl DeviceCore {
                         self.resume(id.index(), effects);
                     }
                 }
+                Purpose::Recode(recoded) => self.blocks.land_recode(*recoded, error.is_none() && finite),
                 Purpose::Move { block, slot } => {
                     self.blocks.land_move(block, slot, error.is_none());
                 }
@@ -843,8 +844,24 @@ impl DeviceCore {
             launch.steps.push(seal.step(launch.flights.len()));
             launch.add(seal.into_purpose(), None, None);
         }
+        for _ in 0..self.config.seals_per_launch {
+            if !self.blocks.plan_recode(&mut self.counters) {
+                break;
+            }
+        }
+        self.blocks.drain_for_recodes();
+        self.recode_some();
         // Sealing has stalled for want of a vacant chunk: empty one. It goes on when the moves have landed.
         self.move_some();
+    }
+
+    /// Launches what is planned to be re-encoded.
+    fn recode_some(&mut self) {
+        for plan in self.blocks.planned_recodes() {
+            let launch = self.building.launch(LaneKind::Compute);
+            launch.steps.extend(plan.steps(launch.flights.len()));
+            launch.add(plan.into_purpose(), None, None);
+        }
     }
 
     /// Plans the moves out of the chunk that is being emptied, and says how many.
@@ -866,7 +883,8 @@ impl DeviceCore {
             if room != Room::Soon {
                 return room;
             }
-            if self.move_some() > 0 || self.blocks.draining_is_under_way() {
+            self.recode_some();
+            if self.move_some() > 0 || self.blocks.draining_is_under_way() || self.blocks.is_recoding() {
                 self.waiting_for_moves.push(op);
                 return Room::Soon;
             }

@@ -45,7 +45,6 @@ impl DeviceCore {
             Ok(moves) => moves,
             Err(error) => return Progress::Done(Err(error)),
         };
-        let bytes = self.config.sealed_format.block_bytes(&self.config.layout);
         let lane = match tier {
             Tier::Host => LaneKind::Download,
             Tier::Device => LaneKind::Upload,
@@ -54,6 +53,7 @@ impl DeviceCore {
         for moved in &moves {
             let from_offset = self.blocks.offset(moved.block);
             let to_offset = self.blocks.pool().offset_bytes(moved.class, moved.slot.id());
+            let bytes = self.blocks.stored_bytes(moved.block);
             launch.steps.push(Step::Transfer { from_offset, to_offset, bytes });
         }
         launch.add(Purpose::Tier(Box::new(TierMoves { op, moves })), None, None);
@@ -63,13 +63,13 @@ impl DeviceCore {
     /// Takes back the moves of one operation, and says whether the device carried them out.
     pub(super) fn land_moves(&mut self, moves: Vec<TierMove>, moved: bool) -> Outcome {
         let blocks = moves.len() as u32;
+        if moved {
+            self.counters.tier_moves += u64::from(blocks);
+            let bytes = moves.iter().map(|one| self.blocks.stored_bytes(one.block) as u64);
+            self.counters.bytes_moved += bytes.sum::<u64>();
+        }
         for one in moves {
             self.blocks.end_move(one, moved);
-        }
-        if moved {
-            let bytes = self.config.sealed_format.block_bytes(&self.config.layout) as u64;
-            self.counters.tier_moves += u64::from(blocks);
-            self.counters.bytes_moved += u64::from(blocks) * bytes;
         }
         Outcome::Moved { blocks }
     }
@@ -92,22 +92,29 @@ impl BlockStore {
         tier: Tier,
         counters: &mut CoreCounters,
     ) -> Result<Vec<TierMove>, Error> {
-        let class = match tier {
-            Tier::Host => SizeClass::Host,
-            Tier::Device if self.pool.layout().has_sealed_class => SizeClass::Sealed,
-            Tier::Device => SizeClass::Raw,
-        };
-        let slots = match class {
-            SizeClass::Host => self.take_host(blocks.len(), counters)?,
-            SizeClass::Raw | SizeClass::Sealed => self.take_device(blocks, class, counters)?,
+        let slots = match tier {
+            Tier::Host => self.take_host(blocks.len(), counters)?,
+            Tier::Device => self.take_device(blocks, counters)?,
         };
         let begin = |(&block, slot)| {
+            let class = self.class_in(block, tier);
             self.get_mut(block).moving_to = Some(class);
             // The flight holds it: closing its sequences must not free the slot that is being read.
             self.retain(block);
             TierMove { block, slot, class }
         };
         Ok(blocks.iter().zip(slots).map(begin).collect())
+    }
+
+    /// The class of the slot that a sealed block takes in a tier.
+    fn class_in(&self, block: BlockId, tier: Tier) -> SizeClass {
+        match tier {
+            Tier::Host => SizeClass::Host,
+            Tier::Device if self.pool.layout().has_sealed_class => {
+                SizeClass::SEALED[usize::from(self.get(block).rung)]
+            }
+            Tier::Device => SizeClass::Raw,
+        }
     }
 
     fn take_host(&mut self, count: usize, counters: &mut CoreCounters) -> Result<Vec<FilledSlot>, Error> {
@@ -126,23 +133,22 @@ impl BlockStore {
     fn take_device(
         &mut self,
         blocks: &[BlockId],
-        class: SizeClass,
         counters: &mut CoreCounters,
     ) -> Result<Vec<FilledSlot>, Error> {
-        while class == SizeClass::Raw
+        while !self.pool.layout().has_sealed_class
             && self.raw_available(blocks.len()) < blocks.len()
             && self.evict_one(counters)
         {}
         let free = self.raw_available(blocks.len());
         let mut slots = Vec::with_capacity(blocks.len());
         for &block in blocks {
-            let tenant = self.get(block).tenant;
+            let (tenant, class) = (self.get(block).tenant, self.class_in(block, Tier::Device));
             // The move overwrites the whole block, so there is nothing to zero.
             let taken = match class {
                 SizeClass::Raw if slots.len() < free => self.pool.take_raw(tenant).map(|taken| taken.slot),
                 SizeClass::Raw => None,
-                SizeClass::Sealed | SizeClass::Host => loop {
-                    let taken = self.pool.take_sealed_spare(tenant);
+                class => loop {
+                    let taken = self.pool.take_sealed_spare(class, tenant);
                     if taken.is_some() || !self.evict_one(counters) {
                         break taken;
                     }
@@ -152,7 +158,10 @@ impl BlockStore {
                 Some(slot) => slots.push(slot),
                 None => {
                     let had = slots.len() as u32;
-                    slots.into_iter().for_each(|slot| self.free_slot(class, slot));
+                    for (slot, &block) in slots.into_iter().zip(blocks) {
+                        let class = self.class_in(block, Tier::Device);
+                        self.free_slot(class, slot);
+                    }
                     return Err(Error::TierFull {
                         tier: Tier::Device,
                         needed: blocks.len() as u32,
@@ -179,6 +188,7 @@ impl BlockStore {
             self.charge(owner, now, 1);
             self.publish(id);
             self.tell_moved(id);
+            self.sealed_anew(id);
         } else {
             // Nobody knows how far it came.
             self.pool.spoil(slot.id());

@@ -184,12 +184,18 @@ impl Evictor {
     /// The last holder of the block has let go. Best called for the blocks of a sequence from its end to its start.
     #[inline]
     pub fn release(&mut self, block: BlockId, now_ms: u64) {
+        self.uses += 1;
+        self.nodes[block.0 as usize].used = self.uses;
+        self.put_back(block, now_ms);
+    }
+
+    /// As [`Evictor::release`], of a block that nobody has used meanwhile.
+    #[inline]
+    pub fn put_back(&mut self, block: BlockId, now_ms: u64) {
         debug_assert!(self.contains(block) && self.nodes[block.0 as usize].is(HELD));
         self.advance(now_ms);
-        self.uses += 1;
         let node = &mut self.nodes[block.0 as usize];
         node.flags &= !HELD;
-        node.used = self.uses;
         self.unheld += 1;
         if node.is_candidate() {
             self.enter(block.0);

@@ -14,10 +14,9 @@ impl Pool {
     }
 
     /// Slots taken and not given back, and not in quarantine either, by class.
-    pub fn held(&self) -> [usize; 3] {
+    pub fn held(&self) -> [usize; SizeClass::COUNT] {
         let quarantined = |class| self.quarantine.iter().filter(|(c, _)| *c == class).count();
-        [SizeClass::Raw, SizeClass::Sealed, SizeClass::Host]
-            .map(|class| self.used(class) - quarantined(class))
+        SizeClass::ALL.map(|class| self.used(class) - quarantined(class))
     }
 
     /// Whether `slot` is vacant, or freed and still looked at.
@@ -31,7 +30,7 @@ impl Pool {
     /// What does not add up.
     pub fn audit(&self) -> Result<(), String> {
         let per_chunk = self.layout.slot_ids_per_chunk();
-        let (mut vacant_raw, mut vacant_sealed, mut taken) = (0, 0, 0);
+        let (mut vacancies, mut taken) = ([0; SizeClass::COUNT], 0);
         for (index, chunk) in self.chunks.iter().enumerate() {
             let slots = chunk.class.map_or(0, |class| self.layout.slots_per_chunk(class));
             for bit in 0..per_chunk {
@@ -47,8 +46,7 @@ impl Pool {
             }
             match chunk.class {
                 _ if chunk.draining => {}
-                Some(SizeClass::Raw) => vacant_raw += chunk.vacant.count_ones() as usize,
-                Some(_) => vacant_sealed += chunk.vacant.count_ones() as usize,
+                Some(class) => vacancies[class as usize] += chunk.vacant.count_ones() as usize,
                 None => {}
             }
             let at_its_place = match (chunk.class, chunk.listed_at) {
@@ -66,13 +64,15 @@ impl Pool {
         let in_stock = self.chunks.iter().filter(|chunk| chunk.class.is_none()).count();
         let listed: usize = self.with_vacancy.iter().map(Vec::len).sum();
         let with_vacancy = self.chunks.iter().filter(|chunk| chunk.vacant != 0 && !chunk.draining).count();
+        if vacancies != self.vacancies {
+            return Err(format!("vacant slots by class: {vacancies:?} counted, {:?} kept", self.vacancies));
+        }
+        let [of_slab @ .., host_used] = self.used;
         for (what, counted, kept) in [
-            ("vacant raw slots", vacant_raw, self.vacant_raw),
-            ("vacant sealed slots", vacant_sealed, self.vacant_sealed),
             ("chunks in stock", in_stock, self.stock.len()),
             ("chunks with vacancies", with_vacancy, listed),
-            ("slots taken", taken, self.used[0] + self.used[1]),
-            ("host slots taken", host_taken, self.used[2]),
+            ("slots taken", taken, of_slab.iter().sum()),
+            ("host slots taken", host_taken, host_used),
             ("host slots free", self.layout.host_slots - host_taken, self.host.free_units()),
         ] {
             if counted != kept {

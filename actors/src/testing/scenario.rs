@@ -9,7 +9,7 @@ use crate::block::{HashSecret, KeyScheme};
 use crate::device::CoreConfig;
 use crate::dropping::Dropping;
 use crate::eviction::EvictionPolicy;
-use crate::format::{Format, KeepRaw};
+use crate::format::{BlockFormat, Format, KeepRaw, Ladder};
 use crate::geometry::{ElementType, Geometry};
 use crate::limits::TenantLimits;
 use crate::pool::PoolLayout;
@@ -22,6 +22,8 @@ pub struct Setup {
     pub geometry: Geometry,
     /// Format of sealed blocks.
     pub format: Format,
+    /// How often they may be re-encoded.
+    pub rungs_below: usize,
     /// Full blocks that are not sealed.
     pub keep_raw: KeepRaw,
     /// Raw blocks that the slab holds.
@@ -58,6 +60,7 @@ impl Setup {
         Setup {
             geometry: geometry(1, 1, 4, 4).block_tokens(4),
             format,
+            rungs_below: 0,
             keep_raw: KeepRaw::default(),
             blocks: 64,
             max_tokens: 64,
@@ -84,8 +87,10 @@ impl Setup {
         let geometry = random_geometry(rng, block_tokens);
         // Small pools run out of room all the time, larger ones share more.
         let blocks = if block_tokens == 32 { rng.between(8, 48) } else { rng.between(12, 140) };
+        let format = rng.pick(&[Format::Raw, Format::Int8, Format::Int8]);
         Setup {
-            format: rng.pick(&[Format::Raw, Format::Int8, Format::Int8]),
+            format,
+            rungs_below: if format == Format::Raw { 0 } else { rng.pick(&[0, 0, 1, 2]) },
             keep_raw: random_keep_raw(rng),
             blocks: blocks.into(),
             max_tokens: rng.pick(&[3, 6, 10]) * block_tokens + rng.between(0, 3),
@@ -115,6 +120,7 @@ impl Setup {
         let blocks = rng.between(40, 160);
         Setup {
             format: Format::Int8,
+            rungs_below: rng.pick(&[0, 0, 1, 2]),
             keep_raw: random_keep_raw(rng),
             blocks: blocks.into(),
             max_tokens: rng.pick(&[12, 24]) * block_tokens,
@@ -139,9 +145,10 @@ impl Setup {
     /// If the settings cannot work.
     pub fn config(&self) -> CoreConfig {
         let layout = self.geometry.layout().expect("a geometry that works");
+        let ladder = [self.format, Format::R4, Format::R2].map(BlockFormat::from);
+        let formats = Ladder::new(&ladder[..=self.rungs_below]).expect("three rungs at most");
         let slot = layout.raw_bytes().next_multiple_of(crate::pool::SLOT_ALIGN_BYTES) as u64;
-        let mut pool =
-            PoolLayout::plan(&layout, self.format.into(), self.blocks * slot).expect("a budget that works");
+        let mut pool = PoolLayout::plan(&layout, formats, self.blocks * slot).expect("a budget that works");
         if let Some(slots) = self.chunk_slots {
             pool.chunk_bytes = slots * pool.raw_slot_bytes;
             pool.chunks = self.blocks as usize / slots;
@@ -153,7 +160,7 @@ impl Setup {
             geometry: self.geometry.clone(),
             layout,
             pool,
-            sealed_format: self.format.into(),
+            formats,
             keep_raw: self.keep_raw,
             max_tokens: self.max_tokens,
             token_budget: TokenBudget::new(self.max_total_tokens),

@@ -15,7 +15,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::tracker::Tracker;
-use crate::format::{BlockFormat, Format, FormatLayout};
+use crate::format::{BlockFormat, Format, FormatLayout, Ladder};
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::memory::{
     AppendStep, Backend, DeviceLost, Doorbell, GatherStep, Lane, LaneKind, Lanes, Launch, ReadStep,
@@ -86,6 +86,7 @@ impl SimDevice {
                 layout: *layout,
                 int8: FormatLayout::new(Format::Int8.into(), layout),
                 bytes: vec![0; pool.slab_bytes() + pool.host_bytes()],
+                re_encoded: Vec::new(),
             },
             tracker: Tracker::new(*layout, *pool),
             lanes: Default::default(),
@@ -230,6 +231,8 @@ struct Memory {
     layout: BlockLayout,
     int8: FormatLayout,
     bytes: Vec<u8>,
+    /// What blocks of formats below `int8` hold, exactly: theirs are of fewer bits than a stamp needs, so a block is a number here.
+    re_encoded: Vec<Vec<u8>>,
 }
 
 impl Memory {
@@ -258,8 +261,12 @@ impl Memory {
                 }
             }
             Step::Seal { flight, format, from_offset, to_offset, .. } => {
-                assert_eq!(*format, Format::Int8, "only int8 blocks are sealed by a launch");
-                launch.flights[*flight].finite &= self.seal(*from_offset, *to_offset);
+                let finite = match format.keys {
+                    Format::Int8 => self.seal(*from_offset, *to_offset),
+                    Format::R4 | Format::R2 => self.re_encode(*from_offset, *to_offset),
+                    other => panic!("no blocks are sealed in {other} here"),
+                };
+                launch.flights[*flight].finite &= finite;
             }
             Step::Read(read) => {
                 if let Some(output) = &mut launch.flights[read.flight].output {
@@ -361,6 +368,11 @@ impl Memory {
     ) {
         match format.keys {
             Format::Int8 => self.decode_row(slot, layer, plane, head, token, to),
+            Format::R4 | Format::R2 => {
+                let number = u32::from_le_bytes(std::array::from_fn(|at| self.bytes[slot + at]));
+                let block = &self.re_encoded[number as usize];
+                to.copy_from_slice(&block[self.raw_row(0, layer, plane, head, token)]);
+            }
             _ => to.copy_from_slice(&self.bytes[self.raw_row(slot, layer, plane, head, token)]),
         }
     }
@@ -396,6 +408,15 @@ impl Memory {
                 }
             }
         }
+    }
+
+    /// Keeps a raw block under a number, and stores that.
+    fn re_encode(&mut self, from: usize, to: usize) -> bool {
+        let block = self.bytes[from..from + self.layout.raw_bytes()].to_vec();
+        let finite = block.chunks_exact(4).all(|bytes| element(bytes).is_finite());
+        self.bytes[to..to + 4].copy_from_slice(&(self.re_encoded.len() as u32).to_le_bytes());
+        self.re_encoded.push(block);
+        finite
     }
 
     /// Where the codes and the scale of one row of a sealed slot lie.
@@ -442,7 +463,7 @@ impl Memory {
 impl Backend for SimDevice {
     type Lane = SimLane;
 
-    fn open(self, _: &BlockLayout, _: &PoolLayout, _: BlockFormat) -> Result<Lanes<SimLane>, String> {
+    fn open(self, _: &BlockLayout, _: &PoolLayout, _: &Ladder) -> Result<Lanes<SimLane>, String> {
         let lane = |kind| SimLane { device: self.clone(), kind };
         Ok(Lanes {
             compute: lane(LaneKind::Compute),

@@ -26,7 +26,9 @@ pub struct Tracker {
     /// Per sealed slot: the position of the block that it was sealed as.
     sealed: Vec<Option<u32>>,
     /// Slots that hold tokens which were decoded, raw ones and sealed ones.
-    decoded: [Vec<bool>; 3],
+    decoded: [Vec<bool>; SizeClass::COUNT],
+    /// Raw slots into which such a block was decoded: sealed from there it is what it was.
+    decoded_twice: Vec<bool>,
     /// Generations of the slots when last looked at.
     generations: Vec<u32>,
     /// Accesses under way, per chunk.
@@ -63,12 +65,13 @@ impl Access {
 impl Tracker {
     /// A tracker of a fresh slab.
     pub fn new(layout: BlockLayout, pool: PoolLayout) -> Self {
-        let slots = pool.slot_ids_all_tiers();
+        let slots = pool.slot_ids_all_tiers() + pool.scratch_slots;
         Tracker {
             raw_written: vec![false; slots * layout.layers * layout.block_tokens],
             sealed: vec![None; slots],
-            decoded: [(); 3].map(|()| vec![false; slots]),
-            generations: vec![0; slots],
+            decoded: SizeClass::ALL.map(|_| vec![false; slots]),
+            decoded_twice: vec![false; slots],
+            generations: vec![0; pool.slot_ids_all_tiers()],
             under_way: vec![Vec::new(); pool.chunks + 1],
             layout,
             pool,
@@ -114,6 +117,10 @@ impl Tracker {
             );
             return self.pool.slot_ids() + inside / self.pool.sealed_slot_bytes;
         }
+        let scratch = self.pool.scratch_offset_bytes(0);
+        if offset >= scratch {
+            return self.pool.slot_ids_all_tiers() + (offset - scratch) / self.pool.raw_slot_bytes;
+        }
         let chunk = offset / self.pool.chunk_bytes;
         let inside = offset % self.pool.chunk_bytes;
         assert_eq!(inside % self.pool.slot_bytes(class), 0, "offset {offset} is no {class:?} slot");
@@ -128,10 +135,20 @@ impl Tracker {
     }
 
     fn class_of(&self, format: BlockFormat) -> SizeClass {
-        match format.is_raw() || !self.pool.has_sealed_class {
-            true => SizeClass::Raw,
-            false => SizeClass::Sealed,
+        match format.keys {
+            _ if !self.pool.has_sealed_class => SizeClass::Raw,
+            Format::Raw => SizeClass::Raw,
+            Format::R4 => SizeClass::Colder,
+            Format::R2 => SizeClass::Coldest,
+            _ => SizeClass::Sealed,
         }
+    }
+
+    /// The format of a block of which so many bytes are moved.
+    fn format_of(&self, bytes: usize) -> BlockFormat {
+        let formats = [Format::Raw, Format::Int8, Format::R4, Format::R2].map(BlockFormat::from);
+        let found = formats.into_iter().find(|format| format.block_bytes(&self.layout) == bytes);
+        found.unwrap_or_else(|| panic!("no block has {bytes} bytes"))
     }
 
     fn rows(&mut self, offset: usize, layer: usize, tokens: Range<usize>) -> &mut [bool] {
@@ -163,12 +180,12 @@ impl Tracker {
                 let decoded = self.is_decoded(from_class, *from_offset);
                 self.set_decoded(SizeClass::Raw, *to_offset, decoded);
             }
-            Step::Transfer { from_offset, to_offset, .. } => {
+            Step::Transfer { from_offset, to_offset, bytes } => {
                 if !self.pool.has_sealed_class {
                     let marks = self.whole(*from_offset).to_vec();
                     self.whole(*to_offset).copy_from_slice(&marks);
                 }
-                let format = if self.pool.has_sealed_class { Format::Int8.into() } else { BlockFormat::RAW };
+                let format = self.format_of(*bytes);
                 let (from_class, to_class) =
                     (self.class_at(format, *from_offset), self.class_at(format, *to_offset));
                 let (from, to) = (self.slot_of(from_class, *from_offset), self.slot_of(to_class, *to_offset));
@@ -182,6 +199,9 @@ impl Tracker {
             Step::Reopen { format, position, from_offset, to_offset } => {
                 self.check_sealed(*format, *position, *from_offset, step);
                 self.whole(*to_offset).fill(true);
+                let twice = self.is_decoded(self.class_at(*format, *from_offset), *from_offset);
+                let slot = self.slot_of(SizeClass::Raw, *to_offset);
+                self.decoded_twice[slot] = twice;
                 self.set_decoded(SizeClass::Raw, *to_offset, true);
             }
             Step::Append(append) => {
@@ -197,15 +217,22 @@ impl Tracker {
                     }
                 }
             }
-            Step::Seal { position, from_offset, to_offset, .. } => {
+            Step::Seal { format, position, from_offset, to_offset, .. } => {
                 assert!(
                     self.whole(*from_offset).iter().all(|w| *w),
                     "sealed before it was written: {step:?}"
                 );
-                let slot = self.slot_of(SizeClass::Sealed, *to_offset);
+                let class = self.class_of(*format);
+                let slot = self.slot_of(class, *to_offset);
                 self.sealed[slot] = Some(*position);
-                let decoded = self.is_decoded(SizeClass::Raw, *from_offset);
-                self.set_decoded(SizeClass::Sealed, *to_offset, decoded);
+                let decoded = match class {
+                    // Re-encoded: what it holds is as first-hand as it was before.
+                    SizeClass::Colder | SizeClass::Coldest => {
+                        self.decoded_twice[self.slot_of(SizeClass::Raw, *from_offset)]
+                    }
+                    _ => self.is_decoded(SizeClass::Raw, *from_offset),
+                };
+                self.set_decoded(class, *to_offset, decoded);
             }
             Step::Read(read) => match self.class_of(read.format) {
                 // Also of a block in the host tier.
@@ -213,7 +240,7 @@ impl Tracker {
                     self.rows(read.slot_offset, read.layer, read.tokens.clone()).iter().all(|w| *w),
                     "read before it was written: {read:?}"
                 ),
-                SizeClass::Sealed | SizeClass::Host => {
+                _ => {
                     self.check_sealed(read.format, read.position, read.slot_offset, step);
                 }
             },
@@ -272,7 +299,7 @@ impl Tracker {
         for step in steps {
             let whole = 0..self.layout.layers;
             let all = 0..self.layout.block_tokens;
-            let (raw, sealed) = (SizeClass::Raw, SizeClass::Sealed);
+            let raw = SizeClass::Raw;
             match step {
                 Step::Zero { slot_offset } => self.access(lane, launch, true, raw, *slot_offset, whole, all),
                 Step::Copy { from_offset, to_offset } => {
@@ -280,9 +307,8 @@ impl Tracker {
                     self.access(lane, launch, false, class, *from_offset, whole.clone(), all.clone());
                     self.access(lane, launch, true, raw, *to_offset, whole, all);
                 }
-                Step::Transfer { from_offset, to_offset, .. } => {
-                    let format =
-                        if self.pool.has_sealed_class { Format::Int8.into() } else { BlockFormat::RAW };
+                Step::Transfer { from_offset, to_offset, bytes } => {
+                    let format = self.format_of(*bytes);
                     let class = |offset| self.class_at(format, offset);
                     let (from, to) = (class(*from_offset), class(*to_offset));
                     self.access(lane, launch, false, from, *from_offset, whole.clone(), all.clone());
@@ -303,9 +329,10 @@ impl Tracker {
                         self.access(lane, launch, true, raw, slot_offset, layers, tokens);
                     }
                 }
-                Step::Seal { from_offset, to_offset, .. } => {
+                Step::Seal { format, from_offset, to_offset, .. } => {
+                    let class = self.class_of(*format);
                     self.access(lane, launch, false, raw, *from_offset, whole.clone(), all.clone());
-                    self.access(lane, launch, true, sealed, *to_offset, whole, all);
+                    self.access(lane, launch, true, class, *to_offset, whole, all);
                 }
                 Step::Read(read) => {
                     let (layers, tokens) = (read.layer..read.layer + 1, read.tokens.clone());

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kv_cache_actors::format::{BlockFormat, Format, FormatLayout};
+use kv_cache_actors::format::{BlockFormat, Format, FormatLayout, Ladder};
 use kv_cache_actors::geometry::{BlockLayout, Plane};
 use kv_cache_actors::memory::{
     AppendStep, Backend, DeviceLost, GatherStep, Lane, Lanes, Launch, ReadBuffer, ReadStep, ScoreStep, Step,
@@ -30,7 +30,7 @@ impl CpuBackend {
 impl Backend for CpuBackend {
     type Lane = CpuLane;
 
-    fn open(self, block: &BlockLayout, _: &PoolLayout, _: BlockFormat) -> Result<Lanes<CpuLane>, String> {
+    fn open(self, block: &BlockLayout, _: &PoolLayout, _: &Ladder) -> Result<Lanes<CpuLane>, String> {
         let lane = || CpuLane {
             slab: self.slab.clone(),
             kernels: self.kernels,

@@ -5,7 +5,7 @@
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use kv_cache_actors::format::{BlockFormat, Format, FormatLayout};
+use kv_cache_actors::format::{BlockFormat, Format, FormatLayout, Ladder};
 use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
 
 use super::abi;
@@ -60,13 +60,12 @@ const CARRY_BYTES: usize = 4096;
 /// More thread blocks than this keep every GPU busy.
 const ENOUGH_BLOCKS: u32 = 1024;
 
-/// The kernels for one element type, and for one format of sealed blocks.
+/// The kernels for one element type, and for the formats of a cache's sealed blocks.
 pub(super) struct Kernels {
     block: BlockLayout,
-    sealed: Sealed,
+    /// By rung: at least one.
+    sealed: Vec<Sealed>,
     append: Function,
-    /// For keys and values together, or for each: at least one.
-    of_planes: Vec<PlaneKernels>,
     move_blocks: Function,
     carry_blocks: Function,
     signal: Function,
@@ -76,21 +75,16 @@ pub(super) struct Kernels {
     _modules: Vec<Arc<Module>>,
 }
 
-/// How blocks are sealed.
-#[derive(Debug)]
+/// A format of sealed blocks, and the kernels that know it.
 pub(super) struct Sealed {
     pub(super) place: FormatLayout,
     /// What stays raw: see [`FormatLayout::raw_runs`].
     pub(super) raw_runs: Vec<(usize, usize, usize)>,
+    /// For keys and values together, or for each: at least one.
+    of_planes: Vec<PlaneKernels>,
 }
 
 impl Sealed {
-    pub(super) fn new(format: BlockFormat, block: &BlockLayout) -> Self {
-        let place = FormatLayout::new(format, block);
-        let raw_runs = if format.is_raw() { Vec::new() } else { place.raw_runs(block).collect() };
-        Sealed { place, raw_runs }
-    }
-
     pub(super) fn format(&self) -> BlockFormat {
         self.place.format()
     }
@@ -145,23 +139,27 @@ pub(super) struct Descriptors {
 }
 
 impl Kernels {
-    /// Loads the kernels for blocks of `block` that are sealed in `sealed`.
+    /// Loads the kernels for blocks of `block` that are sealed, and re-encoded, as `formats` says.
     /// Sealed keys are differences from `centres`, if there are any.
     pub(super) fn load(
         gpu: &Arc<Gpu>,
         block: &BlockLayout,
-        sealed: BlockFormat,
+        formats: impl Into<Ladder>,
         centres: Option<&Centres>,
     ) -> Result<Kernels, DriverError> {
         let module =
             |format, centred| source(format, centred)?.map(|source| Self::module(gpu, source)).transpose();
-        let keys = module(sealed.keys, centres.is_some())?;
-        let values = match sealed.values == sealed.keys {
-            true => keys.clone(),
-            false => module(sealed.values, false)?,
-        };
+        let mut modules = Vec::new();
+        for &format in formats.into().formats() {
+            let keys = module(format.keys, centres.is_some())?;
+            let values = match format.values == format.keys {
+                true => keys.clone(),
+                false => module(format.values, false)?,
+            };
+            modules.push((format, [keys, values]));
+        }
         let tables = centres.map(|centres| Tables::upload(gpu, centres)).transpose()?;
-        Self::of(Self::module(gpu, CACHE)?, [keys, values], block, sealed, tables)
+        Self::of(Self::module(gpu, CACHE)?, modules, block, tables)
     }
 
     /// A module on a GPU, loaded once for all caches that are on it at a time.
@@ -183,9 +181,8 @@ impl Kernels {
 
     fn of(
         cache: Arc<Module>,
-        [keys, values]: [Option<Arc<Module>>; 2],
+        formats: Vec<(BlockFormat, [Option<Arc<Module>>; 2])>,
         block: &BlockLayout,
-        format: BlockFormat,
         tables: Option<Tables>,
     ) -> Result<Kernels, DriverError> {
         let element = match block.element {
@@ -196,13 +193,13 @@ impl Kernels {
         let pick = |module: &Module, name: &str, element: &str| {
             let name = format!("{name}{element}");
             module.function(&name).or_else(|error| {
-                tracing::warn!(target: "kv_cache::cuda", kernel = name, %format, %error, "a kernel cannot be loaded: the plain one runs instead");
+                tracing::warn!(target: "kv_cache::cuda", kernel = name, %error, "a kernel cannot be loaded: the plain one runs instead");
                 module.function(&format!("plain_{name}"))
             })
         };
-        let sealed = Sealed::new(format, block);
         let centres = tables.as_ref().map(|tables| tables.at).unwrap_or_default();
-        let of_planes = |planes: &[Plane], format: Format, module: Option<&Arc<Module>>| {
+        let of_planes = |place: &FormatLayout, planes: &[Plane], module: Option<&Arc<Module>>| {
+            let format = if planes == [Plane::Value] { place.format().values } else { place.format().keys };
             let function = |module: &Arc<Module>, name: &str| {
                 let function = pick(module, name, element)?;
                 // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise.
@@ -212,7 +209,7 @@ impl Kernels {
                 Ok::<_, DriverError>(function)
             };
             Ok::<_, DriverError>(PlaneKernels {
-                layout: abi::Layout::new(block, &sealed.place, planes, centres),
+                layout: abi::Layout::new(block, place, planes, centres),
                 planes: planes.len() as u32,
                 seal: module.map(|module| function(module, "seal")).transpose()?,
                 reopen: module.map(|module| function(module, "reopen")).transpose()?,
@@ -222,23 +219,30 @@ impl Kernels {
                 },
             })
         };
-        let of_planes = match format.keys == format.values {
-            true => vec![of_planes(&Plane::BOTH, format.keys, keys.as_ref())?],
-            false => vec![
-                of_planes(&[Plane::Key], format.keys, keys.as_ref())?,
-                of_planes(&[Plane::Value], format.values, values.as_ref())?,
-            ],
-        };
+        let mut sealed = Vec::new();
+        let mut modules = Vec::new();
+        for (format, [keys, values]) in formats {
+            let place = FormatLayout::new(format, block);
+            let raw_runs = if format.is_raw() { Vec::new() } else { place.raw_runs(block).collect() };
+            let of_planes = match format.keys == format.values {
+                true => vec![of_planes(&place, &Plane::BOTH, keys.as_ref())?],
+                false => vec![
+                    of_planes(&place, &[Plane::Key], keys.as_ref())?,
+                    of_planes(&place, &[Plane::Value], values.as_ref())?,
+                ],
+            };
+            sealed.push(Sealed { place, raw_runs, of_planes });
+            modules.extend(keys.into_iter().chain(values));
+        }
         Ok(Kernels {
             block: *block,
             sealed,
             _tables: tables,
             append: pick(&cache, "append", "")?,
-            of_planes,
             move_blocks: pick(&cache, "move_blocks", "")?,
             carry_blocks: pick(&cache, "carry_blocks", "")?,
             signal: cache.function("signal")?,
-            _modules: keys.into_iter().chain(values).chain([cache]).collect(),
+            _modules: modules.into_iter().chain([cache]).collect(),
         })
     }
 
@@ -261,33 +265,43 @@ impl Kernels {
     ) -> Result<(), DriverError> {
         let threads = self.vectors(tokens).next_multiple_of(32).clamp(32, 256);
         // Appends know no format: any of the layouts does.
-        let of = &self.of_planes[0];
+        let of = &self.sealed[0].of_planes[0];
         let grid = (steps.count as u32, 2 * layers as u32, 1);
         // SAFETY: passed on.
         unsafe { of.launch(self.append, stream, grid, threads, steps) }
     }
 
-    /// How blocks are sealed.
-    pub(super) fn sealed(&self) -> &Sealed {
+    /// The formats of sealed blocks, by rung.
+    pub(super) fn sealed(&self) -> &[Sealed] {
         &self.sealed
     }
 
-    /// Encodes whole blocks, but for what stays raw.
+    /// Encodes whole blocks to the format of a rung, but for what stays raw.
     ///
     /// # Safety
     /// The descriptors are [`abi::Convert`]s, raw to sealed, that keep to invariants 3 and 4.
-    pub(super) unsafe fn seal(&self, stream: &Stream, steps: Descriptors) -> Result<(), DriverError> {
+    pub(super) unsafe fn seal(
+        &self,
+        stream: &Stream,
+        rung: usize,
+        steps: Descriptors,
+    ) -> Result<(), DriverError> {
         // SAFETY: passed on.
-        unsafe { self.convert(stream, steps, |of| of.seal) }
+        unsafe { self.convert(stream, rung, steps, |of| of.seal) }
     }
 
-    /// Decodes whole blocks, but for what stays raw.
+    /// Decodes whole blocks in the format of a rung, but for what stays raw.
     ///
     /// # Safety
     /// The descriptors are [`abi::Convert`]s, sealed to raw, that keep to invariants 3 and 4.
-    pub(super) unsafe fn reopen(&self, stream: &Stream, steps: Descriptors) -> Result<(), DriverError> {
+    pub(super) unsafe fn reopen(
+        &self,
+        stream: &Stream,
+        rung: usize,
+        steps: Descriptors,
+    ) -> Result<(), DriverError> {
         // SAFETY: passed on.
-        unsafe { self.convert(stream, steps, |of| of.reopen) }
+        unsafe { self.convert(stream, rung, steps, |of| of.reopen) }
     }
 
     /// # Safety
@@ -295,11 +309,13 @@ impl Kernels {
     unsafe fn convert(
         &self,
         stream: &Stream,
+        rung: usize,
         steps: Descriptors,
         which: impl Fn(&PlaneKernels) -> Option<Function>,
     ) -> Result<(), DriverError> {
-        let layers = self.sealed.place.coded_layers(&self.block).len() as u32;
-        for of in &self.of_planes {
+        let sealed = &self.sealed[rung];
+        let layers = sealed.place.coded_layers(&self.block).len() as u32;
+        for of in &sealed.of_planes {
             if let Some(function) = which(of) {
                 let grid = (steps.count as u32, of.planes * layers, 1);
                 // SAFETY: passed on.
@@ -309,20 +325,21 @@ impl Kernels {
         Ok(())
     }
 
-    /// Gathers and decodes tokens; `tokens` is the most of any descriptor.
+    /// Gathers and decodes tokens of blocks that are raw, or in the format of a rung; `tokens` is the most of any descriptor.
     ///
     /// # Safety
     /// The descriptors are [`abi::Read`]s that keep to invariants 3 and 4.
     pub(super) unsafe fn read(
         &self,
         stream: &Stream,
+        rung: usize,
         steps: Descriptors,
         tokens: usize,
     ) -> Result<(), DriverError> {
         let vectors = self.vectors(tokens);
         let threads = vectors.next_multiple_of(32).clamp(32, 256);
         let parts = vectors.div_ceil(threads * 4).min(ENOUGH_BLOCKS / (2 * steps.count as u32)).max(1);
-        for of in &self.of_planes {
+        for of in &self.sealed[rung].of_planes {
             let grid = (steps.count as u32, of.planes, parts);
             // SAFETY: passed on.
             unsafe { of.launch(of.read, stream, grid, threads, steps) }?;
@@ -579,7 +596,7 @@ mod tests {
                 index: INDEX,
             });
             // SAFETY: as above.
-            unsafe { kernels.seal(stream, seal) }.unwrap();
+            unsafe { kernels.seal(stream, 0, seal) }.unwrap();
             written.extend([self.bytes(&self.sealed), self.bytes(&self.flag)]);
             let reopen = self.step(abi::Convert {
                 from: self.sealed.address(),
@@ -588,7 +605,7 @@ mod tests {
                 index: INDEX,
             });
             // SAFETY: as above.
-            unsafe { kernels.reopen(stream, reopen) }.unwrap();
+            unsafe { kernels.reopen(stream, 0, reopen) }.unwrap();
             written.push(self.bytes(&self.reopened));
             for (raw, slot) in [(0b11, &self.raw), (0b00, &self.sealed)] {
                 for layer in 0..layout.layers {
@@ -603,7 +620,7 @@ mod tests {
                         index: INDEX,
                     });
                     // SAFETY: as above; the output has room for a block of all layers.
-                    unsafe { kernels.read(stream, read, count) }.unwrap();
+                    unsafe { kernels.read(stream, 0, read, count) }.unwrap();
                     written.push(self.bytes(&self.output)[..count * (key_token + value_token)].to_vec());
                 }
             }
@@ -701,7 +718,7 @@ mod tests {
                 let kernels = [(&fast, &fast_format), (&plain, &plain_format)].map(|(cache, of_format)| {
                     let tables = centred.then(|| Tables::upload(gpu, &some_centres(&geometry)).unwrap());
                     let modules = [Some(of_format.clone()), Some(of_format.clone())];
-                    Kernels::of(cache.clone(), modules, &layout, format.into(), tables).unwrap()
+                    Kernels::of(cache.clone(), vec![(format.into(), modules)], &layout, tables).unwrap()
                 });
                 let block = layout.block_tokens;
                 let parts = [0..1, 0..block, block - 1..block, block / 3..(2 * block).div_ceil(3)];

@@ -104,8 +104,8 @@ impl CudaLane {
     fn pump(&mut self) -> Result<(), DriverError> {
         while self.enqueuing < self.launches.len() {
             let launch = &self.launches[self.enqueuing];
-            let runs = self.kernels.sealed().raw_runs.len();
-            let plan = Plan::of(&self.layout, runs, launch, self.next_step, self.ring.unit_bytes_max());
+            let sealed = self.kernels.sealed();
+            let plan = Plan::of(&self.layout, sealed, launch, self.next_step, self.ring.unit_bytes_max());
             if plan.bytes() > self.ring.unit_bytes_max() {
                 // It would wait for room for ever. Settings that lead here are refused; if one slips through, losing the device
                 // beats a lane that stands still.

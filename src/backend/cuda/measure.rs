@@ -156,15 +156,15 @@ fn measure(
         let of = |memory: &DeviceMemory, count| Descriptors { address: memory.address(), count };
         let moved = (blocks * (raw_bytes + block_format.block_bytes(layout))) as u64;
         // SAFETY: descriptors of allocations that outlive the kernels, as sized above (3).
-        let seal = || unsafe { kernels.seal(&stream, of(&seals, blocks)) };
+        let seal = || unsafe { kernels.seal(&stream, 0, of(&seals, blocks)) };
         figures.push(repeat(format!("seal {format}"), moved, &seal)?);
         // SAFETY: as above.
-        let reopen = || unsafe { kernels.reopen(&stream, of(&reopens, blocks)) };
+        let reopen = || unsafe { kernels.reopen(&stream, 0, of(&reopens, blocks)) };
         figures.push(repeat(format!("decode {format}, whole blocks"), moved, &reopen)?);
         if layout.key_dim == layout.value_dim {
             let count = blocks * layout.layers;
             // SAFETY: as above; keys and values take half of a layer each.
-            let work = || unsafe { kernels.read(&stream, of(&reads, count), layout.block_tokens) };
+            let work = || unsafe { kernels.read(&stream, 0, of(&reads, count), layout.block_tokens) };
             figures.push(repeat(
                 format!("decode {format} and gather to [tokens, heads, dim]"),
                 moved,

@@ -53,7 +53,7 @@ mod unit;
 use std::ops::Range;
 use std::sync::Arc;
 
-use kv_cache_actors::format::BlockFormat;
+use kv_cache_actors::format::Ladder;
 use kv_cache_actors::geometry::BlockLayout;
 use kv_cache_actors::memory::{Backend, LaneKind, Lanes};
 use kv_cache_actors::pool::PoolLayout;
@@ -158,15 +158,10 @@ impl CudaBackend {
 impl Backend for CudaBackend {
     type Lane = CudaLane;
 
-    fn open(
-        self,
-        block: &BlockLayout,
-        _: &PoolLayout,
-        sealed: BlockFormat,
-    ) -> Result<Lanes<CudaLane>, String> {
+    fn open(self, block: &BlockLayout, _: &PoolLayout, formats: &Ladder) -> Result<Lanes<CudaLane>, String> {
         let gpu = self.slab.gpu().clone();
         let open = || -> Result<Lanes<CudaLane>, DriverError> {
-            let kernels = Arc::new(Kernels::load(&gpu, block, sealed, self.centres.as_deref())?);
+            let kernels = Arc::new(Kernels::load(&gpu, block, *formats, self.centres.as_deref())?);
             let lane = |kind| {
                 CudaLane::open(
                     kind,

@@ -2,13 +2,13 @@
 //! the ring with the payload that they read and the output that they write:
 //!
 //! ```text
-//! | a flag per flight, and per row | moves | reopens | appends | seals | reads | payloads and outputs |
+//! | a flag per flight, and per row | moves | reopens | appends | moves for seals | seals | reads | payloads and outputs |
 //! ```
 
 use std::ops::Range;
 use std::sync::Arc;
 
-use kv_cache_actors::format::{BlockFormat, Format};
+use kv_cache_actors::format::{BlockFormat, Format, Ladder};
 use kv_cache_actors::geometry::{BlockLayout, Plane};
 use kv_cache_actors::memory::{AppendRows, AppendStep, Launch, ReadStep, Step};
 
@@ -19,6 +19,14 @@ use super::{Slab, abi};
 /// Payloads and outputs begin at multiples of this: what a thread loads or stores at once.
 const VECTOR_BYTES: usize = 16;
 
+/// A thing for each format that a cache's sealed blocks may have.
+type ByRung<T> = [T; Ladder::RUNGS_MAX];
+
+/// Which of the formats it is.
+fn rung_of(sealed: &[Sealed], format: BlockFormat) -> Option<usize> {
+    sealed.iter().position(|sealed| sealed.format() == format)
+}
+
 /// How much of each thing a unit holds.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
@@ -27,10 +35,13 @@ pub(super) struct Plan {
     /// Rows of appends, each with a flag of its own.
     rows: usize,
     moves: usize,
-    reopens: usize,
+    /// By the rung of the format, as seals and reads.
+    reopens: ByRung<usize>,
     appends: usize,
-    seals: usize,
-    reads: usize,
+    seal_moves: usize,
+    seals: ByRung<usize>,
+    /// Those of raw blocks among the first.
+    reads: ByRung<usize>,
     /// Bytes of payloads and outputs.
     data_bytes: usize,
 }
@@ -66,10 +77,9 @@ fn data_bytes(layout: &BlockLayout, launch: &Launch, step: &Step) -> usize {
 
 impl Plan {
     /// The steps of `launch` from `from` on that fit into `bytes_max` bytes. At least one does: see [`split_large`].
-    /// `raw_runs` of a sealed block stay raw.
     pub(super) fn of(
         layout: &BlockLayout,
-        raw_runs: usize,
+        sealed: &[Sealed],
         launch: &Launch,
         from: usize,
         bytes_max: usize,
@@ -79,6 +89,14 @@ impl Plan {
             let data_bytes = data_bytes(layout, launch, step);
             let rows = if let Step::AppendRows(rows) = step { rows.rows.len() } else { 0 };
             // The largest descriptor stands for any.
+            // What no rung has is refused when it is written.
+            let rung = match step {
+                Step::Seal { format, .. } | Step::Reopen { format, .. } => rung_of(sealed, *format),
+                Step::Read(read) => rung_of(sealed, read.format),
+                _ => None,
+            };
+            let rung = rung.unwrap_or_default();
+            let raw_runs = sealed.get(rung).map_or(0, |sealed| sealed.raw_runs.len());
             let runs = if matches!(step, Step::Seal { .. } | Step::Reopen { .. }) { raw_runs } else { 0 };
             let descriptors = (rows.max(1) + runs) * size_of::<abi::Append>() + rows * size_of::<u32>();
             let more = plan.bytes() + data_bytes + descriptors + VECTOR_BYTES;
@@ -88,16 +106,16 @@ impl Plan {
             match step {
                 Step::Zero { .. } | Step::Copy { .. } | Step::Transfer { .. } => plan.moves += 1,
                 Step::Reopen { .. } => {
-                    plan.reopens += 1;
+                    plan.reopens[rung] += 1;
                     plan.moves += raw_runs;
                 }
                 Step::Append(_) => plan.appends += 1,
                 Step::AppendRows(_) => plan.appends += rows,
                 Step::Seal { .. } => {
-                    plan.seals += 1;
-                    plan.moves += raw_runs;
+                    plan.seals[rung] += 1;
+                    plan.seal_moves += raw_runs;
                 }
-                Step::Read(_) => plan.reads += 1,
+                Step::Read(_) => plan.reads[rung] += 1,
                 _ => {}
             }
             plan.rows += rows;
@@ -113,10 +131,11 @@ impl Plan {
 
     /// Where payloads and outputs begin.
     pub(super) fn data_at(&self) -> usize {
-        let descriptors = self.moves * size_of::<abi::Move>()
-            + (self.reopens + self.seals) * size_of::<abi::Convert>()
+        let all = |counts: &ByRung<usize>| counts.iter().sum::<usize>();
+        let descriptors = (self.moves + self.seal_moves) * size_of::<abi::Move>()
+            + (all(&self.reopens) + all(&self.seals)) * size_of::<abi::Convert>()
             + self.appends * size_of::<abi::Append>()
-            + self.reads * size_of::<abi::Read>();
+            + all(&self.reads) * size_of::<abi::Read>();
         (self.flags_bytes() + descriptors).next_multiple_of(VECTOR_BYTES)
     }
 
@@ -205,23 +224,24 @@ impl<T> Section<'_, T> {
 /// A unit that is being written into its bytes of the ring.
 pub(super) struct Unit<'a> {
     layout: &'a BlockLayout,
-    /// The only format that the kernels know besides `raw`.
-    sealed: &'a Sealed,
+    /// The formats that the kernels know besides `raw`.
+    sealed: &'a [Sealed],
     launch: &'a Launch,
     slab: &'a Slab,
     flags: u64,
     /// Flag of the next row.
     row_flag: u64,
     moves: Section<'a, abi::Move>,
-    reopens: Section<'a, abi::Convert>,
+    reopens: ByRung<Section<'a, abi::Convert>>,
     appends: Section<'a, abi::Append>,
-    seals: Section<'a, abi::Convert>,
-    reads: Section<'a, abi::Read>,
+    seal_moves: Section<'a, abi::Move>,
+    seals: ByRung<Section<'a, abi::Convert>>,
+    reads: ByRung<Section<'a, abi::Read>>,
     data: &'a mut [u8],
     data_address: u64,
     data_used: usize,
-    /// The most layers and tokens of an append, tokens of a read, bytes of a move.
-    most: (usize, usize, usize, usize),
+    /// The most layers and tokens of an append, tokens of a read, bytes of a move, and of one for a seal.
+    most: (usize, usize, usize, usize, usize),
 }
 
 /// Takes bytes off the front of a unit.
@@ -249,7 +269,7 @@ impl<'a> Unit<'a> {
     /// Lays the unit out over `bytes`, which the device sees at `address`.
     pub(super) fn new(
         layout: &'a BlockLayout,
-        sealed: &'a Sealed,
+        sealed: &'a [Sealed],
         launch: &'a Launch,
         plan: &Plan,
         slab: &'a Slab,
@@ -261,13 +281,14 @@ impl<'a> Unit<'a> {
         let row_flag = flags + (plan.flights * size_of::<u32>()) as u64;
         carver.bytes(plan.flags_bytes()).fill(0);
         let moves = carver.section(plan.moves);
-        let reopens = carver.section(plan.reopens);
+        let reopens = plan.reopens.map(|count| carver.section(count));
         let appends = carver.section(plan.appends);
-        let seals = carver.section(plan.seals);
-        let reads = carver.section(plan.reads);
+        let seal_moves = carver.section(plan.seal_moves);
+        let seals = plan.seals.map(|count| carver.section(count));
+        let reads = plan.reads.map(|count| carver.section(count));
         carver.bytes((address + plan.data_at() as u64 - carver.address) as usize);
         let Carver { bytes: data, address: data_address } = carver;
-        let most = (1, 1, 1, 0);
+        let most = (1, 1, 1, 0, 0);
         Unit {
             layout,
             sealed,
@@ -278,6 +299,7 @@ impl<'a> Unit<'a> {
             moves,
             reopens,
             appends,
+            seal_moves,
             seals,
             reads,
             data,
@@ -304,27 +326,33 @@ impl<'a> Unit<'a> {
             Step::Transfer { from_offset, to_offset, bytes } => {
                 self.put_move(at(from_offset), at(to_offset), *bytes);
             }
-            Step::Reopen { format, position, from_offset, to_offset } if *format == self.sealed.format() => {
+            Step::Reopen { format, position, from_offset, to_offset }
+                if let Some(rung) = rung_of(self.sealed, *format) =>
+            {
                 let (from, to) = (at(from_offset), at(to_offset));
-                for &(raw, sealed, bytes) in &self.sealed.raw_runs {
+                let formats = self.sealed;
+                for &(raw, sealed, bytes) in &formats[rung].raw_runs {
                     self.put_move(from + sealed as u64, to + raw as u64, bytes);
                 }
-                self.reopens.put(abi::Convert { from, to, flag: 0, index: self.index(*position) });
+                self.reopens[rung].put(abi::Convert { from, to, flag: 0, index: self.index(*position) });
             }
             Step::Seal { flight, format, position, from_offset, to_offset }
-                if *format == self.sealed.format() =>
+                if let Some(rung) = rung_of(self.sealed, *format) =>
             {
                 let (from, to, flag) = (at(from_offset), at(to_offset), self.flag(*flight));
                 // Appends have seen that it is finite.
-                for &(raw, sealed, bytes) in &self.sealed.raw_runs {
-                    self.put_move(from + raw as u64, to + sealed as u64, bytes);
+                for &(raw, sealed, bytes) in &self.sealed[rung].raw_runs {
+                    let (from, to) = (from + raw as u64, to + sealed as u64);
+                    self.seal_moves.put(abi::Move { from, to, bytes: bytes as u64 });
+                    self.most.4 = self.most.4.max(bytes);
                 }
-                self.seals.put(abi::Convert { from, to, flag, index: self.index(*position) });
+                self.seals[rung].put(abi::Convert { from, to, flag, index: self.index(*position) });
             }
             Step::Append(append) => self.append(append, self.flag(append.flight)),
             Step::AppendRows(rows) => self.append_rows(rows),
-            Step::Read(read) if [BlockFormat::RAW, self.sealed.format()].contains(&read.format) => {
-                return Ok(self.read(read));
+            Step::Read(read) if read.format.is_raw() => return Ok(self.read(read, 0)),
+            Step::Read(read) if let Some(rung) = rung_of(self.sealed, read.format) => {
+                return Ok(self.read(read, rung));
             }
             // Steps of a newer core, formats of another cache: failing loudly beats leaving bytes out.
             other => return Err(format!("the CUDA device does not know {other:?}").into()),
@@ -429,7 +457,7 @@ impl<'a> Unit<'a> {
         self.data_address + start as u64
     }
 
-    fn read(&mut self, read: &ReadStep) -> Option<[Range<usize>; 2]> {
+    fn read(&mut self, read: &ReadStep, rung: usize) -> Option<[Range<usize>; 2]> {
         let tokens = token_bytes(self.layout);
         let (output, planes) = match read.on_device {
             Some(output) => {
@@ -453,14 +481,14 @@ impl<'a> Unit<'a> {
                 if !read.format.is_raw() {
                     // So that it lies where it does in a raw block.
                     let (here, there) = (
-                        self.sealed.place.codes_at(self.layout, read.layer, plane),
+                        self.sealed[rung].place.codes_at(self.layout, read.layer, plane),
                         self.layout.plane_offset(read.layer, plane),
                     );
                     slots[at] = slot.wrapping_add(here as u64).wrapping_sub(there as u64);
                 }
             }
         }
-        self.reads.put(abi::Read {
+        self.reads[rung].put(abi::Read {
             slot: slots,
             output,
             layer: read.layer as u32,
@@ -478,24 +506,33 @@ impl<'a> Unit<'a> {
     /// The unit's bytes stay as they are until the device is done with them, and so do slab and payloads; the steps keep to
     /// invariants 3 and 4.
     pub(super) unsafe fn launch(&self, stream: &Stream, kernels: &Kernels) -> Result<(), DriverError> {
-        let (layers, append_tokens, read_tokens, move_bytes) = self.most;
+        let (layers, append_tokens, read_tokens, move_bytes, seal_move_bytes) = self.most;
         let some = |descriptors: Descriptors| (descriptors.count > 0).then_some(descriptors);
         // SAFETY: the descriptors are those of the kernels (7); the caller vouches for what they name.
         unsafe {
             if let Some(moves) = some(self.moves.at) {
                 kernels.move_blocks(stream, moves, move_bytes)?;
             }
-            if let Some(reopens) = some(self.reopens.at) {
-                kernels.reopen(stream, reopens)?;
+            for (rung, reopens) in self.reopens.iter().enumerate() {
+                if let Some(reopens) = some(reopens.at) {
+                    kernels.reopen(stream, rung, reopens)?;
+                }
             }
             if let Some(appends) = some(self.appends.at) {
                 kernels.append(stream, appends, layers, append_tokens)?;
             }
-            if let Some(seals) = some(self.seals.at) {
-                kernels.seal(stream, seals)?;
+            if let Some(moves) = some(self.seal_moves.at) {
+                kernels.move_blocks(stream, moves, seal_move_bytes)?;
             }
-            if let Some(reads) = some(self.reads.at) {
-                kernels.read(stream, reads, read_tokens)?;
+            for (rung, seals) in self.seals.iter().enumerate() {
+                if let Some(seals) = some(seals.at) {
+                    kernels.seal(stream, rung, seals)?;
+                }
+            }
+            for (rung, reads) in self.reads.iter().enumerate() {
+                if let Some(reads) = some(reads.at) {
+                    kernels.read(stream, rung, reads, read_tokens)?;
+                }
             }
         }
         Ok(())

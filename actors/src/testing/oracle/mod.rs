@@ -198,7 +198,7 @@ impl Oracle {
         let rules = Rules {
             host_slots: config.pool.host_slots,
             layout: config.layout,
-            format: config.sealed_format,
+            format: config.formats.sealed(),
             max_tokens: config.max_tokens,
             max_total_tokens: setup.max_total_tokens,
             dropping: config.dropping,

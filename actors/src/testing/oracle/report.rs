@@ -21,6 +21,8 @@ pub struct Report {
     pub lost_devices: u64,
     /// Blocks sealed.
     pub seals: u64,
+    /// Blocks re-encoded.
+    pub recodes: u64,
     /// Blocks copied on write.
     pub copies_on_write: u64,
     /// Blocks moved to make room for sealed ones.
@@ -56,6 +58,7 @@ impl Report {
         self.failed_launches += other.failed_launches;
         self.lost_devices += other.lost_devices;
         self.seals += other.seals;
+        self.recodes += other.recodes;
         self.copies_on_write += other.copies_on_write;
         self.blocks_moved += other.blocks_moved;
         self.tier_moves += other.tier_moves;
@@ -76,6 +79,7 @@ impl Report {
             seals, copies_on_write, blocks_moved, seal_stalls, slots_zeroed, tier_moves, ..
         } = *counters;
         (self.tier_moves, self.tokens_dropped) = (tier_moves, counters.tokens_dropped);
+        self.recodes = counters.recodes;
         (self.deduplicated, self.evictions) = (counters.blocks_deduplicated, counters.evictions);
         (self.seals, self.copies_on_write, self.slots_zeroed) = (seals, copies_on_write, slots_zeroed);
         (self.blocks_moved, self.seal_stalls) = (blocks_moved, seal_stalls);

@@ -82,7 +82,7 @@ impl<'a> Bench<'a> {
         report: &'a mut dyn FnMut(TransferFigure),
     ) -> Result<Bench<'a>, DriverError> {
         let gpu = Gpu::shared(ordinal)?;
-        let kernels = Arc::new(Kernels::load(&gpu, layout, Format::Int8.into(), None)?);
+        let kernels = Arc::new(Kernels::load(&gpu, layout, Format::Int8, None)?);
         let device = Arc::new(DeviceMemory::zeroed(&gpu, MEMORY)?);
         let host = Arc::new(PinnedMemory::zeroed(&gpu, MEMORY)?);
         // SAFETY: nobody else knows this memory yet, and it holds plain bytes (8).

@@ -190,6 +190,6 @@ impl Sealing {
     pub(super) fn launch(&self, stream: &Stream, kernels: &Kernels) -> Result<(), DriverError> {
         let steps = Descriptors { address: self.steps.address(), count: self.blocks };
         // SAFETY: descriptors of allocations that outlive the kernel, as sized in `new` (3).
-        unsafe { kernels.seal(stream, steps) }
+        unsafe { kernels.seal(stream, 0, steps) }
     }
 }

@@ -1,0 +1,298 @@
+//! Re-encoding sealed blocks to smaller formats when memory runs short, before any of them has to go.
+//!
+//! Blocks that nobody holds come first, those let go of longest ago before others; then, when memory is shorter still, those that sequences
+//! hold, the ones sealed longest ago before others. A block goes down one rung of the [`Ladder`](crate::format::Ladder) at a time, so its rung
+//! says what it has been through: it is decoded into a place kept for that and sealed from there, and moves when that has landed, as a seal does.
+
+use std::collections::{HashSet, VecDeque};
+
+use super::blocks::BlockStore;
+use crate::block::{BlockId, BlockState};
+use crate::memory::{Purpose, Step};
+use crate::pool::{PoolLayout, SizeClass};
+use crate::slot::FilledSlot;
+use crate::stats::CoreCounters;
+
+/// Blocks that nobody holds are re-encoded while less than this part of the slab can be had.
+const CACHED_BELOW: usize = 8;
+
+/// And those that sequences hold, while it is less than this.
+const HELD_BELOW: usize = 16;
+
+/// Bit of [`Block::queued`](crate::block::Block): a prompt has found the block while a flight re-encodes it.
+const USED: u8 = 4;
+
+/// Who may come next. Both are bits of [`Block::queued`](crate::block::Block).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Whose {
+    Cached = 1,
+    Held = 2,
+}
+
+/// Blocks that may be re-encoded, by rung, in the order in which they are. Some may have changed since: who comes up is looked at.
+#[derive(Debug, Default)]
+pub(super) struct Recodable {
+    cached: [VecDeque<BlockId>; 2],
+    held: [VecDeque<BlockId>; 2],
+    planned: Vec<RecodePlan>,
+    /// Flights, by the rung that they start from.
+    in_flight: [usize; 2],
+    /// Places to decode blocks into that no flight uses.
+    scratch: Vec<usize>,
+    /// No slot could be had for the next; nothing changes until one is freed.
+    pub(super) stalled: bool,
+}
+
+impl Recodable {
+    pub(super) fn new(pool: &PoolLayout) -> Self {
+        Recodable { scratch: (0..pool.scratch_slots).collect(), ..Recodable::default() }
+    }
+
+    fn queue(&mut self, whose: Whose, rung: u8) -> Option<&mut VecDeque<BlockId>> {
+        match whose {
+            Whose::Cached => self.cached.get_mut(usize::from(rung)),
+            Whose::Held => self.held.get_mut(usize::from(rung)),
+        }
+    }
+}
+
+/// A block that is re-encoded, with its slots.
+#[derive(Debug)]
+pub(crate) struct RecodePlan {
+    recoded: Recoded,
+    decode: Step,
+    encode: Step,
+}
+
+/// What a flight that re-encodes a block has taken.
+#[derive(Debug)]
+pub(crate) struct Recoded {
+    block: BlockId,
+    /// Nobody held it.
+    was_cached: bool,
+    /// Of the next rung.
+    slot: FilledSlot,
+    /// For what is decoded.
+    scratch: usize,
+}
+
+impl RecodePlan {
+    /// The steps for a flight.
+    pub(super) fn steps(&self, number: usize) -> [Step; 2] {
+        let mut encode = self.encode.clone();
+        if let Step::Seal { flight, .. } = &mut encode {
+            *flight = number;
+        }
+        [self.decode.clone(), encode]
+    }
+
+    pub(super) fn into_purpose(self) -> Purpose {
+        Purpose::Recode(Box::new(self.recoded))
+    }
+}
+
+impl BlockStore {
+    /// Whether blocks are re-encoded in this cache.
+    pub(super) fn is_recoded(&self) -> bool {
+        self.formats.formats().len() > 1
+    }
+
+    /// A prompt has found the block.
+    pub(super) fn used_in_flight(&mut self, id: BlockId) {
+        let block = self.get_mut(id);
+        if block.moving_to.is_some() {
+            block.queued |= USED;
+        }
+    }
+
+    /// A block that sequences hold has been sealed, or re-encoded, or has come back to the device.
+    pub(super) fn sealed_anew(&mut self, id: BlockId) {
+        self.enqueue(id, Whose::Held);
+    }
+
+    /// Nobody holds a published block any more.
+    pub(super) fn let_go(&mut self, id: BlockId) {
+        self.enqueue(id, Whose::Cached);
+    }
+
+    fn enqueue(&mut self, id: BlockId, whose: Whose) {
+        let rungs = self.formats.formats().len();
+        let capacity = self.blocks.capacity();
+        let block = self.get_mut(id);
+        let may_sink = block.state == BlockState::Sealed && usize::from(block.rung) + 1 < rungs;
+        if !may_sink || block.queued & whose as u8 != 0 {
+            return;
+        }
+        block.queued |= whose as u8;
+        let rung = block.rung;
+        let Some(queue) = self.recodable.queue(whose, rung) else { return };
+        queue.push_back(id);
+        // Numbers of blocks that are gone stay in the queue until they come up, or until they are many.
+        if queue.len() > 2 * capacity {
+            let mut queue = std::mem::take(queue);
+            let mut seen = HashSet::new();
+            queue.retain(|id| self.may_recode(*id, whose, rung) && seen.insert(*id));
+            if let Some(place) = self.recodable.queue(whose, rung) {
+                *place = queue;
+            }
+        }
+    }
+
+    fn may_recode(&self, id: BlockId, whose: Whose, rung: u8) -> bool {
+        self.blocks.get(id.0 as usize).is_some_and(|block| {
+            let is_whose = match whose {
+                Whose::Cached => block.refs == 0 && block.published,
+                Whose::Held => block.refs > 0,
+            };
+            is_whose
+                && block.state == BlockState::Sealed
+                && block.class == SizeClass::SEALED[usize::from(rung)]
+                && block.moving_to.is_none()
+        })
+    }
+
+    /// Whether blocks are to be re-encoded now, for room to be there when it is wanted.
+    pub(super) fn wants_to_recode(&self) -> bool {
+        if !self.is_recoded() || self.recodable.stalled {
+            return false;
+        }
+        let (left, slab) = (self.pool.available_bytes(), self.pool.layout().slab_bytes());
+        let any = |queues: &[VecDeque<BlockId>]| queues.iter().any(|queue| !queue.is_empty());
+        left < slab / CACHED_BELOW && any(&self.recodable.cached)
+            || left < slab / HELD_BELOW && any(&self.recodable.held)
+    }
+
+    /// Plans to re-encode the next block, if memory is short.
+    pub(super) fn plan_recode(&mut self, counters: &mut CoreCounters) -> bool {
+        if !self.wants_to_recode() {
+            return false;
+        }
+        let is_shorter = self.pool.available_bytes() < self.pool.layout().slab_bytes() / HELD_BELOW;
+        let turns = [(Whose::Cached, 0), (Whose::Cached, 1), (Whose::Held, 0), (Whose::Held, 1)];
+        let mut turns = turns.into_iter().filter(|(whose, _)| *whose == Whose::Cached || is_shorter);
+        turns.any(|(whose, rung)| self.plan(whose, rung, counters))
+    }
+
+    /// Has blocks re-encoded for somebody who waits for room, and chunks emptied that this has left with few. True if room will come of what is
+    /// under way.
+    ///
+    /// Where blocks would go there may be no room either. Then a chunk is emptied for that, and some make way for it: fewer than it will hold.
+    pub(super) fn recode_for_room(&mut self, counters: &mut CoreCounters) -> bool {
+        if !self.is_recoded() {
+            return false;
+        }
+        loop {
+            for rung in 0..2 {
+                while self.plan(Whose::Cached, rung, counters) {}
+            }
+            if self.is_recoding() {
+                return true;
+            }
+            let nothing_left = self.recodable.cached.iter().all(VecDeque::is_empty);
+            if let Some(class) = self.pool.draining_class() {
+                return class.is_sealed() && !self.pool.draining_waits_for_readers();
+            }
+            let drains = self.start_draining_sealed();
+            if nothing_left {
+                return drains && self.pool.draining_class().is_some();
+            }
+            if !drains && !self.evict_one(counters) {
+                return false;
+            }
+        }
+    }
+
+    /// Has a chunk emptied if blocks that are to be re-encoded lack room, and if it can be without any making way.
+    pub(super) fn drain_for_recodes(&mut self) {
+        if self.recodable.stalled && self.pool.draining_class().is_none() && self.start_draining_sealed() {
+            self.recodable.stalled = false;
+        }
+    }
+
+    /// Chooses a chunk of sealed blocks to be emptied, as [`Pool::start_draining`](crate::pool::Pool) does.
+    pub(super) fn start_draining_sealed(&mut self) -> bool {
+        SizeClass::SEALED.into_iter().any(|class| self.pool.start_draining(class))
+    }
+
+    /// Plans to re-encode the next block of a queue.
+    fn plan(&mut self, whose: Whose, rung: u8, counters: &mut CoreCounters) -> bool {
+        while let Some(id) = self.recodable.queue(whose, rung).and_then(VecDeque::pop_front) {
+            if let Some(block) = self.blocks.get_mut(id.0 as usize) {
+                block.queued &= !(whose as u8);
+            }
+            if !self.may_recode(id, whose, rung) {
+                continue;
+            }
+            let class = SizeClass::SEALED[usize::from(rung) + 1];
+            let tenant = self.get(id).tenant;
+            let scratch = self.recodable.scratch.pop();
+            let slot = scratch.and_then(|_| self.pool.take_sealed(class, tenant));
+            let (Some(slot), Some(scratch)) = (slot, scratch) else {
+                self.recodable.scratch.extend(scratch);
+                self.get_mut(id).queued |= whose as u8;
+                if let Some(queue) = self.recodable.queue(whose, rung) {
+                    queue.push_front(id);
+                }
+                self.recodable.stalled = true;
+                return false;
+            };
+            let (position, from_offset) = (self.position(id), self.offset(id));
+            let raw_offset = self.pool.layout().scratch_offset_bytes(scratch);
+            let to_offset = self.pool.offset_bytes(class, slot.id());
+            let [from, to] = [rung, rung + 1].map(|rung| self.formats.rung(rung));
+            let block = self.get_mut(id);
+            block.moving_to = Some(class);
+            block.queued &= !USED;
+            // The flight holds it, as a seal does.
+            self.retain(id);
+            self.recodable.in_flight[usize::from(rung)] += 1;
+            counters.recodes += 1;
+            self.recodable.planned.push(RecodePlan {
+                recoded: Recoded { block: id, was_cached: whose == Whose::Cached, slot, scratch },
+                decode: Step::Reopen { format: from, position, from_offset, to_offset: raw_offset },
+                encode: Step::Seal { flight: 0, format: to, position, from_offset: raw_offset, to_offset },
+            });
+            return true;
+        }
+        false
+    }
+
+    /// What was planned since this was called last.
+    pub(super) fn planned_recodes(&mut self) -> Vec<RecodePlan> {
+        std::mem::take(&mut self.recodable.planned)
+    }
+
+    /// Whether flights are re-encoding blocks.
+    pub(super) fn is_recoding(&self) -> bool {
+        self.recodable.in_flight.iter().sum::<usize>() > 0
+    }
+
+    /// Takes back a block that was re-encoded, and says whether the device carried it out.
+    pub(super) fn land_recode(&mut self, recoded: Recoded, carried_out: bool) {
+        let Recoded { block: id, was_cached, slot, scratch } = recoded;
+        let block = self.get_mut(id);
+        let is_unused = was_cached && block.queued & USED == 0;
+        let (was, class) = (block.class, block.moving_to.take().unwrap_or(block.class));
+        self.recodable.in_flight[usize::from(self.get(id).rung)] -= 1;
+        if carried_out {
+            let block = self.get_mut(id);
+            (block.class, block.rung) = (class, block.rung + 1);
+            // Of queues of the rung that it has left.
+            block.queued = 0;
+            let owner = block.tenant;
+            let old = std::mem::replace(&mut block.slot, slot);
+            self.publish(id);
+            self.free_slot(was, old);
+            self.charge(owner, was, -1);
+            self.charge(owner, class, 1);
+            self.sealed_anew(id);
+        } else {
+            // Nobody knows how far it came. The block is left as it is.
+            self.pool.spoil(slot.id());
+            self.free_slot(class, slot);
+        }
+        self.recodable.scratch.push(scratch);
+        self.recodable.stalled = false;
+        self.release_from(id, is_unused);
+    }
+}
