@@ -266,3 +266,30 @@ async fn a_file_of_another_model_is_refused() {
     // Raw blocks need none.
     build("no/such/file".into(), Format::Raw).await.unwrap();
 }
+
+/// Blocks of every format on every shape, read and looked at: however widths of codes and scales meet, rows are where they belong.
+#[tokio::test]
+async fn every_format_on_every_shape() {
+    for combo in crate::common::all_combos().filter(|combo| ["cpu", "cuda"].contains(&combo.setup.name)) {
+        let Some(builder) = combo.builder() else { continue };
+        let case = format!("every format on every shape, on {combo}");
+        match combo.geometry.groups[0].element {
+            ElementType::F16 => whole_case(case, looked_at::<f16>(&combo, builder)).await,
+            ElementType::Bf16 => whole_case(case, looked_at::<bf16>(&combo, builder)).await,
+            ElementType::F32 => whole_case(case, looked_at::<f32>(&combo, builder)).await,
+        }
+    }
+}
+
+async fn looked_at<E: Number>(combo: &Combo, builder: CacheBuilder) {
+    let rig = Rig::<E>::new(combo, builder).await;
+    let (sequence, model) = rig.filled(2 * rig.block() + 1).await;
+    rig.sealed(&sequence).await;
+    rig.check(&sequence, &model).await;
+    for layer in 0..rig.layers() {
+        let seen = super::views::look::<E>(&rig.layout, &sequence.view(layer).unwrap());
+        model.compare(layer, 0..model.len(), &seen.keys, &seen.values, rig.format);
+    }
+    drop(sequence);
+    rig.finish().await;
+}

@@ -87,9 +87,9 @@ template <u32 E> struct Codes {
     }
 };
 
-// Whether the plane's rows and scales are whole vectors. The planes before this one may leave it at an odd address.
-template <u32 E> __device__ __forceinline__ bool are_vectors(const Plane& p) {
-    return ((p.row_bytes | p.raw) & 15) == 0 && p.codes % Codes<E>::BYTES == 0 && (!p.keys || (p.scales & 15) == 0);
+// Whether the plane's rows and scales are whole vectors, and its heads whole tiles. The planes before this one may leave it at an odd address.
+template <u32 E> __device__ __forceinline__ bool are_vectors(const Layout& L, const Plane& p) {
+    return L.block_tokens % TILE_ROWS == 0 && ((p.row_bytes | p.raw) & 15) == 0 && p.codes % Codes<E>::BYTES == 0 && (!p.keys || (p.scales & 15) == 0);
 }
 
 // Where the tile with this number lies, and this lane in it.
@@ -280,7 +280,7 @@ template <u32 E> __device__ __forceinline__ void plain_seal(const Layout& L, con
 
 template <u32 E> __device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s, bool plain) {
     const Plane p(L, s.from, s.to, plane_of(L));
-    if (plain || !are_vectors<E>(p)) plain_seal<E>(L, s, p);
+    if (plain || !are_vectors<E>(L, p)) plain_seal<E>(L, s, p);
     else seal_tiles<E>(L, s, p);
 }
 
@@ -345,7 +345,7 @@ __device__ __forceinline__ float decode_one(const Layout& L, const Plane& p, con
 template <u32 E> __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
     const Plane p(L, s.to, s.from, plane_of(L));
     const Centre centre(L, plane_of(L), s.index);
-    if (!plain && are_vectors<E>(p)) {
+    if (!plain && are_vectors<E>(L, p)) {
         for (u32 tile = threadIdx.x / 32; tile < Tile<E>::count(p, p.rows); tile += blockDim.x / 32) {
             decode_tile<E>(L, p, centre, Tile<E>(p, tile), [&](u32 row) { return p.raw + (u64)row * p.row_bytes; });
         }
@@ -362,7 +362,7 @@ template <u32 E> __device__ __forceinline__ void read_plane(const Layout& L, con
     const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
     const Centre centre(L, 2 * r.layer + plane, r.index);
     const u64 output = r.output[plane];
-    if (!plain && are_vectors<E>(p) && (output & 15) == 0) {
+    if (!plain && are_vectors<E>(L, p) && (output & 15) == 0) {
         // Rows of each head from the beginning of a tile on.
         const u32 begin = r.first_token / TILE_ROWS * TILE_ROWS;
         const u32 rows = (r.first_token + r.tokens - begin + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
