@@ -410,7 +410,7 @@ impl CacheConfig {
             let fix = format!("use at least {pinned_least}");
             return Err(ConfigError::invalid("pinned_memory_bytes", self.pinned_memory_bytes, fix));
         }
-        self.check_scores(matches!(self.devices, Devices::Cuda(_)))?;
+        self.check_scores()?;
         let (format, tokens) = (self.sealed_format(), layout.block_tokens);
         self.check_ladder(&layout)?;
         for keys in self.formats().formats().iter().map(|format| format.keys) {
@@ -469,18 +469,14 @@ impl CacheConfig {
         Ok(())
     }
 
-    /// Refuses to drop tokens by scores where that is not built. Settings alone do not always tell what devices there are.
-    pub(crate) fn check_scores(&self, on_gpu: bool) -> Result<(), ConfigError> {
+    /// Refuses to drop tokens by scores where that is not built.
+    fn check_scores(&self) -> Result<(), ConfigError> {
         let has_means = self.quantisation.key_means.is_some() && self.sealed_format().keys != Format::Raw;
-        let instead = match (on_gpu, has_means) {
-            (true, _) => "truncation, or CPU devices",
-            (false, true) => "truncation, or no `quantisation.key_means`",
-            (false, false) => return Ok(()),
-        };
-        match self.dropping().and_then(|dropping| dropping.score) {
+        match self.dropping().and_then(|dropping| dropping.score).filter(|_| has_means) {
             None => Ok(()),
             Some(_) => {
                 let value = format!("{:?}", self.compression.method);
+                let instead = "truncation, or no `quantisation.key_means`";
                 Err(ConfigError::NotBuilt { field: "compression.method", value, instead })
             }
         }

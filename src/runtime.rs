@@ -96,12 +96,7 @@ pub(crate) fn open(
     let mut assembler =
         Assembler::new(devices.len(), config.max_jobs_in_flight, config.max_sequences, events.clone());
     for (shard, (device, memory)) in devices.iter().zip(&memories).enumerate() {
-        let no_scores = match (memory.device(), &centres) {
-            (Some(_), _) => Some("use a CPU device, or truncation"),
-            (None, Some(_)) => Some("use a cache without mean keys, or truncation"),
-            (None, None) => None,
-        };
-        config.check_scores(memory.device().is_some())?;
+        let no_scores = centres.as_ref().map(|_| "use a cache without mean keys, or truncation");
         let core = CoreConfig {
             cache,
             shard: shard as u16,

@@ -162,8 +162,7 @@ pub enum Step {
     },
     /// Gathers and decodes tokens of one layer into a flight's output.
     Read(ReadStep),
-    /// Scores tokens by their keys in all layers, into a flight's output ([`ReadBuffer::scores`]). Only where the core may ask for it
-    /// ([`CoreConfig::no_scores`](crate::device::CoreConfig::no_scores)), as for the next.
+    /// Scores tokens by their keys in all layers, into a flight's output ([`ReadBuffer::scores`]).
     Score(ScoreStep),
     /// Decodes some tokens of a block, all layers of them, to tokens of a raw slot that follow each other.
     Gather(GatherStep),
@@ -196,6 +195,8 @@ pub struct ScoreSource {
 /// See [`Step::Gather`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GatherStep {
+    /// For whom.
+    pub flight: usize,
     /// How the block is stored.
     pub format: BlockFormat,
     /// Position of the block's first token in its sequence.

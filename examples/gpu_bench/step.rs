@@ -7,7 +7,7 @@ use anyhow::Context;
 use cudarc::driver::DevicePtr;
 use kv_cache::cuda::{DeviceTensor, StreamPoint};
 use kv_cache::half::f16;
-use kv_cache::{BatchCacheOperations, Cache, Devices, ElementType, Geometry, OpenOptions, Sequence};
+use kv_cache::{BatchCacheOperations, Cache, Devices, ElementType, Format, Geometry, OpenOptions, Sequence};
 
 use crate::table::{Table, median};
 
@@ -31,8 +31,23 @@ pub(crate) fn measure(table: &mut Table) -> anyhow::Result<()> {
     // On a worker, as a server's tasks are.
     let steps = tokio.block_on(async { tokio::spawn(from_host()).await })??;
     steps.print(table, "from host memory", 200.0);
-    let steps = tokio.block_on(async { tokio::spawn(from_lent()).await })??;
+    let mut steps = tokio.block_on(async { tokio::spawn(from_lent(Format::Int8)).await })??;
+    let int8 = median(&mut steps.whole_us);
     steps.print(table, "from lent pinned memory", 120.0);
+    let of = |format| -> anyhow::Result<f64> {
+        let steps = tokio.block_on(async { tokio::spawn(from_lent(format)).await })?;
+        Ok(median(&mut steps?.whole_us))
+    };
+    let raw = of(Format::Raw)?;
+    for (format, whole) in [
+        (Format::Raw, raw),
+        (Format::Int8, int8),
+        (Format::Int4, of(Format::Int4)?),
+        (Format::R4, of(Format::R4)?),
+    ] {
+        let what = format!("from lent pinned memory, {format}, seals included, a step");
+        table.row(&what, whole, "µs", Some((whole / raw, "of raw, reach 1.10")));
+    }
     let steps = tokio.block_on(async { tokio::spawn(from_device(0)).await })??;
     steps.print(table, "from device memory, each awaited until done", 40.0);
     let steps = tokio.block_on(async { tokio::spawn(from_device(2)).await })??;
@@ -51,12 +66,14 @@ struct Steps {
     filling_us: Vec<f64>,
     /// From the start of that step until all 256 blocks are sealed.
     sealed_us: Vec<f64>,
+    /// From the start of a round until all its blocks are sealed, a step.
+    whole_us: Vec<f64>,
 }
 
 impl Steps {
     fn new() -> Self {
-        let (times, mean_us, filling_us, sealed_us) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Steps { started: Instant::now(), done: 0, times, mean_us, filling_us, sealed_us }
+        let [times, mean_us, filling_us, sealed_us, whole_us] = [const { Vec::new() }; 5];
+        Steps { started: Instant::now(), done: 0, times, mean_us, filling_us, sealed_us, whole_us }
     }
 
     /// Begins a step, or says that there were enough.
@@ -84,7 +101,10 @@ impl Steps {
         }
         let times = std::mem::take(&mut self.times);
         if self.done > BLOCK {
-            self.sealed_us.push(passed(self.started));
+            let sealed = passed(self.started);
+            self.sealed_us.push(sealed);
+            let before = times[..BLOCK - 1].iter().sum::<f64>();
+            self.whole_us.push((before + sealed) / BLOCK as f64);
             self.mean_us.push(times.iter().sum::<f64>() / BLOCK as f64);
             self.filling_us.push(times[BLOCK - 1]);
         }
@@ -113,10 +133,13 @@ impl Steps {
     }
 }
 
-async fn open() -> anyhow::Result<(Cache, Vec<Sequence>)> {
+async fn open(format: Format) -> anyhow::Result<(Cache, Vec<Sequence>)> {
     let cache = Cache::builder(Geometry::new(1, HEADS as u32, DIM as u32, ElementType::F16))
         .devices(Devices::cuda(1))
         .memory_bytes_per_device(4 << 30)
+        .sealed_format(format)
+        // Every block, whatever its format.
+        .configure(|c| (c.quantisation.raw_sinks, c.quantisation.raw_window_blocks) = (Some(false), Some(0)))
         .build()
         .await
         .context("a cache on the GPU")?;
@@ -133,7 +156,7 @@ fn rows() -> Vec<f16> {
 }
 
 async fn from_host() -> anyhow::Result<Steps> {
-    let (cache, sequences) = open().await?;
+    let (cache, sequences) = open(Format::Int8).await?;
     let (rows, all) = (rows(), sequences.iter().collect::<Vec<_>>());
     let mut steps = Steps::new();
     while steps.next() {
@@ -145,8 +168,8 @@ async fn from_host() -> anyhow::Result<Steps> {
 }
 
 /// The model has left its rows in memory that the cache lends: filling it is not the cache's time.
-async fn from_lent() -> anyhow::Result<Steps> {
-    let (cache, sequences) = open().await?;
+async fn from_lent(format: Format) -> anyhow::Result<Steps> {
+    let (cache, sequences) = open(format).await?;
     let (rows, all) = (rows(), sequences.iter().collect::<Vec<_>>());
     let mut steps = Steps::new();
     loop {
@@ -175,7 +198,7 @@ async fn submit(cache: &Cache, batch: BatchCacheOperations) -> anyhow::Result<()
 /// `ahead`: so many steps are submitted before the first of them is known to be on the queue, as a server does that enqueues
 /// its model's kernels ahead of the device.
 async fn from_device(ahead: usize) -> anyhow::Result<Steps> {
-    let (cache, sequences) = open().await?;
+    let (cache, sequences) = open(Format::Int8).await?;
     let stream = cudarc::driver::CudaContext::new(0)?.new_stream()?;
     let bits: Vec<u16> = rows().iter().map(|x| x.to_bits()).collect();
     let memory = stream.clone_htod(&bits)?;

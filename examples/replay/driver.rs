@@ -10,7 +10,7 @@ use kv_cache::EvictionPolicy;
 
 use crate::clairvoyant::Clairvoyant;
 use crate::shard::Shard;
-use crate::whole::Whole;
+use crate::whole::{Stored, Whole};
 use crate::workload::{Planned, Workload};
 
 /// One thread's way into the cache that is replayed against.
@@ -77,16 +77,18 @@ pub(crate) enum Deal {
 
 /// How a case is run.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Setup {
+pub(crate) struct Setup<'a> {
     pub(crate) policy: Policy,
     pub(crate) capacity_blocks: u32,
     pub(crate) threads: u16,
     pub(crate) deal: Deal,
     /// Only decide: no keys and values move.
     pub(crate) index_only: bool,
+    /// How whole caches store blocks.
+    pub(crate) stored: &'a Stored,
 }
 
-impl Setup {
+impl Setup<'_> {
     /// An empty cache, and one driver of it for each thread: a shard each.
     fn open(&self, workload: &Workload) -> anyhow::Result<Vec<Box<dyn Driver>>> {
         let Setup { policy, capacity_blocks, threads, .. } = *self;
@@ -94,7 +96,12 @@ impl Setup {
             return Ok(vec![Box::new(Clairvoyant::new(&workload.requests, capacity_blocks as usize))]);
         };
         if !self.index_only {
-            return Ok(vec![Box::new(Whole::new(of_cache, capacity_blocks, workload.longest())?)]);
+            return Ok(vec![Box::new(Whole::new(
+                of_cache,
+                capacity_blocks,
+                workload.longest(),
+                self.stored,
+            )?)]);
         }
         let shard =
             |_| Box::new(Shard::new(of_cache, capacity_blocks / u32::from(threads))) as Box<dyn Driver>;
@@ -113,7 +120,7 @@ pub(crate) struct Round {
 ///
 /// # Errors
 /// A cache that cannot be built.
-pub(crate) fn median(workload: &Workload, setup: &Setup, rounds: u16) -> anyhow::Result<Round> {
+pub(crate) fn median(workload: &Workload, setup: &Setup<'_>, rounds: u16) -> anyhow::Result<Round> {
     let one = |_| Ok(run(workload, setup.deal, &mut setup.open(workload)?));
     let mut rounds: Vec<Round> = (0..rounds.max(1)).map(one).collect::<anyhow::Result<_>>()?;
     rounds.sort_by_key(|round| round.wall);

@@ -4,6 +4,7 @@
 //! cargo run --release --example replay -- --trace FILE --capacity-blocks 1000,5000 --policy lru,auto,clairvoyant --index-only
 //! cargo run --release --example replay -- --trace FILE --capacity-blocks 1000 --index-only --second-half --json
 //! cargo run --release --example replay -- --trace FILE --capacity-blocks 5000 --rounds 1      # the whole runtime
+//! cargo run --release --example replay -- --trace FILE --capacity-blocks 1000 --rounds 1 --format int8 --colder r4,r2
 //! ```
 //!
 //! Requests of a trace in the Mooncake format run strictly in order; their timestamps are ages, not a pace. A request matches
@@ -43,9 +44,11 @@ use std::process::ExitCode;
 
 use anyhow::ensure;
 use clap::Parser;
+use kv_cache::Format;
 
 use crate::driver::{Deal, Policy, Setup};
 use crate::report::Row;
+use crate::whole::Stored;
 use crate::workload::{Selection, Workload};
 
 /// Replays a request trace against the policies of eviction.
@@ -64,6 +67,12 @@ struct Options {
     /// Only decides: no keys and values move.
     #[arg(long)]
     index_only: bool,
+    /// Format of sealed blocks of a whole cache. Capacities are memory then, for so many raw blocks.
+    #[arg(long, default_value = "raw", conflicts_with = "index_only")]
+    format: Format,
+    /// Formats that they are re-encoded to when memory is short.
+    #[arg(long, value_delimiter = ',', conflicts_with = "index_only")]
+    colder: Vec<Format>,
     /// Threads, each with a shard of its own and a share of the capacity. `clairvoyant` and whole caches have one.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: u16,
@@ -127,12 +136,13 @@ fn run(options: &Options) -> anyhow::Result<()> {
     if !options.json {
         report::print_heading(&workload);
     }
+    let stored = Stored { format: options.format, colder: options.colder.clone() };
     let mut rows: Vec<Row> = Vec::new();
     for &policy in &options.policy {
         for &capacity_blocks in &capacities {
             let threads = policy.threads(options.threads, options.index_only);
             let (deal, index_only) = (options.deal, options.index_only);
-            let setup = Setup { policy, capacity_blocks, threads, deal, index_only };
+            let setup = Setup { policy, capacity_blocks, threads, deal, index_only, stored: &stored };
             let row = Row::new(&workload, &setup, driver::median(&workload, &setup, options.rounds)?);
             if options.json {
                 println!("{}", serde_json::to_string(&row)?);

@@ -23,10 +23,12 @@ pub(crate) struct Row {
     hash_ns_per_block: f64,
     threads: u16,
     requests: usize,
+    /// How blocks are stored, in a whole cache.
+    format: String,
 }
 
 impl Row {
-    pub(crate) fn new(workload: &Workload, setup: &Setup, round: Round) -> Self {
+    pub(crate) fn new(workload: &Workload, setup: &Setup<'_>, round: Round) -> Self {
         let blocks = workload.blocks();
         Row {
             trace: workload.name.clone(),
@@ -39,6 +41,7 @@ impl Row {
             hash_ns_per_block: workload.hash_ns_per_block(),
             threads: setup.threads,
             requests: workload.requests.len(),
+            format: setup.stored.to_string(),
         }
     }
 }
@@ -149,6 +152,7 @@ mod tests {
             hash_ns_per_block: 900.0,
             threads: 1,
             requests: 4,
+            format: "raw".into(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The whole runtime: each request is a sequence that is opened with its prompt, appends what was not found, and closes.
 //!
-//! A block of 512 tokens has 16 KiB of keys and values here. Ages are those of the run, which is faster than the trace.
+//! A block of 512 tokens has 16 KiB of keys and values here, 128 KiB where it is sealed in a format that is not `raw`: then the capacity is memory
+//! for so many raw blocks. Ages are those of the run, which is faster than the trace.
 
 use std::time::Duration;
 
@@ -11,31 +12,58 @@ use crate::driver::Driver;
 use crate::trace::{HASH_TOKENS, token_id};
 use crate::workload::Planned;
 
-const DIM: usize = 8;
-/// Elements of a block's keys, and of its values.
-const BLOCK_ELEMENTS: usize = HASH_TOKENS as usize * DIM;
+/// How blocks are stored.
+#[derive(Debug, Clone)]
+pub(crate) struct Stored {
+    pub(crate) format: Format,
+    pub(crate) colder: Vec<Format>,
+}
+
+impl Stored {
+    /// Elements of a token's key, and of its value.
+    fn dim(&self) -> usize {
+        // Rows of 8 elements would be scales, mostly.
+        if self.format == Format::Raw { 8 } else { 64 }
+    }
+}
+
+impl std::fmt::Display for Stored {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.format)?;
+        self.colder.iter().try_for_each(|format| write!(f, ">{format}"))
+    }
+}
 
 /// A cache on one CPU device.
 pub(crate) struct Whole {
     cache: BlockingCache,
+    dim: usize,
     /// Keys or values of the longest request.
     tensor: Vec<f16>,
     token_ids: Vec<u32>,
 }
 
 impl Whole {
-    pub(crate) fn new(policy: EvictionPolicy, capacity_blocks: u32, longest: usize) -> anyhow::Result<Self> {
-        let geometry = Geometry::new(1, 1, DIM as u32, ElementType::F16).block_tokens(HASH_TOKENS);
+    pub(crate) fn new(
+        policy: EvictionPolicy,
+        capacity_blocks: u32,
+        longest: usize,
+        stored: &Stored,
+    ) -> anyhow::Result<Self> {
+        let dim = stored.dim();
+        let block_elements = HASH_TOKENS as usize * dim;
+        let geometry = Geometry::new(1, 1, dim as u32, ElementType::F16).block_tokens(HASH_TOKENS);
         let cache = Cache::builder(geometry)
             .devices(Devices::cpu(1))
             .memory_bytes_per_device(
-                u64::from(capacity_blocks) * 2 * (BLOCK_ELEMENTS * size_of::<f16>()) as u64,
+                u64::from(capacity_blocks) * 2 * (block_elements * size_of::<f16>()) as u64,
             )
-            .sealed_format(Format::Raw)
+            .sealed_format(stored.format)
+            .colder_formats(&stored.colder)
             .configure(|config| config.eviction = policy)
             .build_blocking()?;
-        let tensor = (0..longest * BLOCK_ELEMENTS).map(|at| f16::from_f32((at % 251) as f32)).collect();
-        Ok(Whole { cache, tensor, token_ids: Vec::new() })
+        let tensor = (0..longest * block_elements).map(|at| f16::from_f32((at % 251) as f32)).collect();
+        Ok(Whole { cache, dim, tensor, token_ids: Vec::new() })
     }
 
     fn run(&mut self, request: &Planned) -> Result<usize, kv_cache::Error> {
@@ -49,7 +77,7 @@ impl Whole {
         let found = sequence.sequence().len() as usize;
         let rest = &self.token_ids[found..];
         if !rest.is_empty() {
-            let tensor = &self.tensor[..rest.len() * DIM];
+            let tensor = &self.tensor[..rest.len() * self.dim];
             sequence.append(rest, tensor, tensor)?;
         }
         sequence.close()?;

@@ -57,23 +57,9 @@ fn thirds(tokens: u32) -> Vec<f32> {
     (0..tokens).map(|at| if at % 3 == 2 { 1.0 } else { 0.0 }).collect()
 }
 
-/// Where dropping by scores is not built it says so: true if that is here.
-async fn is_refused<E: Number>(rig: &Rig<E>, sequence: &Sequence) -> bool {
-    if rig.combo.setup.host_memory {
-        return false;
-    }
-    let refused = sequence.drop_tokens(5, KeyScore::Diff).await;
-    assert!(matches!(refused, Err(Error::Unsupported { .. })), "{refused:?}");
-    true
-}
-
 async fn kept_tokens_are_what_and_where_they_were<E: Number>(rig: Rig<E>) {
     let all = 3 * rig.block() + 40;
     let (sequence, mut model) = rig.filled(all).await;
-    if is_refused(&rig, &sequence).await {
-        drop(sequence);
-        return rig.finish().await;
-    }
     rig.sealed(&sequence).await;
     let keep = all / 2;
     let places = (0..all).collect::<Vec<_>>();
@@ -170,10 +156,6 @@ async fn forks_and_prompts_keep_what_they_had<E: Number>(rig: Rig<E>) {
     let text = rig.text(4 * rig.block() + 30);
     let all = text.len() as u32;
     let (sequence, model) = rig.shared(&text).await;
-    if is_refused(&rig, &sequence).await {
-        drop(sequence);
-        return rig.finish().await;
-    }
     let fork = sequence.fork().await.unwrap();
     let view = sequence.view(0).unwrap();
     let before = look::<E>(&rig.layout, &view).stored;
@@ -207,10 +189,6 @@ async fn forks_and_prompts_keep_what_they_had<E: Number>(rig: Rig<E>) {
 
 async fn what_cannot_be_dropped_is_refused<E: Number>(rig: Rig<E>) {
     let (sequence, model) = rig.filled(50).await;
-    if is_refused(&rig, &sequence).await {
-        drop(sequence);
-        return rig.finish().await;
-    }
     for scores in [0, 49, 51] {
         let refused = sequence.drop_tokens(10, vec![0.0; scores]).await;
         assert_eq!(refused, Err(Error::Scores { scores, tokens: 50 }));

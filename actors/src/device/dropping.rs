@@ -169,6 +169,7 @@ impl DeviceCore {
             }
             taken.push(new.id);
         }
+        let flight = launch.add(Purpose::Operation(op), None, None);
         let mut done = 0;
         while done < kept.len() {
             let (from, to) = (kept[done] as usize / block_tokens, done / block_tokens);
@@ -178,6 +179,7 @@ impl DeviceCore {
             // Sealing may move it meanwhile.
             launch.pins.extend(blocks.pin(source));
             launch.steps.push(Step::Gather(GatherStep {
+                flight,
                 format: blocks.format(source),
                 position: blocks.position(source),
                 from_offset: blocks.offset(source),
@@ -187,7 +189,6 @@ impl DeviceCore {
             }));
             done += count;
         }
-        launch.add(Purpose::Operation(op), None, None);
         let positions = kept.iter().map(|token| state.position(*token)).collect();
         let compacted = Compacted::new(positions, state.committed);
         drop(state);

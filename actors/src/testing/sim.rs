@@ -248,7 +248,15 @@ impl Memory {
             }
             &mut Step::Reopen { format, position, from_offset, to_offset } => {
                 let tokens = (0..self.layout.block_tokens as u32).collect();
-                self.gather(&GatherStep { format, position, from_offset, tokens, to_offset, to_token: 0 });
+                self.gather(&GatherStep {
+                    flight: 0,
+                    format,
+                    position,
+                    from_offset,
+                    tokens,
+                    to_offset,
+                    to_token: 0,
+                });
             }
             Step::Append(append) => {
                 let finite = self.append(append, launch.payload(append.flight));

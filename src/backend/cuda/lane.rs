@@ -15,6 +15,7 @@ use kv_cache_actors::memory::{AppendRow, DeviceLost, Doorbell, Lane, LaneKind, L
 use kv_cache_actors::reach::Point;
 
 use super::Slab;
+use super::compound::{Scoring, Staging, expand};
 use super::driver::{DriverError, Event, PinnedMemory, Stream};
 use super::fence::{Fence, Waiter};
 use super::kernels::Kernels;
@@ -38,6 +39,9 @@ pub(crate) struct CudaLane {
     waiter: Waiter,
     /// Launches that are not done, in order.
     launches: VecDeque<Launch>,
+    /// Scores that they are to bring, of each launch.
+    scorings: VecDeque<Vec<Scoring>>,
+    staging: Staging,
     /// The launch that is being enqueued, and the first of its steps that is not.
     enqueuing: usize,
     next_step: usize,
@@ -90,6 +94,8 @@ impl CudaLane {
             fence,
             waiter: Waiter::new(&gpu),
             launches: VecDeque::new(),
+            scorings: VecDeque::new(),
+            staging: Staging::default(),
             enqueuing: 0,
             next_step: 0,
             units: VecDeque::new(),
@@ -105,7 +111,9 @@ impl CudaLane {
         while self.enqueuing < self.launches.len() {
             let launch = &self.launches[self.enqueuing];
             let sealed = self.kernels.sealed();
-            let plan = Plan::of(&self.layout, sealed, launch, self.next_step, self.ring.unit_bytes_max());
+            let bytes_max = self.ring.unit_bytes_max();
+            let is_after_reads = |step: &Step| self.staging.is_source_of(step);
+            let plan = Plan::of(&self.layout, sealed, launch, self.next_step, bytes_max, is_after_reads);
             if plan.bytes() > self.ring.unit_bytes_max() {
                 // It would wait for room for ever. Settings that lead here are refused; if one slips through, losing the device
                 // beats a lane that stands still.
@@ -214,6 +222,14 @@ impl CudaLane {
             }
             for read in unit.reads.drain(..) {
                 let Some(output) = &mut launch.flights[read.flight].output else { continue };
+                let mut scorings = self.scorings.front_mut().into_iter().flatten();
+                if let Some(scoring) = scorings.find(|scoring| scoring.flight() == read.flight) {
+                    let [keys, _] = read.planes;
+                    // SAFETY: as above.
+                    let keys = unsafe { self.ring.bytes_mut(keys) };
+                    scoring.take(&self.layout, read.output_token, keys, output.scores_mut());
+                    continue;
+                }
                 for (plane, range) in Plane::BOTH.into_iter().zip(read.planes) {
                     let to = read.output_token * self.layout.token_bytes(plane);
                     // SAFETY: as above.
@@ -225,6 +241,7 @@ impl CudaLane {
             self.ring.release(unit.ticket);
             if unit.ends_launch {
                 self.enqueuing -= 1;
+                self.scorings.pop_front();
                 done.extend(self.launches.pop_front());
             }
         }
@@ -248,6 +265,15 @@ impl Lane for CudaLane {
     fn launch(&mut self, mut launch: Launch) {
         if let Some(carrier) = &mut self.carrier {
             carrier.take(&self.slab, &mut launch);
+        }
+        match expand(&self.layout, self.slab.gpu(), &mut self.staging, &mut launch) {
+            Ok(scorings) => self.scorings.push_back(scorings),
+            Err(error) => {
+                // Nothing of it has begun.
+                launch.steps.clear();
+                launch.error = Some(error.to_string().into());
+                self.scorings.push_back(Vec::new());
+            }
         }
         split_large(&self.layout, &mut launch, self.ring.unit_bytes_max());
         self.launches.push_back(launch);

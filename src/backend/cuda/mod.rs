@@ -37,6 +37,7 @@
 mod abi;
 #[cfg(feature = "candle-cuda")]
 pub(crate) mod candle;
+mod compound;
 mod copies;
 mod driver;
 mod fence;

@@ -76,13 +76,15 @@ fn data_bytes(layout: &BlockLayout, launch: &Launch, step: &Step) -> usize {
 }
 
 impl Plan {
-    /// The steps of `launch` from `from` on that fit into `bytes_max` bytes. At least one does: see [`split_large`].
+    /// The steps of `launch` from `from` on that fit into `bytes_max` bytes. At least one does: see [`split_large`]. Reads come last in a unit, so
+    /// a step that relies on those before it begins another.
     pub(super) fn of(
         layout: &BlockLayout,
         sealed: &[Sealed],
         launch: &Launch,
         from: usize,
         bytes_max: usize,
+        is_after_reads: impl Fn(&Step) -> bool,
     ) -> Plan {
         let mut plan = Plan { flights: launch.flights.len(), ..Plan::default() };
         for step in &launch.steps[from..] {
@@ -100,7 +102,8 @@ impl Plan {
             let runs = if matches!(step, Step::Seal { .. } | Step::Reopen { .. }) { raw_runs } else { 0 };
             let descriptors = (rows.max(1) + runs) * size_of::<abi::Append>() + rows * size_of::<u32>();
             let more = plan.bytes() + data_bytes + descriptors + VECTOR_BYTES;
-            if plan.steps > 0 && more > bytes_max {
+            let is_late = plan.reads.iter().any(|reads| *reads > 0) && is_after_reads(step);
+            if plan.steps > 0 && (more > bytes_max || is_late) {
                 break;
             }
             match step {
