@@ -34,12 +34,12 @@ pub(super) const fn element_bytes(e: u8) -> usize {
     if e == F32 { 4 } else { 2 }
 }
 
-const fn scale_bytes(e: u8) -> usize {
+pub(super) const fn scale_bytes(e: u8) -> usize {
     if e == F16 { 2 } else { 4 }
 }
 
 /// The largest finite magnitude as an integer.
-const fn largest_bits(e: u8) -> i32 {
+pub(super) const fn largest_bits(e: u8) -> i32 {
     match e {
         F16 => 0x7BFF,
         BF16 => 0x7F7F,
@@ -213,7 +213,7 @@ fn abs_max<const E: u8>(max: __m256i, x: __m256i) -> __m256i {
 /// for every row that has an element which is not finite (its scale is the floor).
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn write_scales<const E: u8>(m: &[__m128i; 8], stored: &mut [u8]) -> (__m256, u32) {
+pub(super) fn write_scales<const E: u8>(m: &[__m128i; 8], stored: &mut [u8]) -> (__m256, u32) {
     // A transpose that takes the maximum of the halves at each step.
     let (max, wrong) = if E == F32 {
         let two = |a, b| _mm_max_epu32(_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
@@ -352,12 +352,7 @@ fn decode<const E: u8, const DIM: usize>(
     let dim = if DIM == 0 { dim } else { DIM };
     let rows = codes.chunks_exact(dim).zip(scales.chunks_exact(scale_bytes(E)));
     for (row, (codes, stored)) in rows.enumerate() {
-        let s = if E == F16 {
-            let bits = u16::from_le_bytes([stored[0], stored[1]]);
-            _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
-        } else {
-            f32::from_le_bytes([stored[0], stored[1], stored[2], stored[3]])
-        };
+        let s = read_scale::<E>(stored);
         let out = &mut dst[row * dst_stride..][..dim * element_bytes(E)];
         // False for NaN.
         if s.abs() < saturation::<E>() / 128.0 {
@@ -365,6 +360,17 @@ fn decode<const E: u8, const DIM: usize>(
         } else {
             decode_row::<E, true>(codes, _mm256_set1_ps(s), out);
         }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn read_scale<const E: u8>(stored: &[u8]) -> f32 {
+    if E == F16 {
+        let bits = u16::from_le_bytes([stored[0], stored[1]]);
+        _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
+    } else {
+        f32::from_le_bytes([stored[0], stored[1], stored[2], stored[3]])
     }
 }
 
@@ -436,7 +442,7 @@ pub(super) const fn saturation<const E: u8>() -> f32 {
 
 /// `bytes` and zeros after them.
 #[inline]
-fn padded<const N: usize>(bytes: &[u8]) -> [u8; N] {
+pub(super) fn padded<const N: usize>(bytes: &[u8]) -> [u8; N] {
     let mut all = [0; N];
     all[..bytes.len()].copy_from_slice(bytes);
     all

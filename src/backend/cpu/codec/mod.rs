@@ -91,6 +91,8 @@ mod avx2;
 mod avx2_grouped;
 #[cfg(target_arch = "x86_64")]
 mod avx2_rotated;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 
 #[cfg(test)]
 mod format_tests;
@@ -226,6 +228,20 @@ impl Kernels {
                 copy_rows: avx2::copy_rows,
                 int8_encode: avx2::int8_encode,
                 int8_decode: avx2::int8_decode,
+                rotated_encode: avx2_rotated::encode,
+                rotated_decode: avx2_rotated::decode,
+                grouped_encode: avx2_grouped::encode,
+                grouped_decode: avx2_grouped::decode,
+            });
+        }
+        #[cfg(target_arch = "x86_64")]
+        if avx512::is_available() {
+            // Invariant 1 holds by the condition.
+            candidates.push(Self {
+                name: "avx512",
+                copy_rows: avx2::copy_rows,
+                int8_encode: avx512::int8_encode,
+                int8_decode: avx512::int8_decode,
                 rotated_encode: avx2_rotated::encode,
                 rotated_decode: avx2_rotated::decode,
                 grouped_encode: avx2_grouped::encode,
