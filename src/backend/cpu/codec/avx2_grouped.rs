@@ -57,7 +57,7 @@ pub(super) fn decode(
     }
 }
 
-fn is_wide(rows: RowFormat) -> bool {
+pub(super) fn is_wide(rows: RowFormat) -> bool {
     rows.dim.is_multiple_of(GROUP) && rows.dim <= LANES * GROUP
 }
 
@@ -332,7 +332,7 @@ fn codes_of<const BITS: usize>(codes: &[u8]) -> [__m256i; 4] {
     ]
 }
 
-const fn element<const E: u8>() -> ElementType {
+pub(super) const fn element<const E: u8>() -> ElementType {
     match E {
         F16 => ElementType::F16,
         BF16 => ElementType::Bf16,

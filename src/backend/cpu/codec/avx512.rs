@@ -1,4 +1,4 @@
-//! The `int8` kernels for AVX-512 (F, BW, VL and VBMI): 64 elements a step, 8 rows' scales at a time.
+//! The `int8` kernels for AVX-512 (F, BW, DQ, VL and VBMI): 64 elements a step, 8 rows' scales at a time.
 //!
 //! Quotients are those of the [AVX2 kernels](super::avx2), whose documentation says why their bytes are those of the definition, but
 //! for f32: two corrections by the remainder instead of a division. The first leaves a quotient that is off by less than a unit of
@@ -17,11 +17,12 @@ use super::avx2::{
 pub(super) fn is_available() -> bool {
     super::avx2::is_available()
         && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vbmi")
 }
 
 /// See [`Kernels::int8_encode`](super::Kernels::int8_encode).
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn int8_encode(
     element: ElementType,
     dim: usize,
@@ -40,7 +41,7 @@ pub(super) fn int8_encode(
     }
 }
 
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn encode<const E: u8, const DIM: usize>(
     dim: usize,
     src: &[u8],
@@ -80,7 +81,7 @@ fn encode<const E: u8, const DIM: usize>(
 
 /// The lanes' largest magnitudes, as integers.
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn row_max<const E: u8>(row: &[u8]) -> __m128i {
     let mut max = _mm512_setzero_si512();
     let (groups, tail) = row.as_chunks::<64>();
@@ -98,7 +99,7 @@ fn row_max<const E: u8>(row: &[u8]) -> __m128i {
 
 /// `max(max, |x|)` on bit patterns.
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn abs_max<const E: u8>(max: __m512i, x: __m512i) -> __m512i {
     if E == F32 {
         _mm512_max_epu32(max, _mm512_and_si512(x, _mm512_set1_epi32(0x7FFF_FFFF)))
@@ -108,7 +109,7 @@ fn abs_max<const E: u8>(max: __m512i, x: __m512i) -> __m512i {
 }
 
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn encode_row<const E: u8, const CLAMP: bool>(row: &[u8], codes: &mut [u8], s: __m512, r: __m512) {
     let (groups, codes_tail) = codes.as_chunks_mut::<64>();
     let mut from = row.chunks_exact(64 * element_bytes(E));
@@ -125,7 +126,7 @@ fn encode_row<const E: u8, const CLAMP: bool>(row: &[u8], codes: &mut [u8], s: _
 
 /// The codes of 64 elements, given the scale `s` and `r = 1/s` in every lane.
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn encode_64<const E: u8, const CLAMP: bool>(from: &[u8], s: __m512, r: __m512) -> __m512i {
     let corrected = |q, x| _mm512_fmadd_ps(_mm512_fnmadd_ps(q, s, x), r, q);
     // Integers whose low bytes are the codes: 768 is a multiple of 256.
@@ -180,7 +181,7 @@ const fn places(even_and_odd: bool) -> [u8; 64] {
 }
 
 /// See [`Kernels::int8_decode`](super::Kernels::int8_decode).
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn int8_decode(
     element: ElementType,
     dim: usize,
@@ -196,7 +197,7 @@ pub(super) fn int8_decode(
     }
 }
 
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn decode<const E: u8>(dim: usize, codes: &[u8], scales: &[u8], dst: &mut [u8], dst_stride: usize) {
     let rows = codes.chunks_exact(dim).zip(scales.chunks_exact(scale_bytes(E)));
     for (row, (codes, stored)) in rows.enumerate() {
@@ -212,7 +213,7 @@ fn decode<const E: u8>(dim: usize, codes: &[u8], scales: &[u8], dst: &mut [u8], 
 }
 
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn decode_row<const E: u8, const SATURATE: bool>(codes: &[u8], s: __m512, out: &mut [u8]) {
     let (groups, codes_tail) = codes.as_chunks::<32>();
     let mut to = out.chunks_exact_mut(32 * element_bytes(E));
@@ -230,7 +231,7 @@ fn decode_row<const E: u8, const SATURATE: bool>(codes: &[u8], s: __m512, out: &
 
 /// Decodes 32 codes, given the scale `s` in every lane, and gives `put` one vector of elements after the other.
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn decode_32<const E: u8, const SATURATE: bool>(q: __m256i, s: __m512, mut put: impl FnMut(usize, __m512i)) {
     let value = |q| {
         let product = _mm512_mul_ps(_mm512_cvtepi32_ps(q), s);
@@ -257,14 +258,14 @@ fn decode_32<const E: u8, const SATURATE: bool>(q: __m256i, s: __m512, mut put: 
 }
 
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn load(from: &[u8; 64]) -> __m512i {
     // SAFETY: invariant 2: the array has 64 bytes.
     unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
 }
 
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn store(to: &mut [u8; 64], value: __m512i) {
     // SAFETY: invariant 2: the array has room for 64 bytes.
     unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), value) }
@@ -272,7 +273,7 @@ pub(super) fn store(to: &mut [u8; 64], value: __m512i) {
 
 /// The `i`th 64 bytes of `from`.
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn load_wide(from: &[u8], i: usize) -> __m512i {
     let from = &from[64 * i..][..64];
     // SAFETY: invariant 2: the slice has 64 bytes.
@@ -281,7 +282,7 @@ pub(super) fn load_wide(from: &[u8], i: usize) -> __m512i {
 
 /// To the `i`th 64 bytes of `to`.
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn store_wide(to: &mut [u8], i: usize, value: __m512i) {
     let to = &mut to[64 * i..][..64];
     // SAFETY: invariant 2: the slice has room for 64 bytes.
@@ -290,7 +291,7 @@ pub(super) fn store_wide(to: &mut [u8], i: usize, value: __m512i) {
 
 /// Up to 64 bytes, and zeros after them.
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn load_some(from: &[u8]) -> __m512i {
     // SAFETY: invariant 2: the mask has the bytes of the slice alone.
     unsafe { _mm512_maskz_loadu_epi8(first(from.len()), from.as_ptr().cast()) }
@@ -298,7 +299,7 @@ pub(super) fn load_some(from: &[u8]) -> __m512i {
 
 /// As many of the bytes as there is room for.
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn store_some(to: &mut [u8], value: __m512i) {
     // SAFETY: invariant 2: the mask has the bytes of the slice alone.
     unsafe { _mm512_mask_storeu_epi8(to.as_mut_ptr().cast(), first(to.len()), value) }
@@ -306,7 +307,7 @@ pub(super) fn store_some(to: &mut [u8], value: __m512i) {
 
 /// Saturated to the finite numbers of the element type.
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn saturated<const E: u8>(value: __m512) -> __m512 {
     // `min` answers its second operand for a NaN.
     let max = saturation::<E>();
@@ -315,11 +316,50 @@ pub(super) fn saturated<const E: u8>(value: __m512) -> __m512 {
 
 /// Rounded half to even to bf16, in the upper half of each lane; the lower is of no use.
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn rounded(value: __m512) -> __m512i {
     let bits = _mm512_castps_si512(value);
     let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
     _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd)
+}
+
+/// 16 elements of a 16-bit type.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn floats<const E: u8>(halves: __m256i) -> __m512 {
+    match E {
+        F16 => _mm512_cvtph_ps(halves),
+        _ => _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves))),
+    }
+}
+
+/// The inverse of [`floats`]: rounds half to even.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn halves<const E: u8>(x: __m512) -> __m256i {
+    match E {
+        F16 => _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x),
+        _ => _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded(x))),
+    }
+}
+
+/// The lower and the upper half.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn parts(x: __m512i) -> [__m256i; 2] {
+    [_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64::<1>(x)]
+}
+
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn load_floats(from: &[f32; 16]) -> __m512 {
+    _mm512_castsi512_ps(load(bytemuck::cast_ref(from)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn store_floats(to: &mut [f32; 16], value: __m512) {
+    store(bytemuck::cast_mut(to), _mm512_castps_si512(value));
 }
 
 /// How far ahead of what is encoded memory is asked for. Rows are read twice, and the second time from the L1 cache: meanwhile no
@@ -328,7 +368,7 @@ pub(super) const AHEAD: usize = 4096;
 
 /// Asks for the cache line `at` bytes from the beginning of `from`, if there is such a line.
 #[inline]
-#[target_feature(enable = "avx512vl,avx512vbmi")]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn prefetch(from: &[u8], at: usize) {
     #[allow(
         unused_unsafe,

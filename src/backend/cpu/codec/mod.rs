@@ -93,6 +93,8 @@ mod avx2_grouped;
 mod avx2_rotated;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_grouped;
 
 #[cfg(test)]
 mod format_tests;
@@ -244,8 +246,8 @@ impl Kernels {
                 int8_decode: avx512::int8_decode,
                 rotated_encode: avx2_rotated::encode,
                 rotated_decode: avx2_rotated::decode,
-                grouped_encode: avx2_grouped::encode,
-                grouped_decode: avx2_grouped::decode,
+                grouped_encode: avx512_grouped::encode,
+                grouped_decode: avx512_grouped::decode,
             });
         }
         candidates
