@@ -223,6 +223,31 @@ fn zeros_stay_zeros_and_bad_rows_are_told() {
     }
 }
 
+/// Rows are done some at a time: whole batches, parts of one, and both, with a bad element in the second.
+#[test]
+fn batches_of_rows_agree() {
+    for (format, element) in sealed().flat_map(|format| ELEMENTS.map(|element| (format, element))) {
+        for (dim, rows) in [32, 64, 80, 96, 128, 256, 512]
+            .into_iter()
+            .flat_map(|dim| [1, 15, 16, 17, 35].map(|rows| (dim, rows)))
+        {
+            let mut numbers = normal_row(rows as u64, rows * dim);
+            if let Some(number) = numbers.get_mut(17 * dim + 3) {
+                *number = f32::NAN;
+            }
+            let bytes = bytes_of(element, &numbers);
+            let expected = encode(Kernels::scalar(), format, element, dim, &bytes);
+            assert_eq!(expected.0, rows < 18);
+            let values = decode(Kernels::scalar(), format, element, dim, &expected.1, &expected.2);
+            for kernels in Kernels::candidates() {
+                let label = format!("{} {format} {element:?} {rows} x {dim}", kernels.name());
+                assert!(encode(kernels, format, element, dim, &bytes) == expected, "{label}");
+                assert!(decode(kernels, format, element, dim, &expected.1, &expected.2) == values, "{label}");
+            }
+        }
+    }
+}
+
 fn element() -> impl Strategy<Value = ElementType> {
     prop::sample::select(ELEMENTS.to_vec())
 }

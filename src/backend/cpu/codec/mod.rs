@@ -95,6 +95,8 @@ mod avx2_rotated;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_grouped;
+#[cfg(target_arch = "x86_64")]
+mod avx512_rotated;
 
 #[cfg(test)]
 mod format_tests;
@@ -244,8 +246,8 @@ impl Kernels {
                 copy_rows: avx2::copy_rows,
                 int8_encode: avx512::int8_encode,
                 int8_decode: avx512::int8_decode,
-                rotated_encode: avx2_rotated::encode,
-                rotated_decode: avx2_rotated::decode,
+                rotated_encode: avx512_rotated::encode,
+                rotated_decode: avx512_rotated::decode,
                 grouped_encode: avx512_grouped::encode,
                 grouped_decode: avx512_grouped::decode,
             });
