@@ -1,17 +1,21 @@
-//! The `int8` kernels for AVX-512 (F, BW, DQ, VL and VBMI): 64 elements a step, 8 rows' scales at a time.
+//! The `int8` and `fp8` kernels for AVX-512 (F, BW, DQ, VL and VBMI): 64 elements a step, 8 rows' scales at a time.
 //!
-//! Quotients are those of the [AVX2 kernels](super::avx2), whose documentation says why their bytes are those of the definition, but
+//! Quotients of `int8` are those of the [AVX2 kernels](super::avx2), whose documentation says why their bytes are those of the definition, but
 //! for f32: two corrections by the remainder instead of a division. The first leaves a quotient that is off by less than a unit of
 //! its last place, and by Markstein's theorem the second makes it the correctly rounded one.
+//!
+//! An e4m3 code counts units of 2^(e-3), `e` being the exponent of the number or -6 if that is more: 8 to 15 of them, or fewer in the
+//! subnormal numbers. An addition of 2^(e+20) leaves that count in the lowest bits, rounded half to even; the exponents below `e` make
+//! 8 codes each. Decoding makes an f16 of the code's fields, which is 2^-8 of the number.
 
 use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::ElementType;
 use super::avx2::{
     BF16, F16, F32, element_bytes, lanes, load_full, read_scale, saturation, scale_bytes, write_scales,
 };
+use super::{ElementType, fp8};
 
 /// Whether this CPU can run the functions of this module.
 pub(super) fn is_available() -> bool {
@@ -30,19 +34,43 @@ pub(super) fn int8_encode(
     codes: &mut [u8],
     scales: &mut [u8],
 ) -> bool {
+    encode_any::<false>(element, dim, src, codes, scales)
+}
+
+/// See [`fp8::encode`](super::fp8::encode).
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn fp8_encode(
+    element: ElementType,
+    dim: usize,
+    src: &[u8],
+    codes: &mut [u8],
+    scales: &mut [u8],
+) -> bool {
+    encode_any::<true>(element, dim, src, codes, scales)
+}
+
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn encode_any<const FP8: bool>(
+    element: ElementType,
+    dim: usize,
+    src: &[u8],
+    codes: &mut [u8],
+    scales: &mut [u8],
+) -> bool {
     match (element, dim) {
-        (ElementType::F16, 64) => encode::<F16, 64>(dim, src, codes, scales),
-        (ElementType::F16, 128) => encode::<F16, 128>(dim, src, codes, scales),
-        (ElementType::F16, _) => encode::<F16, 0>(dim, src, codes, scales),
-        (ElementType::Bf16, 64) => encode::<BF16, 64>(dim, src, codes, scales),
-        (ElementType::Bf16, 128) => encode::<BF16, 128>(dim, src, codes, scales),
-        (ElementType::Bf16, _) => encode::<BF16, 0>(dim, src, codes, scales),
-        (ElementType::F32, _) => encode::<F32, 0>(dim, src, codes, scales),
+        (ElementType::F16, 64) => encode::<F16, FP8, 64>(dim, src, codes, scales),
+        (ElementType::F16, 128) => encode::<F16, FP8, 128>(dim, src, codes, scales),
+        (ElementType::F16, _) => encode::<F16, FP8, 0>(dim, src, codes, scales),
+        (ElementType::Bf16, 64) => encode::<BF16, FP8, 64>(dim, src, codes, scales),
+        (ElementType::Bf16, 128) => encode::<BF16, FP8, 128>(dim, src, codes, scales),
+        (ElementType::Bf16, _) => encode::<BF16, FP8, 0>(dim, src, codes, scales),
+        (ElementType::F32, _) => encode::<F32, FP8, 0>(dim, src, codes, scales),
     }
 }
 
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-fn encode<const E: u8, const DIM: usize>(
+fn encode<const E: u8, const FP8: bool, const DIM: usize>(
     dim: usize,
     src: &[u8],
     codes: &mut [u8],
@@ -57,17 +85,17 @@ fn encode<const E: u8, const DIM: usize>(
         for (row, max) in src.chunks_exact(row_bytes).zip(&mut maxima) {
             *max = row_max::<E>(row);
         }
-        let (s, wrong) = write_scales::<E>(&maxima, stored);
+        let (s, wrong) = write_scales::<E>(&maxima, if FP8 { fp8::MAX } else { 127.0 }, stored);
         let (scales, inverses) = (lanes(s), lanes(_mm256_div_ps(_mm256_set1_ps(1.0), s)));
         let rows = src.chunks_exact(row_bytes).zip(codes.chunks_exact_mut(dim));
         for ((row, codes), (s, r)) in rows.zip(scales.iter().zip(&inverses)) {
             // An f16 scale that is subnormal may be rounded so far down that codes need a limit.
-            let clamp = E == F16 && *s < f16::MIN_POSITIVE.to_f32_const();
+            let clamp = E == F16 && !FP8 && *s < f16::MIN_POSITIVE.to_f32_const();
             let (s, r) = (_mm512_set1_ps(*s), _mm512_set1_ps(*r));
             if clamp {
-                encode_row::<E, true>(row, codes, s, r)
+                encode_row::<E, FP8, true>(row, codes, s, r)
             } else {
-                encode_row::<E, false>(row, codes, s, r)
+                encode_row::<E, FP8, false>(row, codes, s, r)
             }
         }
         if wrong != 0 {
@@ -110,17 +138,26 @@ fn abs_max<const E: u8>(max: __m512i, x: __m512i) -> __m512i {
 
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-fn encode_row<const E: u8, const CLAMP: bool>(row: &[u8], codes: &mut [u8], s: __m512, r: __m512) {
+fn encode_row<const E: u8, const FP8: bool, const CLAMP: bool>(
+    row: &[u8],
+    codes: &mut [u8],
+    s: __m512,
+    r: __m512,
+) {
     let (groups, codes_tail) = codes.as_chunks_mut::<64>();
     let mut from = row.chunks_exact(64 * element_bytes(E));
     for (from, to) in from.by_ref().zip(groups) {
         (0..element_bytes(E)).for_each(|i| prefetch(from, AHEAD + 64 * i));
-        store(to, encode_64::<E, CLAMP>(from, s, r));
+        store(to, if FP8 { encode_64_fp8::<E>(from, r) } else { encode_64::<E, CLAMP>(from, s, r) });
     }
     if !codes_tail.is_empty() {
         let mut padded = [0; 256];
         padded[..from.remainder().len()].copy_from_slice(from.remainder());
-        store_some(codes_tail, encode_64::<E, CLAMP>(&padded[..64 * element_bytes(E)], s, r));
+        let from = &padded[..64 * element_bytes(E)];
+        store_some(
+            codes_tail,
+            if FP8 { encode_64_fp8::<E>(from, r) } else { encode_64::<E, CLAMP>(from, s, r) },
+        );
     }
 }
 
@@ -180,6 +217,41 @@ const fn places(even_and_odd: bool) -> [u8; 64] {
     places
 }
 
+/// The `fp8` codes of 64 elements, given `r = 1/s` in every lane.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn encode_64_fp8<const E: u8>(from: &[u8], r: __m512) -> __m512i {
+    let code = |i| {
+        let x = match E {
+            F32 => _mm512_castsi512_ps(load_wide(from, i)),
+            _ => floats::<E>(load_full(from, i)),
+        };
+        let y = _mm512_mul_ps(x, r);
+        let size = _mm512_range_ps::<0b10_10>(y, _mm512_set1_ps(fp8::MAX));
+        let power = _mm512_and_si512(_mm512_castps_si512(size), _mm512_set1_epi32(0x7F80_0000));
+        let power = _mm512_max_epi32(power, _mm512_set1_epi32(fp8::NORMAL.to_bits().cast_signed()));
+        // 7/8 of the power are 56 units: with 8 for every exponent from 0 on, and not from -6, they are 256 too many.
+        let units = _mm512_fmadd_ps(_mm512_castsi512_ps(power), _mm512_set1_ps(1_048_576.0 + 7.0), size);
+        let code = _mm512_add_epi32(_mm512_castps_si512(units), _mm512_srli_epi32::<20>(power));
+        let sign = _mm512_srli_epi32::<24>(_mm512_castps_si512(y));
+        _mm512_or_si512(code, _mm512_and_si512(sign, _mm512_set1_epi32(0x80)))
+    };
+    // The lowest byte of each lane.
+    let two = |i| _mm512_mask_blend_epi8(0x2222_2222_2222_2222, code(i), _mm512_slli_epi32::<8>(code(i + 1)));
+    let bytes = _mm512_mask_blend_epi16(0xAAAA_AAAA, two(0), _mm512_slli_epi32::<16>(two(2)));
+    _mm512_permutexvar_epi8(load(&BY_LANE), bytes)
+}
+
+const BY_LANE: [u8; 64] = {
+    let mut places = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        places[i] = (i % 16 * 4 + i / 16) as u8;
+        i += 1;
+    }
+    places
+};
+
 /// See [`Kernels::int8_decode`](super::Kernels::int8_decode).
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn int8_decode(
@@ -191,39 +263,62 @@ pub(super) fn int8_decode(
     dst_stride: usize,
 ) {
     match element {
-        ElementType::F16 => decode::<F16>(dim, codes, scales, dst, dst_stride),
-        ElementType::Bf16 => decode::<BF16>(dim, codes, scales, dst, dst_stride),
-        ElementType::F32 => decode::<F32>(dim, codes, scales, dst, dst_stride),
+        ElementType::F16 => decode::<F16, false>(dim, codes, scales, dst, dst_stride),
+        ElementType::Bf16 => decode::<BF16, false>(dim, codes, scales, dst, dst_stride),
+        ElementType::F32 => decode::<F32, false>(dim, codes, scales, dst, dst_stride),
+    }
+}
+
+/// See [`fp8::decode`](super::fp8::decode).
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn fp8_decode(
+    element: ElementType,
+    dim: usize,
+    codes: &[u8],
+    scales: &[u8],
+    dst: &mut [u8],
+    dst_stride: usize,
+) {
+    match element {
+        ElementType::F16 => decode::<F16, true>(dim, codes, scales, dst, dst_stride),
+        ElementType::Bf16 => decode::<BF16, true>(dim, codes, scales, dst, dst_stride),
+        ElementType::F32 => decode::<F32, true>(dim, codes, scales, dst, dst_stride),
     }
 }
 
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-fn decode<const E: u8>(dim: usize, codes: &[u8], scales: &[u8], dst: &mut [u8], dst_stride: usize) {
+fn decode<const E: u8, const FP8: bool>(
+    dim: usize,
+    codes: &[u8],
+    scales: &[u8],
+    dst: &mut [u8],
+    dst_stride: usize,
+) {
     let rows = codes.chunks_exact(dim).zip(scales.chunks_exact(scale_bytes(E)));
     for (row, (codes, stored)) in rows.enumerate() {
         let s = read_scale::<E>(stored);
         let out = &mut dst[row * dst_stride..][..dim * element_bytes(E)];
-        // False for NaN.
-        if s.abs() < saturation::<E>() / 128.0 {
-            decode_row::<E, false>(codes, _mm512_set1_ps(s), out);
+        // No code has more than 128, or 480. False for NaN.
+        if s.abs() < saturation::<E>() / 512.0 {
+            decode_row::<E, FP8, false>(codes, _mm512_set1_ps(s), out);
         } else {
-            decode_row::<E, true>(codes, _mm512_set1_ps(s), out);
+            decode_row::<E, FP8, true>(codes, _mm512_set1_ps(s), out);
         }
     }
 }
 
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-fn decode_row<const E: u8, const SATURATE: bool>(codes: &[u8], s: __m512, out: &mut [u8]) {
+fn decode_row<const E: u8, const FP8: bool, const SATURATE: bool>(codes: &[u8], s: __m512, out: &mut [u8]) {
     let (groups, codes_tail) = codes.as_chunks::<32>();
     let mut to = out.chunks_exact_mut(32 * element_bytes(E));
     for (from, to) in groups.iter().zip(to.by_ref()) {
-        decode_32::<E, SATURATE>(load_full(from, 0), s, |i, v| store_wide(to, i, v));
+        decode_32::<E, FP8, SATURATE>(load_full(from, 0), s, |i, v| store_wide(to, i, v));
     }
     if !codes_tail.is_empty() {
         let codes = _mm512_castsi512_si256(load_some(codes_tail));
         let mut parts = to.into_remainder().chunks_mut(64);
-        decode_32::<E, SATURATE>(codes, s, |_, v| {
+        decode_32::<E, FP8, SATURATE>(codes, s, |_, v| {
             parts.next().into_iter().for_each(|part| store_some(part, v))
         });
     }
@@ -232,28 +327,37 @@ fn decode_row<const E: u8, const SATURATE: bool>(codes: &[u8], s: __m512, out: &
 /// Decodes 32 codes, given the scale `s` in every lane, and gives `put` one vector of elements after the other.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-fn decode_32<const E: u8, const SATURATE: bool>(q: __m256i, s: __m512, mut put: impl FnMut(usize, __m512i)) {
-    let value = |q| {
-        let product = _mm512_mul_ps(_mm512_cvtepi32_ps(q), s);
+fn decode_32<const E: u8, const FP8: bool, const SATURATE: bool>(
+    codes: __m256i,
+    s: __m512,
+    mut put: impl FnMut(usize, __m512i),
+) {
+    let scaled = |number| {
+        let product = _mm512_mul_ps(number, s);
         if SATURATE { saturated::<E>(product) } else { product }
     };
-    if E == BF16 {
+    if E == BF16 && !FP8 {
         // Even and odd elements apart.
-        let q = _mm512_cvtepi8_epi16(q);
-        let even = rounded(value(_mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(q))));
-        let odd = rounded(value(_mm512_srai_epi32::<16>(q)));
+        let q = _mm512_cvtepi8_epi16(codes);
+        let even = rounded(scaled(_mm512_cvtepi32_ps(_mm512_srai_epi32::<16>(_mm512_slli_epi32::<16>(q)))));
+        let odd = rounded(scaled(_mm512_cvtepi32_ps(_mm512_srai_epi32::<16>(q))));
         put(0, _mm512_mask_blend_epi16(0xAAAA_AAAA, _mm512_srli_epi32::<16>(even), odd));
         return;
     }
-    let low = value(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(q)));
-    let high = value(_mm512_cvtepi8_epi32(_mm256_extracti128_si256::<1>(q)));
-    if E == F16 {
-        let low = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(low);
-        let high = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(high);
-        put(0, _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high));
+    let [low, high] = if FP8 {
+        // The sign stays where it is, the rest goes down to where f16 has it.
+        let signed = _mm512_srai_epi16::<1>(_mm512_slli_epi16::<8>(_mm512_cvtepu8_epi16(codes)));
+        let numbers = _mm512_and_si512(signed, _mm512_set1_epi16(0xBFFF_u16.cast_signed()));
+        parts(numbers).map(|numbers| scaled(_mm512_mul_ps(_mm512_cvtph_ps(numbers), _mm512_set1_ps(256.0))))
     } else {
+        [_mm256_castsi256_si128(codes), _mm256_extracti128_si256::<1>(codes)]
+            .map(|codes| scaled(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes))))
+    };
+    if E == F32 {
         put(0, _mm512_castps_si512(low));
         put(1, _mm512_castps_si512(high));
+    } else {
+        put(0, _mm512_inserti64x4::<1>(_mm512_castsi256_si512(halves::<E>(low)), halves::<E>(high)));
     }
 }
 

@@ -211,7 +211,7 @@ fn scale_down(max: __m512, y: &mut [__m512]) -> __m512 {
     // Both are powers of two, whose reciprocals are exact.
     let down = _mm512_div_ps(_mm512_set1_ps(1.0), power);
     for y in y.as_chunks_mut::<16>().0 {
-        *y = y.map(|y| _mm512_mul_ps(y, down));
+        y.iter_mut().for_each(|y| *y = _mm512_mul_ps(*y, down));
         levels(y);
     }
     _mm512_div_ps(_mm512_set1_ps(1.0), down)
@@ -305,7 +305,7 @@ impl Grid {
         let (base, middle, book) =
             (load(bytemuck::cast_ref(&self.base)), load_floats(&self.middle), book::<BITS>());
         move |y, to_unit| {
-            // The magnitude, at most 2.75: the last cell begins there. An addition that leaves no fraction makes an index of it.
+            // The magnitude, at most 2.75, which lies in the last cell. An addition that leaves no fraction makes an index of it.
             let size = _mm512_range_ps::<0b10_10>(_mm512_mul_ps(y, to_unit), _mm512_set1_ps(2.75));
             let cell = _mm512_fmadd_ps(size, _mm512_set1_ps(Grid::CELLS), _mm512_set1_ps(8_388_608.0));
             let cell = _mm512_castps_si512(cell);

@@ -165,9 +165,9 @@ fn to_halves<T: bytemuck::Pod>(row: &[f32], bytes: &mut [u8], convert: impl Fn(&
 /// `(element, src, src_stride, dst, dst_stride, row_bytes, rows)`
 type CopyRows = unsafe fn(ElementType, &[u8], usize, &mut [u8], usize, usize, usize) -> bool;
 /// `(element, dim, src, codes, scales)`, `dim > 0`
-type Int8Encode = unsafe fn(ElementType, usize, &[u8], &mut [u8], &mut [u8]) -> bool;
+type ScaledEncode = unsafe fn(ElementType, usize, &[u8], &mut [u8], &mut [u8]) -> bool;
 /// `(element, dim, codes, scales, dst, dst_stride)`, `dim > 0`
-type Int8Decode = unsafe fn(ElementType, usize, &[u8], &[u8], &mut [u8], usize);
+type ScaledDecode = unsafe fn(ElementType, usize, &[u8], &[u8], &mut [u8], usize);
 
 /// `(bits, element, dim, src, codes, factors)`, `dim > 0`
 type RotatedEncode = unsafe fn(usize, ElementType, usize, &[u8], &mut [u8], &mut [u8]) -> bool;
@@ -197,8 +197,10 @@ type GroupedDecode = unsafe fn(RowFormat, usize, &[u8], &[u8], &mut [u8], usize)
 pub struct Kernels {
     name: &'static str,
     copy_rows: CopyRows,
-    int8_encode: Int8Encode,
-    int8_decode: Int8Decode,
+    int8_encode: ScaledEncode,
+    int8_decode: ScaledDecode,
+    fp8_encode: ScaledEncode,
+    fp8_decode: ScaledDecode,
     rotated_encode: RotatedEncode,
     rotated_decode: RotatedDecode,
     grouped_encode: GroupedEncode,
@@ -213,6 +215,8 @@ impl Kernels {
             copy_rows: scalar::copy_rows,
             int8_encode: scalar::int8_encode,
             int8_decode: scalar::int8_decode,
+            fp8_encode: fp8::encode,
+            fp8_decode: fp8::decode,
             rotated_encode: rotated::encode,
             rotated_decode: rotated::decode,
             grouped_encode: grouped::encode,
@@ -232,6 +236,8 @@ impl Kernels {
                 copy_rows: avx2::copy_rows,
                 int8_encode: avx2::int8_encode,
                 int8_decode: avx2::int8_decode,
+                fp8_encode: fp8::encode,
+                fp8_decode: fp8::decode,
                 rotated_encode: avx2_rotated::encode,
                 rotated_decode: avx2_rotated::decode,
                 grouped_encode: avx2_grouped::encode,
@@ -246,6 +252,8 @@ impl Kernels {
                 copy_rows: avx2::copy_rows,
                 int8_encode: avx512::int8_encode,
                 int8_decode: avx512::int8_decode,
+                fp8_encode: avx512::fp8_encode,
+                fp8_decode: avx512::fp8_decode,
                 rotated_encode: avx512_rotated::encode,
                 rotated_decode: avx512_rotated::decode,
                 grouped_encode: avx512_grouped::encode,
@@ -315,7 +323,8 @@ impl Kernels {
         match format {
             // SAFETY: invariant 1.
             Format::Int8 => unsafe { (self.int8_encode)(element, dim, src, codes, scales) },
-            Format::Fp8 => fp8::encode(element, dim, src, codes, scales),
+            // SAFETY: invariant 1.
+            Format::Fp8 => unsafe { (self.fp8_encode)(element, dim, src, codes, scales) },
             // SAFETY: invariant 1.
             Format::Int4 | Format::Int2 => unsafe { (self.grouped_encode)(rows, src, codes, scales) },
             // SAFETY: invariant 1.
@@ -353,7 +362,8 @@ impl Kernels {
         match format {
             // SAFETY: invariant 1.
             Format::Int8 => unsafe { (self.int8_decode)(element, dim, codes, scales, dst, dst_stride) },
-            Format::Fp8 => fp8::decode(element, dim, codes, scales, dst, dst_stride),
+            // SAFETY: invariant 1.
+            Format::Fp8 => unsafe { (self.fp8_decode)(element, dim, codes, scales, dst, dst_stride) },
             // SAFETY: invariant 1.
             Format::Int4 | Format::Int2 => unsafe {
                 (self.grouped_decode)(rows, skip, codes, scales, dst, dst_stride)
