@@ -37,7 +37,7 @@ pub(super) fn int8_encode(
     encode_any::<false>(element, dim, src, codes, scales)
 }
 
-/// See [`fp8::encode`](super::fp8::encode).
+/// See [`fp8::encode`].
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn fp8_encode(
     element: ElementType,
@@ -269,7 +269,7 @@ pub(super) fn int8_decode(
     }
 }
 
-/// See [`fp8::decode`](super::fp8::decode).
+/// See [`fp8::decode`].
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn fp8_decode(
     element: ElementType,
