@@ -559,10 +559,10 @@ fn write_rows<const E: u8, const DIM: usize, const SATURATE: bool>(
 ) {
     let dim = if DIM == 0 { y.len() } else { DIM };
     let (y, out, row_parts) = (&y[..dim], &mut out[..LANES * 2 * dim], dim / 16);
+    let signed = [scale, _mm512_mul_ps(scale, _mm512_set1_ps(-1.0))];
     for (part, y) in y.as_chunks::<16>().0.iter().enumerate() {
         let x = transposed(std::array::from_fn(|i| {
-            let x = _mm512_castps_si512(_mm512_mul_ps(y[i], scale));
-            let x = _mm512_castsi512_ps(_mm512_xor_si512(x, flip(16 * part + i)));
+            let x = _mm512_mul_ps(y[i], signed[usize::from(flips(16 * part + i))]);
             halves::<E>(if SATURATE { saturated::<E>(x) } else { x })
         }));
         for (lane, x) in x.into_iter().enumerate() {
@@ -575,8 +575,12 @@ fn write_rows<const E: u8, const DIM: usize, const SATURATE: bool>(
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn transposed(x: [__m256i; 16]) -> [__m256i; 16] {
-    // In each 128-bit part on its own: a transpose of 8 by 8.
-    let x: [_; 8] = std::array::from_fn(|i| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(x[i]), x[i + 8]));
+    // Quarters of 8 by 8, so placed that their transposes are where they belong: then each 128-bit part is on its own.
+    let quarters = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    let x: [_; 8] = std::array::from_fn(|i| {
+        let (a, b) = (_mm512_castsi256_si512(x[i]), _mm512_castsi256_si512(x[i + 8]));
+        _mm512_permutex2var_epi64(a, quarters, b)
+    });
     let two = |i: usize, high: bool| match high {
         false => _mm512_unpacklo_epi16(x[i], x[i + 1]),
         true => _mm512_unpackhi_epi16(x[i], x[i + 1]),
@@ -587,8 +591,7 @@ fn transposed(x: [__m256i; 16]) -> [__m256i; 16] {
     };
     let columns: [_; 8] = std::array::from_fn(|i| {
         let (a, b) = (four(0, i / 2), four(4, i / 2));
-        let eight = if i % 2 == 0 { _mm512_unpacklo_epi64(a, b) } else { _mm512_unpackhi_epi64(a, b) };
-        parts(_mm512_shuffle_i64x2::<0b11_01_10_00>(eight, eight))
+        parts(if i % 2 == 0 { _mm512_unpacklo_epi64(a, b) } else { _mm512_unpackhi_epi64(a, b) })
     });
     std::array::from_fn(|i| columns[i % 8][i / 8])
 }
