@@ -121,6 +121,7 @@ impl Range {
 }
 
 /// What the elements of 8 groups are told apart by: half the least element, and one over half the step as it is stored.
+#[derive(Clone, Copy)]
 struct Steps {
     half_least: __m256,
     inverse: __m256,
@@ -207,10 +208,9 @@ fn encode_values<const BITS: usize, const E: u8>(
     let (half_least, inverse) = (lanes(eight.half_least), lanes(eight.inverse));
     let inputs = src.chunks_exact(GROUP * element_bytes(E)).zip(codes.chunks_exact_mut(4 * BITS));
     for (at, (src, codes)) in inputs.enumerate() {
-        let group =
-            || Steps { half_least: _mm256_set1_ps(half_least[at]), inverse: _mm256_set1_ps(inverse[at]) };
-        let x = std::array::from_fn(|i| load_8::<E>(src, i));
-        encode_32::<BITS>(x, &[group(), group(), group(), group()], codes);
+        let of = Steps { half_least: _mm256_set1_ps(half_least[at]), inverse: _mm256_set1_ps(inverse[at]) };
+        let x = [load_8::<E>(src, 0), load_8::<E>(src, 1), load_8::<E>(src, 2), load_8::<E>(src, 3)];
+        encode_32::<BITS>(x, &[of; 4], codes);
     }
     true
 }
