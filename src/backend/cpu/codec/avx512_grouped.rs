@@ -21,8 +21,8 @@ use super::avx2::{
 };
 use super::avx2_grouped::{self, element, is_wide};
 use super::avx512::{
-    AHEAD, floats, halves, load, load_floats, load_some, load_wide, parts, prefetch, saturated, store,
-    store_floats, store_some,
+    floats, halves, load, load_floats, load_some, load_wide, parts, prefetch, saturated, store, store_floats,
+    store_some,
 };
 use super::grouped::{self, floor, most};
 
@@ -239,7 +239,8 @@ fn encode_values<const BITS: usize, const E: u8>(
     let inputs = src.chunks_exact(2 * GROUP).zip(codes.chunks_exact_mut(4 * BITS));
     for ((src, codes), (half_least, inverse)) in inputs.zip(half_least.iter().zip(&inverse)) {
         let of = Steps { half_least: _mm512_set1_ps(*half_least), inverse: _mm512_set1_ps(*inverse) };
-        prefetch(src, AHEAD);
+        // As far ahead as a few batches: each is read twice.
+        prefetch(src, 4096);
         encode_32::<BITS, E>(src, 0, &[of, of], codes);
     }
     true
