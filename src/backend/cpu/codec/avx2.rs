@@ -34,12 +34,12 @@ pub(super) const fn element_bytes(e: u8) -> usize {
     if e == F32 { 4 } else { 2 }
 }
 
-const fn scale_bytes(e: u8) -> usize {
+pub(super) const fn scale_bytes(e: u8) -> usize {
     if e == F16 { 2 } else { 4 }
 }
 
 /// The largest finite magnitude as an integer.
-const fn largest_bits(e: u8) -> i32 {
+pub(super) const fn largest_bits(e: u8) -> i32 {
     match e {
         F16 => 0x7BFF,
         BF16 => 0x7F7F,
@@ -167,7 +167,7 @@ fn encode<const E: u8, const DIM: usize>(
         for (row, max) in src.chunks_exact(row_bytes).zip(&mut maxima) {
             *max = row_max::<E>(row);
         }
-        let (s, wrong) = write_scales::<E>(&maxima, stored);
+        let (s, wrong) = write_scales::<E>(&maxima, 127.0, stored);
         let (scales, inverses) = (lanes(s), lanes(_mm256_div_ps(_mm256_set1_ps(1.0), s)));
         let rows = src.chunks_exact(row_bytes).zip(codes.chunks_exact_mut(dim));
         for ((row, codes), (s, r)) in rows.zip(scales.iter().zip(&inverses)) {
@@ -209,11 +209,11 @@ fn abs_max<const E: u8>(max: __m256i, x: __m256i) -> __m256i {
     }
 }
 
-/// Reduces the maxima of 8 rows, stores as many scales as `stored` has room for, and returns all 8, with a bit set
-/// for every row that has an element which is not finite (its scale is the floor).
+/// Reduces the maxima of 8 rows, which scales bring to `most`, stores as many scales as `stored` has room for, and returns all 8, with a
+/// bit set for every row that has an element which is not finite (its scale is the floor).
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn write_scales<const E: u8>(m: &[__m128i; 8], stored: &mut [u8]) -> (__m256, u32) {
+pub(super) fn write_scales<const E: u8>(m: &[__m128i; 8], most: f32, stored: &mut [u8]) -> (__m256, u32) {
     // A transpose that takes the maximum of the halves at each step.
     let (max, wrong) = if E == F32 {
         let two = |a, b| _mm_max_epu32(_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
@@ -239,7 +239,7 @@ fn write_scales<const E: u8>(m: &[__m128i; 8], stored: &mut [u8]) -> (__m256, u3
         };
         (wide, _mm_movemask_epi8(_mm_packs_epi16(wrong, _mm_setzero_si128())))
     };
-    let ideal = _mm256_div_ps(max, _mm256_set1_ps(127.0));
+    let ideal = _mm256_div_ps(max, _mm256_set1_ps(most));
     let (s, bytes) = if E == F16 {
         // Positive f16 order as integers, and the floor is the integer 1.
         let s = _mm_max_epi16(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(ideal), _mm_set1_epi16(1));
@@ -352,12 +352,7 @@ fn decode<const E: u8, const DIM: usize>(
     let dim = if DIM == 0 { dim } else { DIM };
     let rows = codes.chunks_exact(dim).zip(scales.chunks_exact(scale_bytes(E)));
     for (row, (codes, stored)) in rows.enumerate() {
-        let s = if E == F16 {
-            let bits = u16::from_le_bytes([stored[0], stored[1]]);
-            _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
-        } else {
-            f32::from_le_bytes([stored[0], stored[1], stored[2], stored[3]])
-        };
+        let s = read_scale::<E>(stored);
         let out = &mut dst[row * dst_stride..][..dim * element_bytes(E)];
         // False for NaN.
         if s.abs() < saturation::<E>() / 128.0 {
@@ -365,6 +360,17 @@ fn decode<const E: u8, const DIM: usize>(
         } else {
             decode_row::<E, true>(codes, _mm256_set1_ps(s), out);
         }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn read_scale<const E: u8>(stored: &[u8]) -> f32 {
+    if E == F16 {
+        let bits = u16::from_le_bytes([stored[0], stored[1]]);
+        _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
+    } else {
+        f32::from_le_bytes([stored[0], stored[1], stored[2], stored[3]])
     }
 }
 
@@ -436,7 +442,7 @@ pub(super) const fn saturation<const E: u8>() -> f32 {
 
 /// `bytes` and zeros after them.
 #[inline]
-fn padded<const N: usize>(bytes: &[u8]) -> [u8; N] {
+pub(super) fn padded<const N: usize>(bytes: &[u8]) -> [u8; N] {
     let mut all = [0; N];
     all[..bytes.len()].copy_from_slice(bytes);
     all

@@ -9,8 +9,10 @@ use kv_cache_actors::format::{Format, GROUP, RowFormat};
 use kv_cache_actors::geometry::Plane;
 
 use super::ElementType;
-use super::avx2::{BF16, F16, F32, element_bytes, lanes, load_half, saturation, store_half};
-use super::avx2_rotated::{load_8, store_8};
+use super::avx2::{
+    BF16, F16, F32, element_bytes, lanes, load_half, padded, saturation, store_full, store_half,
+};
+use super::avx2_rotated::{halves, load_8, store_8};
 use super::grouped::{self, floor, most};
 
 /// Groups of values that are done together: one in each lane while steps are computed.
@@ -57,7 +59,7 @@ pub(super) fn decode(
     }
 }
 
-fn is_wide(rows: RowFormat) -> bool {
+pub(super) fn is_wide(rows: RowFormat) -> bool {
     rows.dim.is_multiple_of(GROUP) && rows.dim <= LANES * GROUP
 }
 
@@ -119,6 +121,7 @@ impl Range {
 }
 
 /// What the elements of 8 groups are told apart by: half the least element, and one over half the step as it is stored.
+#[derive(Clone, Copy)]
 struct Steps {
     half_least: __m256,
     inverse: __m256,
@@ -205,10 +208,9 @@ fn encode_values<const BITS: usize, const E: u8>(
     let (half_least, inverse) = (lanes(eight.half_least), lanes(eight.inverse));
     let inputs = src.chunks_exact(GROUP * element_bytes(E)).zip(codes.chunks_exact_mut(4 * BITS));
     for (at, (src, codes)) in inputs.enumerate() {
-        let group =
-            || Steps { half_least: _mm256_set1_ps(half_least[at]), inverse: _mm256_set1_ps(inverse[at]) };
-        let x = std::array::from_fn(|i| load_8::<E>(src, i));
-        encode_32::<BITS>(x, &[group(), group(), group(), group()], codes);
+        let of = Steps { half_least: _mm256_set1_ps(half_least[at]), inverse: _mm256_set1_ps(inverse[at]) };
+        let x = [load_8::<E>(src, 0), load_8::<E>(src, 1), load_8::<E>(src, 2), load_8::<E>(src, 3)];
+        encode_32::<BITS>(x, &[of; 4], codes);
     }
     true
 }
@@ -264,6 +266,9 @@ fn decode_rows<const BITS: usize, const E: u8>(
     dst: &mut [u8],
     dst_stride: usize,
 ) {
+    if E != F32 && rows.plane == Plane::Value {
+        return decode_values::<BITS, E>(rows, codes, scales, dst, dst_stride);
+    }
     let (row, row_codes) = (rows.dim * element_bytes(E), rows.row_bytes());
     let count = codes.len() / row_codes;
     let (mut from, mut skip) = (0, skip);
@@ -281,12 +286,7 @@ fn decode_rows<const BITS: usize, const E: u8>(
                 let out = &mut dst[at * dst_stride..][..row];
                 for (i, code) in codes_of::<BITS>(codes).into_iter().enumerate() {
                     let (least, step) = four[i];
-                    let value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(code), step, least);
-                    // `min` answers its second operand for a NaN.
-                    let max = saturation::<E>();
-                    let value =
-                        _mm256_max_ps(_mm256_min_ps(value, _mm256_set1_ps(max)), _mm256_set1_ps(-max));
-                    store_8::<E>(out, 4 * wide + i, value);
+                    store_8::<E>(out, 4 * wide + i, value_of::<E>(code, step, least));
                 }
             }
         }
@@ -294,36 +294,72 @@ fn decode_rows<const BITS: usize, const E: u8>(
     }
 }
 
+/// Values of a 16-bit type. A group has no more of them than there are codes: they are computed once, and looked up by their bytes.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn decode_values<const BITS: usize, const E: u8>(
+    rows: RowFormat,
+    codes: &[u8],
+    scales: &[u8],
+    dst: &mut [u8],
+    dst_stride: usize,
+) {
+    let numbers =
+        [_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)];
+    let inputs = codes.chunks_exact(rows.row_bytes()).zip(scales.chunks_exact(rows.scale_bytes()));
+    for (row, (codes, scales)) in inputs.enumerate() {
+        let (leasts, steps) = scales.split_at(scales.len() / 2);
+        let out = &mut dst[row * dst_stride..][..2 * rows.dim];
+        for (group, codes) in codes.chunks_exact(4 * BITS).enumerate() {
+            let (least, step) = (spread::<E>(leasts, group), spread::<E>(steps, group));
+            let [a, b] = numbers.map(|numbers| {
+                let codes = _mm256_and_si256(numbers, _mm256_set1_epi32((1 << BITS) - 1));
+                halves::<E>(value_of::<E>(codes, step, least))
+            });
+            let byte = _mm_set1_epi16(0xFF);
+            let low = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte));
+            let high = _mm_packus_epi16(_mm_srli_epi16::<8>(a), _mm_srli_epi16::<8>(b));
+            let [first, last] = code_bytes::<BITS>(codes);
+            let codes = _mm256_set_m128i(last, first);
+            let low = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(low), codes);
+            let high = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(high), codes);
+            // Each 128-bit half has 16 elements, of which these take the first 8 and the others.
+            let (a, b) = (_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high));
+            store_full(out, 2 * group, _mm256_permute2x128_si256::<0x20>(a, b));
+            store_full(out, 2 * group + 1, _mm256_permute2x128_si256::<0x31>(a, b));
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn value_of<const E: u8>(code: __m256i, step: __m256, least: __m256) -> __m256 {
+    let value = _mm256_fmadd_ps(_mm256_cvtepi32_ps(code), step, least);
+    // `min` answers its second operand for a NaN.
+    let max = saturation::<E>();
+    _mm256_max_ps(_mm256_min_ps(value, _mm256_set1_ps(max)), _mm256_set1_ps(-max))
+}
+
 /// Element `i` in every lane.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn spread<const E: u8>(of: &[u8], i: usize) -> __m256 {
-    let mut first = [0; 32];
-    let bytes = element_bytes(E);
-    first[..bytes].copy_from_slice(&of[i * bytes..][..bytes]);
-    _mm256_broadcastss_ps(_mm256_castps256_ps128(load_8::<E>(&first, 0)))
+    let bytes = &of[i * element_bytes(E)..][..element_bytes(E)];
+    if E == F32 {
+        return _mm256_set1_ps(f32::from_le_bytes(padded(bytes)));
+    }
+    let bits = u16::from_le_bytes(padded(bytes));
+    match E {
+        F16 => _mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))),
+        _ => _mm256_set1_ps(f32::from_bits(u32::from(bits) << 16)),
+    }
 }
 
 /// 32 codes as integers.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn codes_of<const BITS: usize>(codes: &[u8]) -> [__m256i; 4] {
-    let (low, high) = if BITS == 4 {
-        let (bytes, mask) = (load_half(codes, 0), _mm_set1_epi8(15));
-        let (even, odd) = (_mm_and_si128(bytes, mask), _mm_and_si128(_mm_srli_epi16::<4>(bytes), mask));
-        (_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd))
-    } else {
-        let mut eight = [0; 8];
-        eight.copy_from_slice(codes);
-        let (bytes, mask) = (_mm_cvtsi64_si128(i64::from_le_bytes(eight)), _mm_set1_epi8(3));
-        let first =
-            _mm_unpacklo_epi8(_mm_and_si128(bytes, mask), _mm_and_si128(_mm_srli_epi16::<2>(bytes), mask));
-        let second = _mm_unpacklo_epi8(
-            _mm_and_si128(_mm_srli_epi16::<4>(bytes), mask),
-            _mm_and_si128(_mm_srli_epi16::<6>(bytes), mask),
-        );
-        (_mm_unpacklo_epi16(first, second), _mm_unpackhi_epi16(first, second))
-    };
+    let [low, high] = code_bytes::<BITS>(codes);
     [
         _mm256_cvtepu8_epi32(low),
         _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(low)),
@@ -332,7 +368,27 @@ fn codes_of<const BITS: usize>(codes: &[u8]) -> [__m256i; 4] {
     ]
 }
 
-const fn element<const E: u8>() -> ElementType {
+/// 32 codes as bytes.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn code_bytes<const BITS: usize>(codes: &[u8]) -> [__m128i; 2] {
+    if BITS == 4 {
+        let (bytes, mask) = (load_half(codes, 0), _mm_set1_epi8(15));
+        let (even, odd) = (_mm_and_si128(bytes, mask), _mm_and_si128(_mm_srli_epi16::<4>(bytes), mask));
+        [_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)]
+    } else {
+        let (bytes, mask) = (_mm_cvtsi64_si128(i64::from_le_bytes(padded(codes))), _mm_set1_epi8(3));
+        let first =
+            _mm_unpacklo_epi8(_mm_and_si128(bytes, mask), _mm_and_si128(_mm_srli_epi16::<2>(bytes), mask));
+        let second = _mm_unpacklo_epi8(
+            _mm_and_si128(_mm_srli_epi16::<4>(bytes), mask),
+            _mm_and_si128(_mm_srli_epi16::<6>(bytes), mask),
+        );
+        [_mm_unpacklo_epi16(first, second), _mm_unpackhi_epi16(first, second)]
+    }
+}
+
+pub(super) const fn element<const E: u8>() -> ElementType {
     match E {
         F16 => ElementType::F16,
         BF16 => ElementType::Bf16,

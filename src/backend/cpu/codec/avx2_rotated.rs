@@ -407,15 +407,21 @@ pub(super) fn load_8<const E: u8>(row: &[u8], i: usize) -> __m256 {
 pub(super) fn store_8<const E: u8>(row: &mut [u8], i: usize, x: __m256) {
     match E {
         F32 => store_full(row, i, _mm256_castps_si256(x)),
-        F16 => store_half(row, i, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)),
-        _ => {
-            let bits = _mm256_castps_si256(x);
-            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-            let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
-            let upper = _mm256_srli_epi32::<16>(rounded);
-            let packed = _mm256_packus_epi32(upper, upper);
-            let packed = _mm256_permute4x64_epi64::<0b10_00>(packed);
-            store_half(row, i, _mm256_castsi256_si128(packed));
-        }
+        _ => store_half(row, i, halves::<E>(x)),
     }
+}
+
+/// As elements of a 16-bit type, rounded half to even.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn halves<const E: u8>(x: __m256) -> __m128i {
+    if E == F16 {
+        return _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
+    }
+    let bits = _mm256_castps_si256(x);
+    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+    let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+    let upper = _mm256_srli_epi32::<16>(rounded);
+    let packed = _mm256_packus_epi32(upper, upper);
+    _mm256_castsi256_si128(_mm256_permute4x64_epi64::<0b10_00>(packed))
 }

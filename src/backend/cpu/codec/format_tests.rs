@@ -223,6 +223,54 @@ fn zeros_stay_zeros_and_bad_rows_are_told() {
     }
 }
 
+/// With 448 in the row the scale is 1, and elements are what codes are chosen for.
+#[test]
+fn fp8_beside_the_middles_between_codes() {
+    let value = |code: u8| f32::from_bits(u32::from(code) << 20) * f32::from_bits((127 + 120) << 23);
+    let beside = |x: f32| [x, x.next_down(), x.next_up(), -x, -x.next_down(), -x.next_up()];
+    let middles = (0..0x7E).flat_map(|code| beside((value(code) + value(code + 1)) / 2.0));
+    let row: Vec<f32> = middles
+        .chain((0..0x7F).flat_map(|code| beside(value(code))))
+        .map(|x| x.clamp(-448.0, 448.0))
+        .collect();
+    let bytes = bytes_of(ElementType::F32, &row);
+    let expected = encode(Kernels::scalar(), Format::Fp8, ElementType::F32, row.len(), &bytes);
+    assert_eq!(expected.2, 1.0f32.to_le_bytes());
+    for kernels in Kernels::candidates() {
+        assert_eq!(
+            encode(kernels, Format::Fp8, ElementType::F32, row.len(), &bytes),
+            expected,
+            "{}",
+            kernels.name()
+        );
+    }
+}
+
+/// Rows are done some at a time: whole batches, parts of one, and both, with a bad element in the second.
+#[test]
+fn batches_of_rows_agree() {
+    for (format, element) in sealed().flat_map(|format| ELEMENTS.map(|element| (format, element))) {
+        for (dim, rows) in [32, 64, 80, 96, 128, 256, 512]
+            .into_iter()
+            .flat_map(|dim| [1, 15, 16, 17, 35].map(|rows| (dim, rows)))
+        {
+            let mut numbers = normal_row(rows as u64, rows * dim);
+            if let Some(number) = numbers.get_mut(17 * dim + 3) {
+                *number = f32::NAN;
+            }
+            let bytes = bytes_of(element, &numbers);
+            let expected = encode(Kernels::scalar(), format, element, dim, &bytes);
+            assert_eq!(expected.0, rows < 18);
+            let values = decode(Kernels::scalar(), format, element, dim, &expected.1, &expected.2);
+            for kernels in Kernels::candidates() {
+                let label = format!("{} {format} {element:?} {rows} x {dim}", kernels.name());
+                assert!(encode(kernels, format, element, dim, &bytes) == expected, "{label}");
+                assert!(decode(kernels, format, element, dim, &expected.1, &expected.2) == values, "{label}");
+            }
+        }
+    }
+}
+
 fn element() -> impl Strategy<Value = ElementType> {
     prop::sample::select(ELEMENTS.to_vec())
 }

@@ -4,9 +4,9 @@ use super::ElementType;
 use super::scalar::{decode_scaled, encode_scaled};
 
 /// The largest e4m3 number.
-const MAX: f32 = 448.0;
+pub(super) const MAX: f32 = 448.0;
 /// Below it e4m3 numbers are multiples of [`STEP`].
-const NORMAL: f32 = 1.0 / 64.0;
+pub(super) const NORMAL: f32 = 1.0 / 64.0;
 const STEP: f32 = 1.0 / 512.0;
 
 pub(super) fn encode(

@@ -322,6 +322,26 @@ fn every_bf16_value_with_every_bf16_maximum() {
     every_pair(ElementType::Bf16, 0x7F80);
 }
 
+/// Elements of f32 that are a few units of their last place from the middle between two codes.
+#[test]
+fn f32_quotients_beside_a_half() {
+    let mut chance = Chance(4);
+    for _ in 0..2000 {
+        let max = f32::from_bits(chance.below(0x7F80_0000 - (1 << 23)) + (1 << 23));
+        let scale = (max / 127.0).max(SCALE_FLOOR_F32);
+        let halves = (0..127).map(|k| (k as f32 + 0.5) * scale);
+        let beside =
+            |x: f32| (-3..=3).map(move |off: i32| f32::from_bits(x.to_bits().wrapping_add_signed(off)));
+        let row: Vec<f32> = halves.flat_map(beside).filter(|x| x.abs() <= max).chain([max]).collect();
+        let src = row_of(ElementType::F32, &row);
+        let expected = encode(Kernels::scalar(), ElementType::F32, row.len(), &src);
+        for kernels in Kernels::candidates() {
+            let got = encode(kernels, ElementType::F32, row.len(), &src);
+            assert_eq!(got.codes, expected.codes, "{} largest {max:e}", kernels.name());
+        }
+    }
+}
+
 #[test]
 fn finds_what_is_not_finite_wherever_it_is() {
     for element in ELEMENTS {

@@ -1,0 +1,597 @@
+//! `r4`, `r3` and `r2` of 16-bit elements with AVX-512: 16 rows at a time, one in each lane, as in the
+//! [AVX2 kernels](super::avx2_rotated).
+//!
+//! The transform is done in two passes over a batch, four levels and then the others, with up to 16 elements in registers; dims whose
+//! groups have fewer than 32 elements go to the AVX2 kernels, and so does f32. The transposes at the ends are of 16-bit elements, half
+//! the work of floats.
+//!
+//! A magnitude's code is that of its cell on a fine grid, no cell of which has more than one middle between two values of the book, plus
+//! one if it is above the cell's middle: two look-ups and one comparison, whatever the size of the book.
+
+use std::arch::x86_64::*;
+
+use super::ElementType;
+use super::avx2::{BF16, F16, largest_bits, load_full, load_half, padded, saturation, store_full};
+use super::avx2_rotated;
+use super::avx512::{floats, halves, load, load_floats, parts, prefetch, saturated, store, store_floats};
+use super::rotated::{self, flips, group, middle, root};
+
+/// See [`rotated::encode`].
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn encode(
+    bits: usize,
+    element: ElementType,
+    dim: usize,
+    src: &[u8],
+    codes: &mut [u8],
+    factors: &mut [u8],
+) -> bool {
+    match (bits, element) {
+        _ if !is_wide(dim) => avx2_rotated::encode(bits, element, dim, src, codes, factors),
+        (_, ElementType::F32) => avx2_rotated::encode(bits, element, dim, src, codes, factors),
+        (4, ElementType::F16) => encode_dim::<4, F16>(dim, src, codes, factors),
+        (4, ElementType::Bf16) => encode_dim::<4, BF16>(dim, src, codes, factors),
+        (3, ElementType::F16) => encode_dim::<3, F16>(dim, src, codes, factors),
+        (3, ElementType::Bf16) => encode_dim::<3, BF16>(dim, src, codes, factors),
+        (_, ElementType::F16) => encode_dim::<2, F16>(dim, src, codes, factors),
+        (_, ElementType::Bf16) => encode_dim::<2, BF16>(dim, src, codes, factors),
+    }
+}
+
+/// See [`rotated::decode`].
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn decode(
+    bits: usize,
+    element: ElementType,
+    dim: usize,
+    codes: &[u8],
+    factors: &[u8],
+    dst: &mut [u8],
+    dst_stride: usize,
+) {
+    match (bits, element) {
+        _ if !is_wide(dim) => avx2_rotated::decode(bits, element, dim, codes, factors, dst, dst_stride),
+        (_, ElementType::F32) => avx2_rotated::decode(bits, element, dim, codes, factors, dst, dst_stride),
+        (4, ElementType::F16) => decode_dim::<4, F16>(dim, codes, factors, dst, dst_stride),
+        (4, ElementType::Bf16) => decode_dim::<4, BF16>(dim, codes, factors, dst, dst_stride),
+        (3, ElementType::F16) => decode_dim::<3, F16>(dim, codes, factors, dst, dst_stride),
+        (3, ElementType::Bf16) => decode_dim::<3, BF16>(dim, codes, factors, dst, dst_stride),
+        (_, ElementType::F16) => decode_dim::<2, F16>(dim, codes, factors, dst, dst_stride),
+        (_, ElementType::Bf16) => decode_dim::<2, BF16>(dim, codes, factors, dst, dst_stride),
+    }
+}
+
+/// Rows are done in batches of this many.
+const LANES: usize = 16;
+
+/// Elements whose codes are written and read together.
+const STEP: usize = 32;
+
+fn is_wide(dim: usize) -> bool {
+    dim.is_multiple_of(STEP)
+}
+
+/// The sign bit of each element that changes its sign.
+const FLIPS: [i32; 256] = {
+    let mut bits = [0; 256];
+    let mut i = 0;
+    while i < 256 {
+        bits[i] = if flips(i) { i32::MIN } else { 0 };
+        i += 1;
+    }
+    bits
+};
+
+/// The sign bit of element `i` in every lane if it changes its sign.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn flip(i: usize) -> __m512i {
+    _mm512_set1_epi32(FLIPS[i % FLIPS.len()])
+}
+
+/// The common head dims have loops of known length.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn encode_dim<const BITS: usize, const E: u8>(
+    dim: usize,
+    src: &[u8],
+    codes: &mut [u8],
+    factors: &mut [u8],
+) -> bool {
+    match dim {
+        64 => encode_rows::<BITS, E, 64>(dim, src, codes, factors),
+        128 => encode_rows::<BITS, E, 128>(dim, src, codes, factors),
+        _ => encode_rows::<BITS, E, 0>(dim, src, codes, factors),
+    }
+}
+
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn encode_rows<const BITS: usize, const E: u8, const DIM: usize>(
+    dim: usize,
+    src: &[u8],
+    codes: &mut [u8],
+    factors: &mut [u8],
+) -> bool {
+    let dim = if DIM == 0 { dim } else { DIM };
+    let (raw_bytes, code_bytes) = (LANES * 2 * dim, LANES * dim * BITS / 8);
+    let zero = _mm512_setzero_ps();
+    let (mut y, mut units) = (vec![zero; dim], vec![zero; 3 * (dim / 8)]);
+    let grid = Grid::new(rotated::book(BITS));
+    let mut finite = true;
+    let mut batch = |src: &[u8], codes: &mut [u8], factors: &mut [u8]| {
+        finite &= encode_batch::<BITS, E, DIM>(&grid, &mut y, &mut units, src, codes, factors);
+    };
+    let batches = src.chunks(raw_bytes).zip(codes.chunks_mut(code_bytes)).zip(factors.chunks_mut(LANES * 2));
+    for ((src, codes), factors) in batches {
+        if src.len() == raw_bytes {
+            batch(src, codes, factors);
+            continue;
+        }
+        // The last rows, and zeros.
+        let (mut all, mut all_codes, mut all_factors) =
+            (vec![0; raw_bytes], vec![0; code_bytes], [0; LANES * 2]);
+        all[..src.len()].copy_from_slice(src);
+        batch(&all, &mut all_codes, &mut all_factors);
+        codes.copy_from_slice(&all_codes[..codes.len()]);
+        factors.copy_from_slice(&all_factors[..factors.len()]);
+    }
+    finite
+}
+
+/// Encodes 16 rows. `units` has room for three sums of each 8 elements.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn encode_batch<const BITS: usize, const E: u8, const DIM: usize>(
+    grid: &Grid,
+    y: &mut [__m512],
+    units: &mut [__m512],
+    src: &[u8],
+    codes: &mut [u8],
+    factors: &mut [u8],
+) -> bool {
+    let dim = if DIM == 0 { y.len() } else { DIM };
+    let (y, src, codes) = (&mut y[..dim], &src[..LANES * 2 * dim], &mut codes[..LANES * dim * BITS / 8]);
+    let max = load_rows::<E, DIM>(src, y);
+    let up = match E {
+        F16 => _mm512_set1_ps(1.0),
+        _ => scale_down(floats::<E>(max), y),
+    };
+    last_levels(y);
+    let (ideal, zero) = choose::<BITS, DIM>(grid, y, units, codes);
+    let mut factor = [0.0; LANES];
+    store_floats(&mut factor, _mm512_mul_ps(ideal, up));
+    let wrong = _mm256_cmpgt_epi16_mask(max, _mm256_set1_epi16(largest_bits(E) as i16));
+    let nothing = wrong | zero;
+    let stored = codes.chunks_exact_mut(dim * BITS / 8).zip(factors.chunks_exact_mut(2));
+    for (lane, ((codes, stored), factor)) in stored.zip(factor).enumerate() {
+        let none = nothing >> lane & 1 == 1;
+        if none {
+            codes.fill(0);
+        }
+        rotated::write_factor(if none { 0.0 } else { factor }, stored);
+    }
+    wrong == 0
+}
+
+/// Loads 16 rows, signs changed, one in each lane of `y`, and returns the lanes' largest magnitudes as bits of elements. The first
+/// levels of the transform are done unless rows have to be scaled before.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn load_rows<const E: u8, const DIM: usize>(src: &[u8], y: &mut [__m512]) -> __m256i {
+    let dim = if DIM == 0 { y.len() } else { DIM };
+    let (y, src, row_parts) = (&mut y[..dim], &src[..LANES * 2 * dim], dim / 16);
+    let mut max = _mm256_setzero_si256();
+    for (part, y) in y.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+        let rows = std::array::from_fn(|lane| load_full(src, lane * row_parts + part));
+        // The lines of the next rows, one after the other.
+        (0..8).for_each(|i| prefetch(src, src.len() + (8 * part + i) * 64));
+        let loaded = transposed(rows);
+        for x in loaded {
+            max = _mm256_max_epu16(max, _mm256_and_si256(x, _mm256_set1_epi16(0x7FFF)));
+        }
+        *y = std::array::from_fn(|i| {
+            let x = _mm512_castps_si512(floats::<E>(loaded[i]));
+            _mm512_castsi512_ps(_mm512_xor_si512(x, flip(16 * part + i)))
+        });
+        if E == F16 {
+            levels(y);
+        }
+    }
+    max
+}
+
+/// Divides each lane by the power of two at or below its largest magnitude, and returns that power. The first levels of the transform
+/// are done on the way.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn scale_down(max: __m512, y: &mut [__m512]) -> __m512 {
+    let exponent = _mm512_and_si512(_mm512_castps_si512(max), _mm512_set1_epi32(0x7F80_0000));
+    let exponent = _mm512_min_epi32(exponent, _mm512_set1_epi32(253 << 23));
+    let power = _mm512_castsi512_ps(_mm512_max_epi32(exponent, _mm512_set1_epi32(1 << 23)));
+    // Both are powers of two, whose reciprocals are exact.
+    let down = _mm512_div_ps(_mm512_set1_ps(1.0), power);
+    for y in y.as_chunks_mut::<16>().0 {
+        y.iter_mut().for_each(|y| *y = _mm512_mul_ps(*y, down));
+        levels(y);
+    }
+    _mm512_div_ps(_mm512_set1_ps(1.0), down)
+}
+
+/// Chooses the codes of 16 rows, and returns the factors, and a bit for each row of zeros.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn choose<const BITS: usize, const DIM: usize>(
+    grid: &Grid,
+    y: &[__m512],
+    units: &mut [__m512],
+    codes: &mut [u8],
+) -> (__m512, u16) {
+    let dim = if DIM == 0 { y.len() } else { DIM };
+    let (y, codes, group) = (&y[..dim], &mut codes[..LANES * dim * BITS / 8], group(dim));
+    let (squares, rest) = units.split_at_mut(dim / 8);
+    let (dots, lengths) = rest.split_at_mut(dim / 8);
+    for (y, square) in y.as_chunks::<8>().0.iter().zip(&mut *squares) {
+        let first = _mm512_mul_ps(y[0], y[0]);
+        *square = y[1..].iter().fold(first, |all, y| _mm512_fmadd_ps(*y, *y, all));
+    }
+    let square = total(squares, group);
+    let to_unit = _mm512_sqrt_ps(_mm512_div_ps(_mm512_set1_ps(dim as f32), square));
+    let nearest = grid.nearest::<BITS>();
+    let parts = y.as_chunks::<8>().0.iter().zip(dots.iter_mut().zip(&mut *lengths));
+    let mut words = [_mm512_setzero_si512(); 4];
+    for (unit, (y, (dot_of_unit, length_of_unit))) in parts.enumerate() {
+        let mut word = _mm512_setzero_si512();
+        let (mut dot, mut length) = (_mm512_setzero_ps(), _mm512_setzero_ps());
+        for (i, &y) in y.iter().enumerate() {
+            let (code, c) = nearest(y, to_unit);
+            word = _mm512_or_si512(word, _mm512_sllv_epi32(code, _mm512_set1_epi32((BITS * i) as i32)));
+            (dot, length) = match i {
+                0 => (_mm512_mul_ps(y, c), _mm512_mul_ps(c, c)),
+                _ => (_mm512_fmadd_ps(y, c, dot), _mm512_fmadd_ps(c, c, length)),
+            };
+        }
+        (*dot_of_unit, *length_of_unit) = (dot, length);
+        words[unit % 4] = word;
+        if unit % 4 == 3 {
+            write_words::<BITS>(words, codes, dim * BITS / 8, unit / 4);
+        }
+    }
+    let factor = _mm512_div_ps(total(dots, group), total(lengths, group));
+    let factor = _mm512_mul_ps(factor, _mm512_set1_ps(root(group).recip()));
+    (factor, _mm512_cmpeq_ps_mask(square, _mm512_setzero_ps()))
+}
+
+/// The sum of the definition, of the sums of units of 8.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn total(units: &mut [__m512], group: usize) -> __m512 {
+    let mut total = None;
+    for units in units.chunks_exact_mut(group / 8) {
+        let mut count = units.len();
+        while count > 1 {
+            count /= 2;
+            (0..count).for_each(|i| units[i] = _mm512_add_ps(units[2 * i], units[2 * i + 1]));
+        }
+        total = Some(total.map_or(units[0], |total| _mm512_add_ps(total, units[0])));
+    }
+    total.unwrap_or(_mm512_setzero_ps())
+}
+
+/// Cells of 3/16 of magnitudes, the first around 0, the last with all that is larger.
+struct Grid {
+    /// Codes of what is below the cell's middle.
+    base: [i32; 16],
+    /// The middle between two values of the book that lies in the cell, if one does.
+    middle: [f32; 16],
+}
+
+impl Grid {
+    const CELLS: f32 = 16.0 / 3.0;
+
+    fn new(book: &[f32]) -> Grid {
+        let mut grid = Grid { base: [0; 16], middle: [f32::INFINITY; 16] };
+        for middle in (0..book.len() - 1).map(|i| middle(book, i)) {
+            let cell = (middle * Grid::CELLS).round() as usize;
+            grid.middle[cell] = middle;
+            grid.base[cell + 1..].iter_mut().for_each(|base| *base += 1);
+        }
+        grid
+    }
+
+    /// What gives the code of the value nearest to `y` times `to_unit`, and the value.
+    #[inline]
+    #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+    fn nearest<const BITS: usize>(&self) -> impl Fn(__m512, __m512) -> (__m512i, __m512) {
+        let (base, middle, book) =
+            (load(bytemuck::cast_ref(&self.base)), load_floats(&self.middle), book::<BITS>());
+        move |y, to_unit| {
+            // The magnitude, at most 2.75, which lies in the last cell. An addition that leaves no fraction makes an index of it.
+            let size = _mm512_range_ps::<0b10_10>(_mm512_mul_ps(y, to_unit), _mm512_set1_ps(2.75));
+            let cell = _mm512_fmadd_ps(size, _mm512_set1_ps(Grid::CELLS), _mm512_set1_ps(8_388_608.0));
+            let cell = _mm512_castps_si512(cell);
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(size, _mm512_permutexvar_ps(cell, middle));
+            let code = _mm512_permutexvar_epi32(cell, base);
+            let code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
+            let negative = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(y, _mm512_setzero_ps());
+            let code = _mm512_mask_or_epi32(code, negative, code, _mm512_set1_epi32(1 << (BITS - 1)));
+            (code, _mm512_permutexvar_ps(code, book))
+        }
+    }
+}
+
+/// The values of the codes, over and over.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn book<const BITS: usize>() -> __m512 {
+    load_floats(const { &values(rotated::book(BITS)) })
+}
+
+const fn values(book: &[f32]) -> [f32; 16] {
+    let mut values = [0.0; 16];
+    let mut i = 0;
+    while i < 16 {
+        let magnitude = book[i % book.len()];
+        values[i] = if i & book.len() == 0 { magnitude } else { -magnitude };
+        i += 1;
+    }
+    values
+}
+
+/// Writes the codes of the `step`th 32 elements of 16 rows, of which each word has 8.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn write_words<const BITS: usize>(words: [__m512i; 4], codes: &mut [u8], code_bytes: usize, step: usize) {
+    for (i, four) in words_of_rows(words).into_iter().enumerate() {
+        let mut bytes = [0; 64];
+        store(&mut bytes, _mm512_shuffle_epi8(four, packed::<BITS>(false)));
+        for (part, bytes) in bytes.as_chunks::<16>().0.iter().enumerate() {
+            codes[(4 * part + i) * code_bytes + 4 * BITS * step..][..4 * BITS]
+                .copy_from_slice(&bytes[..4 * BITS]);
+        }
+    }
+}
+
+/// The inverse of [`write_words`].
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn read_words<const BITS: usize>(codes: &[u8], code_bytes: usize, step: usize) -> [__m512i; 4] {
+    let row = |row: usize| {
+        let bytes = &codes[row * code_bytes + 4 * BITS * step..][..4 * BITS];
+        match BITS {
+            4 => load_half(bytes, 0),
+            3 => _mm_set_epi64x(
+                i64::from_le_bytes(padded(&bytes[8..])),
+                i64::from_le_bytes(padded(&bytes[..8])),
+            ),
+            _ => _mm_cvtsi64_si128(i64::from_le_bytes(padded(bytes))),
+        }
+    };
+    let rows = |i: usize| {
+        let four = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(row(i)), row(4 + i));
+        let four = _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(four, row(8 + i)), row(12 + i));
+        _mm512_shuffle_epi8(four, packed::<BITS>(true))
+    };
+    words_of_rows([rows(0), rows(1), rows(2), rows(3)])
+}
+
+/// Four words of each of 16 rows, with the rows in lanes, become rows of four words: the `i`th vector has rows `i`, `4 + i`, `8 + i`
+/// and `12 + i`. Once more undoes it.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn words_of_rows([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
+    let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+    let (ab_high, cd_high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+    [
+        _mm512_unpacklo_epi64(ab, cd),
+        _mm512_unpackhi_epi64(ab, cd),
+        _mm512_unpacklo_epi64(ab_high, cd_high),
+        _mm512_unpackhi_epi64(ab_high, cd_high),
+    ]
+}
+
+/// Where the bytes of four words of 128 bits come from when those in use are packed, or put apart again.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn packed<const BITS: usize>(apart: bool) -> __m512i {
+    let places = const { [packed_places(BITS, false), packed_places(BITS, true)] };
+    load(&places[usize::from(apart)])
+}
+
+const fn packed_places(bits: usize, apart: bool) -> [u8; 64] {
+    let mut places = [0; 64];
+    let mut i = 0;
+    while i < 64 {
+        let of = i % 16;
+        let from = if apart { of / 4 * bits + of % 4 } else { of / bits * 4 + of % bits };
+        places[i] = (from % 16) as u8;
+        i += 1;
+    }
+    places
+}
+
+/// Sums and differences of elements 1, 2, 4, … apart.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn levels<const N: usize>(x: &mut [__m512; N]) {
+    butterflies::<N, 1>(x);
+    if N > 2 {
+        butterflies::<N, 2>(x);
+    }
+    if N > 4 {
+        butterflies::<N, 4>(x);
+    }
+    if N > 8 {
+        butterflies::<N, 8>(x);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn butterflies<const N: usize, const APART: usize>(x: &mut [__m512; N]) {
+    for pair in 0..N / 2 {
+        let i = pair / APART * 2 * APART + pair % APART;
+        let (a, b) = (x[i], x[i + APART]);
+        // The difference is rounded once, as by a subtraction, but some CPUs have other units for it than for sums. (With the rounding
+        // spelt out, or the compiler makes a subtraction of it.)
+        let difference = _mm512_fnmadd_round_ps::<NEAREST>(b, _mm512_set1_ps(1.0), a);
+        (x[i], x[i + APART]) = (_mm512_add_ps(a, b), difference);
+    }
+}
+
+const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+/// The levels of the transform beyond the first four.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn last_levels(y: &mut [__m512]) {
+    match group(y.len()) / 16 {
+        16 => levels_apart::<16>(y),
+        8 => levels_apart::<8>(y),
+        4 => levels_apart::<4>(y),
+        _ => levels_apart::<2>(y),
+    }
+}
+
+/// As [`levels`], of elements 16, 32, … apart, in groups of `16 * N`.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn levels_apart<const N: usize>(y: &mut [__m512]) {
+    for group in y.as_chunks_mut::<16>().0.as_chunks_mut::<N>().0 {
+        let group = group.as_flattened_mut();
+        for at in 0..16 {
+            let mut x = std::array::from_fn(|i| group[16 * i + at]);
+            levels::<N>(&mut x);
+            (0..N).for_each(|i| group[16 * i + at] = x[i]);
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn decode_dim<const BITS: usize, const E: u8>(
+    dim: usize,
+    codes: &[u8],
+    factors: &[u8],
+    dst: &mut [u8],
+    dst_stride: usize,
+) {
+    match dim {
+        64 => decode_rows::<BITS, E, 64>(dim, codes, factors, dst, dst_stride),
+        128 => decode_rows::<BITS, E, 128>(dim, codes, factors, dst, dst_stride),
+        _ => decode_rows::<BITS, E, 0>(dim, codes, factors, dst, dst_stride),
+    }
+}
+
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn decode_rows<const BITS: usize, const E: u8, const DIM: usize>(
+    dim: usize,
+    codes: &[u8],
+    factors: &[u8],
+    dst: &mut [u8],
+    dst_stride: usize,
+) {
+    let dim = if DIM == 0 { dim } else { DIM };
+    let (row_bytes, code_bytes) = (2 * dim, LANES * dim * BITS / 8);
+    let (mut y, mut all) = (vec![_mm512_setzero_ps(); dim], vec![0; LANES * row_bytes]);
+    let batches = codes.chunks(code_bytes).zip(factors.chunks(LANES * 2));
+    for (batch, (codes, factors)) in batches.enumerate() {
+        let dst = &mut dst[batch * LANES * dst_stride..];
+        if codes.len() == code_bytes {
+            decode_batch::<BITS, E, DIM>(&mut y, codes, factors, &mut all);
+        } else {
+            // The last rows, and zeros.
+            let (mut all_codes, mut all_factors) = (vec![0; code_bytes], [0; LANES * 2]);
+            all_codes[..codes.len()].copy_from_slice(codes);
+            all_factors[..factors.len()].copy_from_slice(factors);
+            decode_batch::<BITS, E, DIM>(&mut y, &all_codes, &all_factors, &mut all);
+        }
+        // Rows are written whole: memory minds parts of 16 rows in turns.
+        for (lane, row) in all.chunks_exact(row_bytes).enumerate().take(factors.len() / 2) {
+            dst[lane * dst_stride..][..row_bytes].copy_from_slice(row);
+        }
+    }
+}
+
+/// Decodes 16 rows, one after the other.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn decode_batch<const BITS: usize, const E: u8, const DIM: usize>(
+    y: &mut [__m512],
+    codes: &[u8],
+    factors: &[u8],
+    out: &mut [u8],
+) {
+    let dim = if DIM == 0 { y.len() } else { DIM };
+    let (y, codes, out) = (&mut y[..dim], &codes[..LANES * dim * BITS / 8], &mut out[..LANES * 2 * dim]);
+    let book = book::<BITS>();
+    for (step, y) in y.as_chunks_mut::<STEP>().0.iter_mut().enumerate() {
+        let words = read_words::<BITS>(codes, dim * BITS / 8, step);
+        for (y, words) in y.as_chunks_mut::<16>().0.iter_mut().zip(words.as_chunks::<2>().0) {
+            *y = std::array::from_fn(|i| {
+                // The look-up minds the lowest four bits.
+                let code = _mm512_srlv_epi32(words[i / 8], _mm512_set1_epi32((BITS * (i % 8)) as i32));
+                _mm512_permutexvar_ps(code, book)
+            });
+            levels(y);
+        }
+    }
+    last_levels(y);
+    let scale =
+        _mm512_mul_ps(floats::<BF16>(load_full(factors, 0)), _mm512_set1_ps(root(group(dim)).recip()));
+    // No element is larger than the sum of its group's values. False for NaN.
+    let book = rotated::book(BITS);
+    let limit = saturation::<E>() / (group(dim) as f32 * book[book.len() - 1] * 1.01);
+    let within = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(scale), _mm512_set1_ps(limit));
+    if within == u16::MAX {
+        write_rows::<E, DIM, false>(y, scale, out);
+    } else {
+        write_rows::<E, DIM, true>(y, scale, out);
+    }
+}
+
+/// Writes the lanes of `y` times `scale`, signs changed back, as rows.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn write_rows<const E: u8, const DIM: usize, const SATURATE: bool>(
+    y: &[__m512],
+    scale: __m512,
+    out: &mut [u8],
+) {
+    let dim = if DIM == 0 { y.len() } else { DIM };
+    let (y, out, row_parts) = (&y[..dim], &mut out[..LANES * 2 * dim], dim / 16);
+    let signed = [scale, _mm512_mul_ps(scale, _mm512_set1_ps(-1.0))];
+    for (part, y) in y.as_chunks::<16>().0.iter().enumerate() {
+        let x = transposed(std::array::from_fn(|i| {
+            let x = _mm512_mul_ps(y[i], signed[usize::from(flips(16 * part + i))]);
+            halves::<E>(if SATURATE { saturated::<E>(x) } else { x })
+        }));
+        for (lane, x) in x.into_iter().enumerate() {
+            store_full(out, lane * row_parts + part, x);
+        }
+    }
+}
+
+/// 16 rows of 16 words to columns.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn transposed(x: [__m256i; 16]) -> [__m256i; 16] {
+    // Quarters of 8 by 8, so placed that their transposes are where they belong: then each 128-bit part is on its own.
+    let quarters = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    let x: [_; 8] = std::array::from_fn(|i| {
+        let (a, b) = (_mm512_castsi256_si512(x[i]), _mm512_castsi256_si512(x[i + 8]));
+        _mm512_permutex2var_epi64(a, quarters, b)
+    });
+    let two = |i: usize, high: bool| match high {
+        false => _mm512_unpacklo_epi16(x[i], x[i + 1]),
+        true => _mm512_unpackhi_epi16(x[i], x[i + 1]),
+    };
+    let four = |i: usize, pair: usize| {
+        let (a, b) = (two(i, pair >= 2), two(i + 2, pair >= 2));
+        if pair.is_multiple_of(2) { _mm512_unpacklo_epi32(a, b) } else { _mm512_unpackhi_epi32(a, b) }
+    };
+    let columns: [_; 8] = std::array::from_fn(|i| {
+        let (a, b) = (four(0, i / 2), four(4, i / 2));
+        parts(if i % 2 == 0 { _mm512_unpacklo_epi64(a, b) } else { _mm512_unpackhi_epi64(a, b) })
+    });
+    std::array::from_fn(|i| columns[i % 8][i / 8])
+}
