@@ -81,7 +81,7 @@ pub struct Quantisation {
     /// See [`Quantisation::raw_first_layers`].
     pub raw_last_layers: u16,
     /// The first block of a sequence stays raw: its first tokens are those that attention falls back on (sinks). Unless it is said:
-    /// for formats of 4 bits and fewer, and wherever there are `key_means`.
+    /// for formats of 4 bits and fewer, and wherever there are `key_means`. Where only `colder_formats` are of so few, it stays as it was sealed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub raw_sinks: Option<bool>,
     /// Full blocks at the end of a sequence, behind the one that is being filled, that stay raw too. They are sealed when the
@@ -541,9 +541,12 @@ impl CacheConfig {
         let BlockFormat { keys, values, .. } = self.sealed_format();
         let (sinks, window_blocks) = needs(keys).max(needs(values));
         // Sinks have small keys, which are far from the mean: a difference would be stored more coarsely.
+        // Few bits would not do for them, here either.
+        let is_lower = self.quantisation.colder_formats.iter().any(|format| needs(*format).0);
         let is_centred = self.quantisation.key_means.is_some() && self.sealed_format().keys != Format::Raw;
         KeepRaw {
             sinks: self.quantisation.raw_sinks.unwrap_or(sinks || is_centred),
+            sinks_as_sealed: self.quantisation.raw_sinks.unwrap_or(is_lower),
             window_blocks: self.quantisation.raw_window_blocks.unwrap_or(window_blocks) as usize,
         }
     }

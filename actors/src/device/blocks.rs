@@ -31,7 +31,7 @@ pub struct BlockStore {
     layout: BlockLayout,
     pub(super) formats: Ladder,
     pub(super) recodable: Recodable,
-    keep_raw: KeepRaw,
+    pub(super) keep_raw: KeepRaw,
     /// Full blocks that may be sealed. Some may have been cut or freed since; whatever has their number now is sealed if it is full.
     to_seal: VecDeque<BlockId>,
     /// Blocks that are being encoded.

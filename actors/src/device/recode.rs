@@ -117,10 +117,10 @@ impl BlockStore {
 
     fn enqueue(&mut self, id: BlockId, whose: Whose) {
         let rungs = self.formats.formats().len();
-        let capacity = self.blocks.capacity();
+        let (capacity, keeps_first) = (self.blocks.capacity(), self.keep_raw.sinks_as_sealed);
         let block = self.get_mut(id);
-        let may_sink = block.state == BlockState::Sealed && usize::from(block.rung) + 1 < rungs;
-        if !may_sink || block.queued & whose as u8 != 0 {
+        let has_next = block.state == BlockState::Sealed && usize::from(block.rung) + 1 < rungs;
+        if !has_next || block.index == 0 && keeps_first || block.queued & whose as u8 != 0 {
             return;
         }
         block.queued |= whose as u8;

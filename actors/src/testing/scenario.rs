@@ -196,7 +196,11 @@ fn random_tenants(rng: &mut Rng, geometry: &Geometry, blocks: u32) -> Arc<HashMa
 
 fn random_keep_raw(rng: &mut Rng) -> KeepRaw {
     match rng.one_in(3) {
-        true => KeepRaw { sinks: rng.one_in(2), window_blocks: rng.pick(&[0, 1, 1, 3]) },
+        true => KeepRaw {
+            sinks: rng.one_in(2),
+            sinks_as_sealed: rng.one_in(2),
+            window_blocks: rng.pick(&[0, 1, 1, 3]),
+        },
         false => KeepRaw::default(),
     }
 }
