@@ -547,6 +547,9 @@ impl BlockStore {
             let old = std::mem::replace(&mut block.slot, slot);
             self.publish(id);
             self.free_slot(class, old);
+            if class.is_sealed() {
+                self.sealed_anew(id);
+            }
         } else {
             self.pool.spoil(slot.id());
             self.free_slot(class, slot);

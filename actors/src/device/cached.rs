@@ -117,7 +117,9 @@ impl BlockStore {
         let touch = self.touched(touch);
         self.evictor.touch(id, touch);
         self.retain(id);
-        self.used_in_flight(id);
+        if self.is_recoded() {
+            self.found_again(id);
+        }
     }
 
     /// `(blocks before it, blocks of the prompt)`, now.

@@ -648,7 +648,10 @@ impl DeviceCore {
                         self.resume(id.index(), effects);
                     }
                 }
-                Purpose::Recode(recoded) => self.blocks.land_recode(*recoded, error.is_none() && finite),
+                Purpose::Recode(recoded) => {
+                    let carried_out = error.is_none() && finite;
+                    self.blocks.land_recode(*recoded, carried_out, &mut self.counters);
+                }
                 Purpose::Move { block, slot } => {
                     self.blocks.land_move(block, slot, error.is_none());
                 }
@@ -845,7 +848,7 @@ impl DeviceCore {
             launch.add(seal.into_purpose(), None, None);
         }
         for _ in 0..self.config.seals_per_launch {
-            if !self.blocks.plan_recode(&mut self.counters) {
+            if !self.blocks.plan_recode() {
                 break;
             }
         }

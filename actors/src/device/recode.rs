@@ -97,15 +97,16 @@ impl BlockStore {
         self.formats.formats().len() > 1
     }
 
-    /// A prompt has found the block.
-    pub(super) fn used_in_flight(&mut self, id: BlockId) {
+    /// A block that sequences hold has been found by a prompt.
+    pub(super) fn found_again(&mut self, id: BlockId) {
         let block = self.get_mut(id);
         if block.moving_to.is_some() {
             block.queued |= USED;
         }
+        self.sealed_anew(id);
     }
 
-    /// A block that sequences hold has been sealed, or re-encoded, or has come back to the device.
+    /// A block that sequences hold has been sealed, or re-encoded, or has moved.
     pub(super) fn sealed_anew(&mut self, id: BlockId) {
         self.enqueue(id, Whose::Held);
     }
@@ -129,12 +130,21 @@ impl BlockStore {
         queue.push_back(id);
         // Numbers of blocks that are gone stay in the queue until they come up, or until they are many.
         if queue.len() > 2 * capacity {
-            let mut queue = std::mem::take(queue);
+            let all = std::mem::take(queue);
             let mut seen = HashSet::new();
-            queue.retain(|id| self.may_recode(*id, whose, rung) && seen.insert(*id));
-            if let Some(place) = self.recodable.queue(whose, rung) {
-                *place = queue;
+            let first = all.into_iter().filter(|id| seen.insert(*id));
+            let (kept, gone): (Vec<_>, Vec<_>) = first.partition(|id| self.may_recode(*id, whose, rung));
+            gone.into_iter().for_each(|id| self.unqueue(id, whose));
+            if let Some(queue) = self.recodable.queue(whose, rung) {
+                *queue = kept.into();
             }
+        }
+    }
+
+    /// The block is in the queue no more.
+    fn unqueue(&mut self, id: BlockId, whose: Whose) {
+        if let Some(block) = self.blocks.get_mut(id.0 as usize) {
+            block.queued &= !(whose as u8);
         }
     }
 
@@ -163,14 +173,14 @@ impl BlockStore {
     }
 
     /// Plans to re-encode the next block, if memory is short.
-    pub(super) fn plan_recode(&mut self, counters: &mut CoreCounters) -> bool {
+    pub(super) fn plan_recode(&mut self) -> bool {
         if !self.wants_to_recode() {
             return false;
         }
         let is_shorter = self.pool.available_bytes() < self.pool.layout().slab_bytes() / HELD_BELOW;
         let turns = [(Whose::Cached, 0), (Whose::Cached, 1), (Whose::Held, 0), (Whose::Held, 1)];
         let mut turns = turns.into_iter().filter(|(whose, _)| *whose == Whose::Cached || is_shorter);
-        turns.any(|(whose, rung)| self.plan(whose, rung, counters))
+        turns.any(|(whose, rung)| self.plan(whose, rung))
     }
 
     /// Has blocks re-encoded for somebody who waits for room, and chunks emptied that this has left with few. True if room will come of what is
@@ -183,7 +193,7 @@ impl BlockStore {
         }
         loop {
             for rung in 0..2 {
-                while self.plan(Whose::Cached, rung, counters) {}
+                while self.plan(Whose::Cached, rung) {}
             }
             if self.is_recoding() {
                 return true;
@@ -215,11 +225,9 @@ impl BlockStore {
     }
 
     /// Plans to re-encode the next block of a queue.
-    fn plan(&mut self, whose: Whose, rung: u8, counters: &mut CoreCounters) -> bool {
+    fn plan(&mut self, whose: Whose, rung: u8) -> bool {
         while let Some(id) = self.recodable.queue(whose, rung).and_then(VecDeque::pop_front) {
-            if let Some(block) = self.blocks.get_mut(id.0 as usize) {
-                block.queued &= !(whose as u8);
-            }
+            self.unqueue(id, whose);
             if !self.may_recode(id, whose, rung) {
                 continue;
             }
@@ -246,7 +254,6 @@ impl BlockStore {
             // The flight holds it, as a seal does.
             self.retain(id);
             self.recodable.in_flight[usize::from(rung)] += 1;
-            counters.recodes += 1;
             self.recodable.planned.push(RecodePlan {
                 recoded: Recoded { block: id, was_cached: whose == Whose::Cached, slot, scratch },
                 decode: Step::Reopen { format: from, position, from_offset, to_offset: raw_offset },
@@ -268,13 +275,14 @@ impl BlockStore {
     }
 
     /// Takes back a block that was re-encoded, and says whether the device carried it out.
-    pub(super) fn land_recode(&mut self, recoded: Recoded, carried_out: bool) {
+    pub(super) fn land_recode(&mut self, recoded: Recoded, carried_out: bool, counters: &mut CoreCounters) {
         let Recoded { block: id, was_cached, slot, scratch } = recoded;
         let block = self.get_mut(id);
         let is_unused = was_cached && block.queued & USED == 0;
         let (was, class) = (block.class, block.moving_to.take().unwrap_or(block.class));
         self.recodable.in_flight[usize::from(self.get(id).rung)] -= 1;
         if carried_out {
+            counters.recodes += 1;
             let block = self.get_mut(id);
             (block.class, block.rung) = (class, block.rung + 1);
             // Of queues of the rung that it has left.
