@@ -2,7 +2,8 @@
 //!
 //! `cargo bench --bench cold` takes the tensors that lie beside the tests (three layers of SmolLM2-135M, 128 tokens of text), one frame a block of
 //! 32 tokens. `KV_CACHE_KV=FILE` takes all that `quality --dump-kv FILE` has written instead. Rates are bytes of the block a second, for
-//! `memcpy` too, each block in the fastest of many turns: what else runs on a machine disturbs the others.
+//! `memcpy` too, each block in the fastest of many turns: what else runs on a machine disturbs the others. Keys of low rank are in half of the
+//! directions that these very keys lie in: that row is there for its rates, and `quality` for what it loses.
 
 #[path = "../tests/common/kv.rs"]
 mod kv;
@@ -13,7 +14,8 @@ use std::time::Instant;
 
 use half::{bf16, f16};
 use kv::Kv;
-use kv_cache::cold::{self, Codec, Element};
+use kv_cache::cold::{self, Codec, ColdError, Element, KeyBasis, KeyBasisBuilder, LowRank, Shape};
+use kv_cache::{ElementType, Geometry, Rope, RopeLayout};
 
 const TURNS: usize = 60;
 /// What is copied in one go: more than a core's own caches hold.
@@ -33,14 +35,74 @@ fn main() -> anyhow::Result<()> {
     for codec in Codec::ALL {
         for element in Element::ALL {
             if codec == Codec::Lossless || matches!(element, Element::F16 | Element::Bf16) {
-                measure(&kv, codec, element, turns, copy_bytes)?;
+                measure(&kv, Way::Codec(codec), element, turns, copy_bytes)?;
             }
         }
     }
-    Ok(())
+    let basis = basis(&kv)?;
+    let low_rank = LowRank { basis: &basis, values: Codec::Lossy32 };
+    measure(&kv, Way::LowRank(low_rank), Element::Bf16, turns, copy_bytes)
 }
 
-fn measure(kv: &Kv, codec: Codec, element: Element, turns: usize, copy_bytes: usize) -> anyhow::Result<()> {
+#[derive(Debug, Clone, Copy)]
+enum Way<'a> {
+    Codec(Codec),
+    LowRank(LowRank<'a>),
+}
+
+impl Way<'_> {
+    fn name(self) -> String {
+        match self {
+            Way::Codec(codec) => format!("{codec:?}"),
+            Way::LowRank(LowRank { basis, values }) => {
+                format!("LowRank ({} of {}), {values:?}", basis.rank(), basis.width())
+            }
+        }
+    }
+
+    fn encode(
+        self,
+        element: Element,
+        shape: &Shape,
+        at: usize,
+        block: &[u8],
+        frame: &mut Vec<u8>,
+    ) -> Result<(), ColdError> {
+        match self {
+            Way::Codec(codec) => cold::encode(codec, element, shape, block, frame),
+            Way::LowRank(low_rank) => {
+                low_rank.encode(element, shape, (at * kv::BLOCK_TOKENS) as u32, block, frame)
+            }
+        }
+    }
+
+    fn decode(self, at: usize, frame: &[u8], block: &mut [u8]) -> Result<(), ColdError> {
+        match self {
+            Way::Codec(_) => cold::decode(frame, block)?,
+            Way::LowRank(low_rank) => low_rank.decode(frame, (at * kv::BLOCK_TOKENS) as u32, block)?,
+        };
+        Ok(())
+    }
+}
+
+/// Half of the directions of the keys, which SmolLM2 has rotated.
+fn basis(kv: &Kv) -> anyhow::Result<KeyBasis> {
+    let mut geometry =
+        Geometry::new(kv.layers.len() as u32, kv.heads as u32, kv.dim as u32, ElementType::F32);
+    geometry.groups[0].rope = Some(Rope {
+        inv_freq: (0..kv.dim / 2).map(|i| 100_000f32.powf(-2.0 * i as f32 / kv.dim as f32)).collect(),
+        rotary_dims: kv.dim as u32,
+        layout: RopeLayout::Interleaved,
+        attention_scale: 1.0,
+    });
+    let mut builder = KeyBasisBuilder::new(&geometry)?;
+    for (layer, [keys, _]) in kv.layers.iter().enumerate() {
+        builder.add(layer as u32, 0, keys);
+    }
+    Ok(builder.finish((kv.heads * kv.dim / 2) as u32)?)
+}
+
+fn measure(kv: &Kv, way: Way<'_>, element: Element, turns: usize, copy_bytes: usize) -> anyhow::Result<()> {
     let (blocks, shape) = (kv.blocks(element), kv.shape());
     let total = blocks.iter().map(Vec::len).sum::<usize>();
     let mut frames = vec![Vec::new(); blocks.len()];
@@ -53,9 +115,9 @@ fn measure(kv: &Kv, codec: Codec, element: Element, turns: usize, copy_bytes: us
         for (at, (block, frame)) in blocks.iter().zip(&mut frames).enumerate() {
             frame.clear();
             let start = Instant::now();
-            cold::encode(codec, element, &shape, black_box(block), frame)?;
+            way.encode(element, &shape, at, black_box(block), frame)?;
             let encoded = Instant::now();
-            cold::decode(black_box(frame), &mut room)?;
+            way.decode(at, black_box(frame), &mut room)?;
             let times = [encoded - start, encoded.elapsed()].map(|time| time.as_secs_f64());
             for (fastest, time) in fastest.iter_mut().zip(times) {
                 fastest[at] = fastest[at].min(time);
@@ -70,17 +132,18 @@ fn measure(kv: &Kv, codec: Codec, element: Element, turns: usize, copy_bytes: us
     let [encode, decode] = [0, 1].map(|at| rate(total, &fastest[at]));
     let memcpy = rate(copy_bytes, &fastest[2]);
     let mut decoded = Vec::with_capacity(total);
-    for frame in &frames {
-        cold::decode(frame, &mut room)?;
+    for (at, frame) in frames.iter().enumerate() {
+        way.decode(at, frame, &mut room)?;
         decoded.extend_from_slice(&room);
     }
     let error = error(element, &blocks, &decoded);
-    anyhow::ensure!(codec != Codec::Lossless || error == 0.0, "{codec:?} {element:?} has lost something");
+    let (name, lossless) = (way.name(), matches!(way, Way::Codec(Codec::Lossless)));
+    anyhow::ensure!(!lossless || error == 0.0, "{name} {element:?} has lost something");
     let stored = frames.iter().map(Vec::len).sum::<usize>();
     let bits = 8.0 * stored as f64 / (total / element.bytes()) as f64;
     let ratio = total as f64 / stored as f64;
     println!(
-        "| {codec:?} | {element:?} | {ratio:.3} | {bits:.2} | {encode:.0} | {decode:.0} | {memcpy:.0} | {error:.4} |"
+        "| {name} | {element:?} | {ratio:.3} | {bits:.2} | {encode:.0} | {decode:.0} | {memcpy:.0} | {error:.4} |"
     );
     Ok(())
 }

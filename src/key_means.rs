@@ -122,12 +122,7 @@ impl KeyMeansBuilder {
             for (key, sums) in token.chunks_exact(dim).zip(sums.chunks_exact_mut(dim)) {
                 let mut key: Vec<f64> = key.iter().copied().map(f64::from).collect();
                 if let (Some(rope), Some(turns)) = (&self.rope, &turns) {
-                    let length = f64::from(rope.attention_scale) * f64::from(rope.attention_scale);
-                    for (pair, (cos, sin)) in turns.iter().enumerate() {
-                        let (a, b) = dims_of(rope.layout, turns.len(), pair);
-                        let (x, y) = (key[a], key[b]);
-                        (key[a], key[b]) = ((x * cos + y * sin) / length, (y * cos - x * sin) / length);
-                    }
+                    unrotate(rope, turns, &mut key);
                 }
                 sums.iter_mut().zip(key).for_each(|(sum, x)| *sum += x);
             }
@@ -144,8 +139,19 @@ impl KeyMeansBuilder {
     }
 }
 
+/// A key of one head before rotation, from what it is behind its `turns`.
+pub(crate) fn unrotate(rope: &Rope, turns: &[(f64, f64)], key: &mut [f64]) {
+    // Both the key and the turns have the scale.
+    let length = f64::from(rope.attention_scale) * f64::from(rope.attention_scale);
+    for (pair, (cos, sin)) in turns.iter().enumerate() {
+        let (a, b) = dims_of(rope.layout, turns.len(), pair);
+        let (x, y) = (key[a], key[b]);
+        (key[a], key[b]) = ((x * cos + y * sin) / length, (y * cos - x * sin) / length);
+    }
+}
+
 /// Cosine and sine of every pair at a position, both times the scale of the attention.
-fn turns(rope: &Rope, position: f64) -> Vec<(f64, f64)> {
+pub(crate) fn turns(rope: &Rope, position: f64) -> Vec<(f64, f64)> {
     let scale = f64::from(rope.attention_scale);
     let turn = |freq: &f32| {
         let (sin, cos) = (position * f64::from(*freq)).sin_cos();
@@ -155,7 +161,7 @@ fn turns(rope: &Rope, position: f64) -> Vec<(f64, f64)> {
 }
 
 /// The dims that pair number `pair` of `pairs` rotates.
-fn dims_of(layout: RopeLayout, pairs: usize, pair: usize) -> (usize, usize) {
+pub(crate) fn dims_of(layout: RopeLayout, pairs: usize, pair: usize) -> (usize, usize) {
     match layout {
         RopeLayout::Interleaved => (2 * pair, 2 * pair + 1),
         RopeLayout::HalfSplit => (pair, pair + pairs),

@@ -1,10 +1,17 @@
 //! Blocks that have been in a cold tier: encoded into a frame, decoded, and put back where they were.
 
-use kv_cache::cold::{self, Codec, Shape};
+use kv_cache::cold::{self, Codec, KeyBasis, LowRank, Shape};
 use kv_cache::half::f16;
 use kv_cache::{BlockLayout, Element as _, Sequence};
 
-/// Replaces the last block of a sequence over a raw cache, which holds `tokens`, by what a frame of `codec` gives back. The frame's bytes.
+/// How frames are made: keys and values in a codec, or keys in few directions and values in the codec.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Frames<'a> {
+    pub(crate) codec: Codec,
+    pub(crate) basis: Option<&'a KeyBasis>,
+}
+
+/// Replaces the last block of a sequence over a raw cache, which holds `tokens`, by what a frame gives back. The frame's bytes.
 ///
 /// # Errors
 /// Those of the sequence; none of the codec, for a cache holds finite elements only.
@@ -12,7 +19,7 @@ pub(crate) async fn recode(
     sequence: &Sequence,
     layout: &BlockLayout,
     tokens: &[u32],
-    codec: Codec,
+    frames: Frames<'_>,
 ) -> anyhow::Result<usize> {
     let first = sequence.len() - tokens.len() as u32;
     let mut block = Vec::new();
@@ -23,9 +30,19 @@ pub(crate) async fn recode(
         }
     }
     let mut frame = Vec::new();
-    let bytes = bytes_of(&block);
-    cold::encode(codec, f16::TYPE.into(), &Shape::from(layout), &bytes, &mut frame)?;
-    let (_, bytes) = cold::decode_to_vec(&frame, bytes.len())?;
+    let mut bytes = bytes_of(&block);
+    let (element, shape, values) = (f16::TYPE.into(), Shape::from(layout), frames.codec);
+    match frames.basis {
+        None => {
+            cold::encode(values, element, &shape, &bytes, &mut frame)?;
+            cold::decode(&frame, &mut bytes)?;
+        }
+        Some(basis) => {
+            let low_rank = LowRank { basis, values };
+            low_rank.encode(element, &shape, first, &bytes, &mut frame)?;
+            low_rank.decode(&frame, first, &mut bytes)?;
+        }
+    }
     let block = bytes.chunks_exact(2).map(|x| f16::from_le_bytes([x[0], x[1]])).collect::<Vec<_>>();
 
     let (mut keys, mut values, mut at) = (Vec::new(), Vec::new(), 0);

@@ -5,12 +5,15 @@
 //! cargo run --release --example quality                                   # the formats that are shipped, 4,096 tokens
 //! cargo run --release --example quality -- --formats int8,int8+rc,r4+rc --tokens 1024 --json
 //! cargo run --release --example quality -- --calibrate means.json         # only the mean keys that `+rc` needs
+//! cargo run --release --example quality -- --calibrate-basis keys.kvkb    # only the basis of keys that cold frames of low rank need
+//! cargo run --release --example quality -- --formats raw+cold32,raw+lowrank50+cold32,raw+lowrank25+cold32
 //! cargo run --release --example quality -- --retrieval 8                  # what token dropping forgets
 //! cargo run --release --example quality -- --model qwen2.5-coder          # a model whose keys have a bias: 491 MB
 //! cargo run --release --example quality -- --dump-kv kv.safetensors       # only keys and values, to measure codecs on
 //! ```
 //!
-//! `+rc` is a format with the model's mean keys: without `--key-means` they are made first, from another part of the text.
+//! `+rc` is a format with the model's mean keys: without `--key-means` they are made first, from another part of the text. So are the
+//! bases of `+lowrank50` and its kin.
 //!
 //! | module | what |
 //! |---|---|
@@ -36,6 +39,7 @@ mod report;
 mod retrieval;
 mod run;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
@@ -57,7 +61,8 @@ struct Args {
     corpus: Option<PathBuf>,
     /// Formats, each with `+rc` for keys as differences from the model's mean keys, with `+all` to seal every full block, sinks
     /// and window too, and with `+nosinks` to seal the first block only: `int2+nosinks` is what was published as KIVI-2.
-    /// `raw+cold32` and `raw+cold16` put every full block but the first through a frame of a lossy cold codec.
+    /// `raw+cold32` and `raw+cold16` put every full block but the first through a frame of a lossy cold codec; `raw+lowrank50` through one
+    /// with keys in 50 % of their directions and values as they are, `raw+lowrank50+cold32` with values of that codec.
     #[arg(
         long,
         value_delimiter = ',',
@@ -76,8 +81,14 @@ struct Args {
     /// Makes the mean keys, writes them to this file, and does nothing else.
     #[arg(long, value_name = "FILE")]
     calibrate: Option<PathBuf>,
-    /// Writes keys and values of the first passage to this file, and does nothing else.
+    /// Makes a basis of the keys of each layer, writes it to this file, and does nothing else.
     #[arg(long, value_name = "FILE", conflicts_with = "calibrate")]
+    calibrate_basis: Option<PathBuf>,
+    /// Directions of `--calibrate-basis`, in percent of the width of a layer's keys.
+    #[arg(long, value_name = "PERCENT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rank: u32,
+    /// Writes keys and values of the first passage to this file, and does nothing else.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["calibrate", "calibrate_basis"])]
     dump_kv: Option<PathBuf>,
     /// Layers of `--dump-kv`, counted from 0, instead of all.
     #[arg(long, value_delimiter = ',', requires = "dump_kv")]
@@ -112,8 +123,15 @@ async fn main() -> anyhow::Result<()> {
     eprintln!("{}, {of}", model.config().name);
     let texts = run::Texts::cut(&tokenizer, &text, args.tokens, args.passage_tokens, model.config())?;
     if let Some(file) = &args.calibrate {
-        run::calibrate(&model, &texts.other).await?.save(file)?;
+        run::calibrate(&model, &texts.other).await?.means.finish().save(file)?;
         println!("mean keys of {} tokens: {}", texts.other.len(), file.display());
+        return Ok(());
+    }
+    if let Some(file) = &args.calibrate_basis {
+        let basis = run::calibrate(&model, &texts.other).await?.basis(model.config(), args.rank)?;
+        basis.save(file)?;
+        let (rank, width, tokens) = (basis.rank(), basis.width(), texts.other.len());
+        println!("{rank} of {width} directions of the keys of {tokens} tokens: {}", file.display());
         return Ok(());
     }
     if let Some(file) = &args.dump_kv {
@@ -131,15 +149,24 @@ async fn main() -> anyhow::Result<()> {
     }
     // Caches read them from a file.
     let made = tempfile::NamedTempFile::new()?;
-    let means = match &args.key_means {
-        Some(file) => KeyMeans::load(file).map(|_| file.clone())?,
-        None if args.formats.iter().any(|kind| kind.centred) => {
-            run::calibrate(&model, &texts.other).await?.save(made.path())?;
-            made.path().to_owned()
+    let make_means = args.key_means.is_none() && args.formats.iter().any(|kind| kind.centred);
+    let percents = args.formats.iter().filter_map(|kind| kind.low_rank).collect::<BTreeSet<_>>();
+    let mut bases = BTreeMap::new();
+    let mut means = args.key_means.clone().unwrap_or_default();
+    if args.key_means.is_some() {
+        KeyMeans::load(&means)?;
+    }
+    if make_means || !percents.is_empty() {
+        let calibration = run::calibrate(&model, &texts.other).await?;
+        for percent in percents {
+            bases.insert(percent, calibration.basis(model.config(), percent)?);
         }
-        None => PathBuf::new(),
-    };
-    let scores = run::score(&model, &texts.passages, &args.formats, &means).await?;
+        if make_means {
+            calibration.means.finish().save(made.path())?;
+            means = made.path().to_owned();
+        }
+    }
+    let scores = run::score(&model, &texts.passages, &args.formats, &means, &bases).await?;
     let raw = format!("perplexity over the raw cache {:.2}", scores.raw_perplexity);
     if !args.json {
         println!("{raw}\n{}", report::HEAD);

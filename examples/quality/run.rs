@@ -1,15 +1,16 @@
 //! Scores a format over a text.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::str::FromStr;
 
 use anyhow::{Context, ensure};
 use indicatif::ProgressBar;
-use kv_cache::cold::Codec;
+use kv_cache::cold::{Codec, KeyBasis, KeyBasisBuilder};
 use kv_cache::half::f16;
-use kv_cache::{BlockFormat, Cache, Devices, Element as _, Format, KeyMeans, KeyMeansBuilder, OpenOptions};
+use kv_cache::{BlockFormat, Cache, Devices, Element as _, Format, KeyMeansBuilder, OpenOptions};
 
-use crate::cold::recode;
+use crate::cold::{Frames, recode};
 use crate::llm::CHUNK_TOKENS;
 use crate::llm::generate::{CachedSequences, Sequences, feed, until_sealed};
 use crate::llm::model::{Model, ModelConfig, Wanted};
@@ -17,7 +18,7 @@ use crate::llm::score::{Predictions, Scorer};
 use crate::llm::tokenizer::Tokenizer;
 use crate::report::Row;
 
-/// Tokens that mean keys are made from.
+/// Tokens that mean keys and bases of keys are made from.
 const CALIBRATION_TOKENS: usize = 4096;
 
 /// How many of them at a time.
@@ -35,11 +36,19 @@ pub(crate) struct Kind {
     pub(crate) no_sinks: bool,
     /// `+cold32`, `+cold16`: full blocks go through frames of this codec.
     pub(crate) cold: Option<Codec>,
+    /// `+lowrank50`: through frames with keys in so many directions, in percent of their width; values are lossless unless `cold` says how.
+    pub(crate) low_rank: Option<u32>,
 }
 
 impl Kind {
+    /// Full blocks go through frames.
+    fn is_framed(&self) -> bool {
+        self.cold.is_some() || self.low_rank.is_some()
+    }
+
     fn of(format: impl Into<BlockFormat>) -> Kind {
-        Kind { format: format.into(), centred: false, all: false, no_sinks: false, cold: None }
+        let format = format.into();
+        Kind { format, centred: false, all: false, no_sinks: false, cold: None, low_rank: None }
     }
 }
 
@@ -62,13 +71,17 @@ impl FromStr for Kind {
                 "cold32" => kind.cold = Some(Codec::Lossy32),
                 "cold16" => kind.cold = Some(Codec::Lossy16),
                 _ => {
-                    return Err(format!(
-                        "+{part} is none of +raw2:1 (layers), +rc, +all, +nosinks, +cold32 and +cold16"
-                    ));
+                    let percent = part.strip_prefix("lowrank").and_then(|percent| percent.parse().ok());
+                    kind.low_rank = percent.filter(|percent| (1..=100).contains(percent));
+                    if kind.low_rank.is_none() {
+                        return Err(format!(
+                            "+{part} is none of +raw2:1 (layers), +rc, +all, +nosinks, +lowrank1 to +lowrank100, +cold32 and +cold16"
+                        ));
+                    }
                 }
             }
         }
-        if kind.cold.is_some() && kind.format != Format::Raw {
+        if kind.is_framed() && kind.format != Format::Raw {
             return Err(format!("{name}: frames are made of raw blocks"));
         }
         Ok(kind)
@@ -84,7 +97,8 @@ impl std::fmt::Display for Kind {
             Some(Codec::Lossy16) => "+cold16",
             _ => "",
         };
-        write!(f, "{}{rc}{all}{no_sinks}{cold}", self.format)
+        let low_rank = self.low_rank.map(|percent| format!("+lowrank{percent}")).unwrap_or_default();
+        write!(f, "{}{rc}{all}{no_sinks}{low_rank}{cold}", self.format)
     }
 }
 
@@ -121,11 +135,27 @@ impl Texts {
     }
 }
 
-/// Mean keys of some text, as the model computes them over a raw cache.
-pub(crate) async fn calibrate(model: &Model, tokens: &[u32]) -> anyhow::Result<KeyMeans> {
+/// What is made from the keys of some text.
+pub(crate) struct Calibration {
+    pub(crate) means: KeyMeansBuilder,
+    pub(crate) basis: KeyBasisBuilder,
+}
+
+impl Calibration {
+    /// The basis of so many percent of the width.
+    pub(crate) fn basis(&self, model: &ModelConfig, percent: u32) -> anyhow::Result<KeyBasis> {
+        let width = (model.kv_heads * model.head_dim) as u32;
+        Ok(self.basis.finish((width * percent / 100).max(1))?)
+    }
+}
+
+/// Of keys as the model computes them over a raw cache.
+pub(crate) async fn calibrate(model: &Model, tokens: &[u32]) -> anyhow::Result<Calibration> {
     let raw = Kind::of(Format::Raw);
     let cache = open(model, &raw, Path::new(""), PASSAGE_TOKENS).await?;
-    let mut means = KeyMeansBuilder::new(&model.geometry(f16::TYPE))?;
+    let geometry = model.geometry(f16::TYPE);
+    let mut means = KeyMeansBuilder::new(&geometry)?;
+    let mut basis = KeyBasisBuilder::new(&geometry)?;
     for passage in tokens.chunks(PASSAGE_TOKENS) {
         let sequence = cache.open("calibrate", OpenOptions::default()).await?;
         let mut sequences = CachedSequences::<f16>::new(&cache, vec![sequence]);
@@ -133,10 +163,12 @@ pub(crate) async fn calibrate(model: &Model, tokens: &[u32]) -> anyhow::Result<K
         for layer in 0..model.config().layers as u32 {
             let all = 0..passage.len() as u32;
             let (keys, _) = sequences.sequences[0].read::<f16>(layer, all).await?;
-            means.add(layer, 0, &keys.into_iter().map(f16::to_f32).collect::<Vec<_>>());
+            let keys = keys.into_iter().map(f16::to_f32).collect::<Vec<_>>();
+            means.add(layer, 0, &keys);
+            basis.add(layer, 0, &keys);
         }
     }
-    Ok(means.finish())
+    Ok(Calibration { means, basis })
 }
 
 /// What was found out.
@@ -158,12 +190,13 @@ struct Scored<'a> {
     frame_bits: usize,
 }
 
-/// The passages over a cache of each kind, and over a raw one that all are compared with.
+/// The passages over a cache of each kind, and over a raw one that all are compared with. `bases` are by percent of the width.
 pub(crate) async fn score(
     model: &Model,
     passages: &[Vec<u32>],
     kinds: &[Kind],
     means: &Path,
+    bases: &BTreeMap<u32, KeyBasis>,
 ) -> anyhow::Result<Scores> {
     let longest = passages.iter().map(Vec::len).max().unwrap_or_default();
     let raw = open(model, &Kind::of(Format::Raw), Path::new(""), longest).await?;
@@ -201,9 +234,13 @@ pub(crate) async fn score(
                 let logits = sequences.step(model, &[0], &[chunk], Wanted::All).await?;
                 until_sealed(&sequences.sequences[0]).await;
                 // The sinks stay as they are, as in formats of few bits. A chunk is a block.
-                let is_framed = chunk.len() == layout.block_tokens && (scored.kind.all || at > 0);
-                if let Some(codec) = scored.kind.cold.filter(|_| is_framed) {
-                    scored.frame_bits += 8 * recode(&sequences.sequences[0], &layout, chunk, codec).await?;
+                let kind = scored.kind;
+                if kind.is_framed() && chunk.len() == layout.block_tokens && (kind.all || at > 0) {
+                    let codec = kind.cold.unwrap_or(Codec::Lossless);
+                    let basis =
+                        kind.low_rank.map(|percent| bases.get(&percent).context("a basis of that rank"));
+                    let frames = Frames { codec, basis: basis.transpose()? };
+                    scored.frame_bits += 8 * recode(&sequences.sequences[0], &layout, chunk, frames).await?;
                     scored.framed += chunk.len() * token_elements;
                 }
                 scored.scorer.add(&predictions, &logits, next);
@@ -274,11 +311,15 @@ mod tests {
             "int2+nosinks",
             "raw+cold32",
             "raw+all+cold16",
+            "raw+lowrank50",
+            "raw+lowrank25+cold32",
             "r4/int4+raw2:1+rc",
         ] {
             assert_eq!(name.parse::<Kind>().unwrap().to_string(), name);
         }
-        for name in ["", "int7", "int8+", "int8+rd", "raw+cold8", "int8+cold16"] {
+        for name in
+            ["", "int7", "int8+", "int8+rd", "raw+cold8", "int8+cold16", "raw+lowrank0", "r4+lowrank50"]
+        {
             assert!(name.parse::<Kind>().is_err(), "{name}");
         }
     }

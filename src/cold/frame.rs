@@ -2,19 +2,32 @@
 
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{Codec, ColdError, Element, Shape};
+use super::input::Input;
+use super::{Codec, ColdError, Element, LowRankInfo, Shape};
 
 pub(super) const MAGIC: [u8; 4] = *b"kvcf";
 const VERSION: u16 = 1;
 pub(super) const HEADER_BYTES: usize = 44;
 const CHECKSUM_BYTES: usize = 8;
+/// Of the payload of keys of low rank: rank and position, 4 bytes each, 8 of the hash of the basis, and the number of the values' codec.
+pub(super) const LOW_RANK_HEAD_BYTES: usize = 17;
+
+/// What made a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FrameCodec {
+    /// [`encode`](super::encode), with this codec for keys and values.
+    Block(Codec),
+    /// [`LowRank::encode`](super::LowRank::encode).
+    LowRank(LowRankInfo),
+}
 
 /// What a frame says of itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FrameInfo {
     /// How the block was encoded.
-    pub codec: Codec,
+    pub codec: FrameCodec,
     /// What it consists of.
     pub element: Element,
     /// How that lies.
@@ -29,7 +42,9 @@ impl FrameInfo {
     /// # Errors
     /// What is wrong with the frame, but for its payload: [`ColdError::FrameBytes`], [`Magic`](ColdError::Magic),
     /// [`Version`](ColdError::Version), [`UnknownCodec`](ColdError::UnknownCodec), [`UnknownElement`](ColdError::UnknownElement),
-    /// [`Checksum`](ColdError::Checksum), [`Shape`](ColdError::Shape), [`BlockBytes`](ColdError::BlockBytes).
+    /// [`Checksum`](ColdError::Checksum), [`Shape`](ColdError::Shape), [`BlockBytes`](ColdError::BlockBytes),
+    /// [`Unsupported`](ColdError::Unsupported), [`CodesAsKeys`](ColdError::CodesAsKeys), and [`PayloadEnds`](ColdError::PayloadEnds) for keys
+    /// of low rank without their head.
     pub fn read(frame: &[u8]) -> Result<FrameInfo, ColdError> {
         let given_bytes = frame.len();
         let least = HEADER_BYTES + CHECKSUM_BYTES;
@@ -52,12 +67,20 @@ impl FrameInfo {
         if stored != computed {
             return Err(ColdError::Checksum { stored, computed });
         }
-        let codec = Codec::ALL.into_iter().find(|codec| number_of_codec(*codec) == body[6]);
-        let codec = codec.ok_or(ColdError::UnknownCodec { found: body[6] })?;
+        let codec = match body[6] {
+            NUMBER_OF_LOW_RANK => FrameCodec::LowRank(low_rank(&body[HEADER_BYTES..])?),
+            number => FrameCodec::Block(codec_of(number)?),
+        };
         let element = Element::ALL.into_iter().find(|element| number_of_element(*element) == body[7]);
         let element = element.ok_or(ColdError::UnknownElement { found: body[7] })?;
-        if codec != Codec::Lossless {
-            element.numbers(codec)?;
+        match codec {
+            FrameCodec::Block(Codec::Lossless) => {}
+            FrameCodec::Block(codec) => {
+                element.numbers(codec)?;
+            }
+            FrameCodec::LowRank(_) => {
+                element.keys()?;
+            }
         }
         let dim = |at| u32::from_le_bytes(field(body, at));
         let shape = Shape {
@@ -82,6 +105,19 @@ impl FrameInfo {
     }
 }
 
+const NUMBER_OF_LOW_RANK: u8 = 4;
+
+fn codec_of(number: u8) -> Result<Codec, ColdError> {
+    let codec = Codec::ALL.into_iter().find(|codec| number_of_codec(*codec) == number);
+    codec.ok_or(ColdError::UnknownCodec { found: number })
+}
+
+fn low_rank(payload: &[u8]) -> Result<LowRankInfo, ColdError> {
+    let head = Input::new(payload).take(LOW_RANK_HEAD_BYTES)?;
+    let [rank, position] = [0, 4].map(|at| u32::from_le_bytes(field(head, at)));
+    Ok(LowRankInfo { rank, position, basis: field(head, 8), values: codec_of(head[16])? })
+}
+
 const fn number_of_codec(codec: Codec) -> u8 {
     match codec {
         Codec::Lossless => 1,
@@ -99,16 +135,16 @@ const fn number_of_element(element: Element) -> u8 {
     }
 }
 
-/// Of a body that is long enough for a header.
+/// Of bytes that are long enough.
 fn field<const N: usize>(body: &[u8], at: usize) -> [u8; N] {
     let mut field = [0; N];
     field.copy_from_slice(&body[at..at + N]);
     field
 }
 
-/// Appends a header whose payload is still to come; gives where it begins.
+/// Appends a header, of low rank the payload's head too; the payload is still to come. Gives where it begins.
 pub(super) fn begin(
-    codec: Codec,
+    codec: FrameCodec,
     element: Element,
     shape: &Shape,
     block_bytes: usize,
@@ -117,12 +153,22 @@ pub(super) fn begin(
     let first = out.len();
     out.extend(MAGIC);
     out.extend(VERSION.to_le_bytes());
-    out.extend([number_of_codec(codec), number_of_element(element)]);
+    let number = match codec {
+        FrameCodec::Block(codec) => number_of_codec(codec),
+        FrameCodec::LowRank(_) => NUMBER_OF_LOW_RANK,
+    };
+    out.extend([number, number_of_element(element)]);
     for dim in [shape.layers, shape.kv_heads, shape.tokens, shape.key_dim, shape.value_dim] {
         out.extend(dim.to_le_bytes());
     }
     out.extend((block_bytes as u64).to_le_bytes());
     out.extend(0u64.to_le_bytes());
+    if let FrameCodec::LowRank(info) = codec {
+        out.extend(info.rank.to_le_bytes());
+        out.extend(info.position.to_le_bytes());
+        out.extend(info.basis);
+        out.push(number_of_codec(info.values));
+    }
     first
 }
 

@@ -55,6 +55,11 @@ impl<'a> Input<'a> {
         })
     }
 
+    /// Everything that was not taken.
+    pub(super) fn rest(&self) -> &'a [u8] {
+        &self.bytes[self.at..]
+    }
+
     /// Nothing may be left.
     pub(super) fn finish(self) -> Result<(), ColdError> {
         self.within("bytes behind the payload", self.bytes.len() - self.at, 0..=0)

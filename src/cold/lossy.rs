@@ -87,7 +87,7 @@ fn alphabet(levels: u16) -> Alphabet {
     Alphabet::new(2 * levels + 1, |symbol| symbol as u8)
 }
 
-fn level(x: f32, step: f32, levels: u16) -> u16 {
+pub(super) fn level(x: f32, step: f32, levels: u16) -> u16 {
     /// What is added to this has no room for fractions: they are rounded, half to even.
     const ROUND: f32 = 12_582_912.0;
     let most = f32::from(levels);
@@ -102,16 +102,17 @@ fn steps(shape: &Shape, plane: &Plane, levels: u16, rows: &[f32]) -> Vec<bf16> {
             *largest = row.iter().fold(*largest, |largest, x| largest.max(x.abs()));
         }
     }
-    let step = |largest: &f32| {
-        let step = bf16::from_f32(largest / f32::from(levels));
-        // In the range where a product with a level is still a finite number, and a quotient one.
-        step.max(bf16::MIN_POSITIVE)
-    };
-    largest.iter().map(step).collect()
+    largest.into_iter().map(|largest| step(largest, levels)).collect()
+}
+
+/// What `largest` is the last level of.
+pub(super) fn step(largest: f32, levels: u16) -> bf16 {
+    // In the range where a product with a level is still a finite number, and a quotient one.
+    bf16::from_f32(largest / f32::from(levels)).max(bf16::MIN_POSITIVE)
 }
 
 /// The elements of a plane as single floats.
-fn load(
+pub(super) fn load(
     element: ElementType,
     shape: &Shape,
     plane: &Plane,

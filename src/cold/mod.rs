@@ -24,6 +24,7 @@
 //! |---|---|
 //! | [`Codec::Lossless`] | sign and exponent (of f16 two bits of the mantissa too, of `int8` codes everything) are entropy-coded under what the same channel held in the two tokens before; the other bits are stored as they are |
 //! | [`Codec::Lossy32`], [`Codec::Lossy16`] | after CacheGen ([Liu et al. 2024](https://arxiv.org/abs/2310.07240)): a step a token over all heads of a layer, keys and values apart, 31 or 15 levels, entropy-coded in the same way |
+//! | [`LowRank`] | keys, turned back by their positions, as coefficients in few directions of a [`KeyBasis`] of the model, with a step a layer, entropy-coded in the same way; values in one of the codecs above |
 //!
 //! A sealed block of `int8` is two frames: its codes, and its scales as elements of their own type with a dim of 1.
 //! Formats that rotate leave nothing for an entropy coder to find.
@@ -36,27 +37,32 @@
 //! |---|---|
 //! | 0–3 | `kvcf` |
 //! | 4–5 | version, 1 |
-//! | 6 | codec: 1 lossless, 2 lossy with 32 bins, 3 lossy with 16 |
+//! | 6 | codec: 1 lossless, 2 lossy with 32 bins, 3 lossy with 16, 4 keys of low rank |
 //! | 7 | element: 1 f16, 2 bf16, 3 f32, 4 `int8` codes |
 //! | 8–27 | layers, KV heads, tokens, key dim, value dim, 4 bytes each |
 //! | 28–35 | bytes of the block |
 //! | 36–43 | bytes of the payload, which follows at 44 |
+//! | 44–60, of codec 4 | rank and position of the first token, 4 bytes each; the first 8 bytes of the hash of the basis; the values' codec, 1 to 3 |
 //! | the last 8 | XXH3 (64 bits, no seed) of all bytes before |
 //!
 //! The checksum is for accidents: it has no key, and tells nothing about who wrote a frame. Decoding trusts nothing in a frame all the
 //! same: whatever its bytes are, it ends with the block or with an error, and allocates little more than the block that its caller made
-//! room for.
+//! room for. A basis is another matter: who calibrates and loads it trusts it.
 
+mod basis;
 mod coder;
 mod frame;
 mod input;
 mod lossless;
 mod lossy;
+mod low_rank;
 mod tables;
 
 use kv_cache_actors::geometry::{BlockLayout, ElementType};
 
-pub use frame::FrameInfo;
+pub use basis::{BasisError, KeyBasis, KeyBasisBuilder};
+pub use frame::{FrameCodec, FrameInfo};
+pub use low_rank::{LowRank, LowRankInfo};
 
 /// How a block becomes a payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -109,14 +115,24 @@ impl Element {
         }
     }
 
+    /// None of codes.
+    const fn floats(self) -> Option<ElementType> {
+        match self {
+            Element::F16 => Some(ElementType::F16),
+            Element::Bf16 => Some(ElementType::Bf16),
+            Element::F32 => Some(ElementType::F32),
+            Element::Int8 => None,
+        }
+    }
+
     /// The numbers that a lossy codec rounds.
     fn numbers(self, codec: Codec) -> Result<ElementType, ColdError> {
-        match self {
-            Element::F16 => Ok(ElementType::F16),
-            Element::Bf16 => Ok(ElementType::Bf16),
-            Element::F32 => Ok(ElementType::F32),
-            Element::Int8 => Err(ColdError::Unsupported { codec, element: self }),
-        }
+        self.floats().ok_or(ColdError::Unsupported { codec, element: self })
+    }
+
+    /// The numbers that keys of low rank are.
+    fn keys(self) -> Result<ElementType, ColdError> {
+        self.floats().ok_or(ColdError::CodesAsKeys)
     }
 }
 
@@ -172,6 +188,15 @@ impl Shape {
         bytes.filter(|bytes| *bytes <= isize::MAX as usize).ok_or(ColdError::Shape { shape: *self })
     }
 
+    /// Bytes of `block`, which must be those of the shape.
+    fn bytes_of(&self, element: Element, block: &[u8]) -> Result<usize, ColdError> {
+        let (shape_bytes, given_bytes) = (self.bytes(element)?, block.len());
+        if shape_bytes == given_bytes {
+            return Ok(shape_bytes);
+        }
+        Err(ColdError::BlockBytes { shape_bytes, given_bytes })
+    }
+
     /// Planes that hold elements. Of a shape whose bytes were counted.
     fn planes(&self) -> impl Iterator<Item = Plane> + use<> {
         let [heads, tokens] = [self.kv_heads, self.tokens].map(|n| n as usize);
@@ -218,45 +243,65 @@ pub fn encode(
     block: &[u8],
     out: &mut Vec<u8>,
 ) -> Result<(), ColdError> {
-    let bytes = shape.bytes(element)?;
-    if bytes != block.len() {
-        return Err(ColdError::BlockBytes { shape_bytes: bytes, given_bytes: block.len() });
+    let bytes = shape.bytes_of(element, block)?;
+    let first = frame::begin(FrameCodec::Block(codec), element, shape, bytes, out);
+    let written = encode_payload(codec, element, shape, block, out);
+    match written {
+        Ok(()) => frame::end(first, out),
+        Err(_) => out.truncate(first),
     }
-    let first = out.len();
-    let begun = frame::begin(codec, element, shape, bytes, out);
-    let written = match codec {
+    written
+}
+
+/// Of a block of that shape. What was written before an error stays.
+fn encode_payload(
+    codec: Codec,
+    element: Element,
+    shape: &Shape,
+    block: &[u8],
+    out: &mut Vec<u8>,
+) -> Result<(), ColdError> {
+    match codec {
         Codec::Lossless => {
             lossless::encode(element, shape, block, out);
             Ok(())
         }
-        Codec::Lossy32 | Codec::Lossy16 => {
-            element.numbers(codec).and_then(|element| lossy::encode(codec, element, shape, block, out))
-        }
-    };
-    match written {
-        Ok(()) => frame::end(begun, out),
-        Err(_) => out.truncate(first),
+        Codec::Lossy32 | Codec::Lossy16 => lossy::encode(codec, element.numbers(codec)?, shape, block, out),
     }
-    written
 }
 
 /// Writes the block of a frame to `out`, which must be as long as the block.
 ///
 /// # Errors
 /// Those of [`FrameInfo::read`]; [`ColdError::Room`] if `out` is shorter or longer; [`ColdError::Payload`] and
-/// [`ColdError::PayloadEnds`] if the payload is none of an encoder's: then `out` holds anything.
+/// [`ColdError::PayloadEnds`] if the payload is none of an encoder's: then `out` holds anything; [`ColdError::NeedsBasis`] for a frame that
+/// [`LowRank::decode`] is for.
 pub fn decode(frame: &[u8], out: &mut [u8]) -> Result<FrameInfo, ColdError> {
     let info = FrameInfo::read(frame)?;
     if info.block_bytes != out.len() {
         return Err(ColdError::Room { block_bytes: info.block_bytes, room_bytes: out.len() });
     }
     match info.codec {
-        Codec::Lossless => lossless::decode(info.element, &info.shape, info.payload(frame), out)?,
-        codec => {
-            lossy::decode(codec, info.element.numbers(codec)?, &info.shape, info.payload(frame), out)?;
+        FrameCodec::Block(codec) => {
+            decode_payload(codec, info.element, &info.shape, info.payload(frame), out)?
         }
+        FrameCodec::LowRank(LowRankInfo { basis, .. }) => return Err(ColdError::NeedsBasis { basis }),
     }
     Ok(info)
+}
+
+/// `out` is as long as the shape says.
+fn decode_payload(
+    codec: Codec,
+    element: Element,
+    shape: &Shape,
+    payload: &[u8],
+    out: &mut [u8],
+) -> Result<(), ColdError> {
+    match codec {
+        Codec::Lossless => lossless::decode(element, shape, payload, out),
+        Codec::Lossy32 | Codec::Lossy16 => lossy::decode(codec, element.numbers(codec)?, shape, payload, out),
+    }
 }
 
 /// The block of a frame, if it has at most `limit_bytes`.
@@ -380,5 +425,41 @@ pub enum ColdError {
         least: usize,
         /// The most.
         most: usize,
+    },
+    /// Keys of low rank are decoded by [`LowRank::decode`], with their basis.
+    #[error("the frame's keys are coefficients in the basis {basis:02x?}, which is needed")]
+    NeedsBasis {
+        /// The first bytes of the basis' hash.
+        basis: [u8; 8],
+    },
+    /// The frame has its keys as they are: [`decode`] is for it.
+    #[error("the frame's keys are no coefficients")]
+    NoLowRank,
+    /// Codes are no keys that can be projected.
+    #[error("keys of low rank are made of floats")]
+    CodesAsKeys,
+    /// Another basis than the frame's.
+    #[error("the frame's keys are coefficients in the basis {frame:02x?}, not in {given:02x?}")]
+    OtherBasis {
+        /// The first bytes of the hash of the frame's.
+        frame: [u8; 8],
+        /// Those of the given one's.
+        given: [u8; 8],
+    },
+    /// Another position than the frame's.
+    #[error("the frame's block begins at token {frame}, not {given}")]
+    OtherPosition {
+        /// The frame's.
+        frame: u32,
+        /// The given one.
+        given: u32,
+    },
+    /// The basis is of keys of another shape.
+    #[error("the basis has [layers, kv_heads, key_dim] {basis:?}, which is not {shape:?}")]
+    BasisShape {
+        /// Layers, KV heads and key dim of the basis.
+        basis: [u32; 3],
+        /// The block's.
+        shape: Shape,
     },
 }

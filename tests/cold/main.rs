@@ -2,10 +2,11 @@
 
 #[path = "../common/kv.rs"]
 mod kv;
+mod low_rank;
 
 use half::{bf16, f16};
 use kv::Kv;
-use kv_cache::cold::{self, Codec, ColdError, Element, FrameInfo, Shape};
+use kv_cache::cold::{self, Codec, ColdError, Element, FrameCodec, FrameInfo, Shape};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
@@ -23,7 +24,7 @@ fn encoded(codec: Codec, element: Element, shape: &Shape, block: &[u8]) -> Vec<u
 fn comes_back(element: Element, shape: &Shape, block: &[u8]) -> Vec<u8> {
     let frame = encoded(Codec::Lossless, element, shape, block);
     let (info, decoded) = cold::decode_to_vec(&frame, block.len()).unwrap();
-    assert_eq!((info.codec, info.element, info.shape), (Codec::Lossless, element, *shape));
+    assert_eq!((info.codec, info.element, info.shape), (FrameCodec::Block(Codec::Lossless), element, *shape));
     assert!(decoded == block, "{element:?} {shape:?} came back changed");
     assert!(frame.len() <= block.len() + 53);
     frame
@@ -84,7 +85,7 @@ proptest! {
         let block = bytes(element, shape.elements().unwrap(), seed, true);
         let frame = encoded(codec, element, &shape, &block);
         let (info, decoded) = cold::decode_to_vec(&frame, block.len()).unwrap();
-        prop_assert_eq!((info.codec, info.element, info.shape), (codec, element, shape));
+        prop_assert_eq!((info.codec, info.element, info.shape), (FrameCodec::Block(codec), element, shape));
         let (x, y) = (singles(element, &block), singles(element, &decoded));
         // Of the largest that there can be: a step is that of a token.
         let most = if codec == Codec::Lossy32 { 13.0 / 30.0 } else { 13.0 / 14.0 };
