@@ -317,7 +317,7 @@ pub struct TableTensors {
     /// `u32 [sequences, 2]`: the first dropped token, and the first one behind it that is there.
     pub dropped: Tensor,
     /// `i64 [tokens of all sequences]`, one sequence after the other: the address of each token's row in the first head's keys
-    /// (elements or codes), 0 if it was dropped.
+    /// (elements or codes), 0 if it was dropped. Values have places of their own: `values`, and the strides of their format.
     pub slot_mapping: Tensor,
     /// The same table on the host, and which sequence each row is.
     pub host: BlockTable,

@@ -72,8 +72,9 @@ pub struct Quantisation {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub values_format: Option<Format>,
     /// Smaller formats that sealed blocks are re-encoded to when memory runs short, before any has to make way: `["r4", "r2"]` behind
-    /// `int8`, at most two. Blocks that no sequence holds go first, while less than an eighth of a device's memory is left; while less than
-    /// a sixteenth is, those of sequences too, the ones sealed longest ago first. What is lost is not regained.
+    /// `int8`, at most two. Blocks that no sequence holds are, while less than an eighth of a device's memory is left; those of sequences, the ones
+    /// sealed longest ago first, while less than a sixteenth is and no others could make way. What is lost is not regained. Blocks that make way for a
+    /// tenant's quota, or in the host tier, are not re-encoded first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub colder_formats: Vec<Format>,
     /// So many of the first layers stay raw in sealed blocks too, and [so many](Quantisation::raw_last_layers) of the last.
@@ -461,7 +462,7 @@ impl CacheConfig {
         let reserves = self.tenants.values().map(|limits| limits.reserve_bytes);
         let sum = reserves.fold(0u64, u64::saturating_add);
         // The moving room is nobody's.
-        let most = (pool.slab_bytes() - pool.moving_room() * pool.raw_slot_bytes) as u64;
+        let most = (pool.scratch_offset_bytes(0) - pool.moving_room() * pool.raw_slot_bytes) as u64;
         if sum > most {
             let fix = format!("reserve at most {most} bytes in all, which is what a device has for blocks");
             return invalid("all", "reserve_bytes", sum, fix);
@@ -471,7 +472,7 @@ impl CacheConfig {
 
     /// Refuses to drop tokens by scores where that is not built.
     fn check_scores(&self) -> Result<(), ConfigError> {
-        let has_means = self.quantisation.key_means.is_some() && self.sealed_format().keys != Format::Raw;
+        let has_means = self.quantisation.key_means.is_some() && self.codes_keys();
         match self.dropping().and_then(|dropping| dropping.score).filter(|_| has_means) {
             None => Ok(()),
             Some(_) => {
@@ -503,7 +504,12 @@ impl CacheConfig {
         Ladder::new(&all).unwrap_or_else(|| sealed.into())
     }
 
-    /// Formats that blocks are re-encoded to are fewer bytes each, and few.
+    /// Whether keys of sealed blocks are stored in any format that has codes.
+    fn codes_keys(&self) -> bool {
+        self.formats().formats().iter().any(|format| format.keys != Format::Raw)
+    }
+
+    /// Formats that blocks are re-encoded to are fewer bytes each, in keys and in values, and few.
     fn check_ladder(&self, layout: &BlockLayout) -> Result<(), ConfigError> {
         let Quantisation { enabled, ref colder_formats, .. } = self.quantisation;
         let refuse = |fix: String| {
@@ -517,10 +523,13 @@ impl CacheConfig {
             return refuse("name none, or seal in a format that is not raw".into());
         }
         let bytes = |format: &BlockFormat| format.block_bytes(layout);
+        let bits = |format: &BlockFormat| [format.keys, format.values].map(|of| of.code_bits(layout.element));
         for pair in self.formats().formats().windows(2) {
-            if bytes(&pair[1]) >= bytes(&pair[0]) {
+            let [before, after] = [&pair[0], &pair[1]].map(bits);
+            let grows = before.iter().zip(after).any(|(before, after)| after > *before);
+            if bytes(&pair[1]) >= bytes(&pair[0]) || grows {
                 return refuse(format!(
-                    "name formats that grow smaller: a block in {} has {} bytes, and {} in {}",
+                    "name formats that grow smaller, for keys and for values: a block in {} has {} bytes, and {} in {}",
                     pair[1],
                     bytes(&pair[1]),
                     bytes(&pair[0]),
@@ -543,7 +552,7 @@ impl CacheConfig {
         // Sinks have small keys, which are far from the mean: a difference would be stored more coarsely.
         // Few bits would not do for them, here either.
         let is_lower = self.quantisation.colder_formats.iter().any(|format| needs(*format).0);
-        let is_centred = self.quantisation.key_means.is_some() && self.sealed_format().keys != Format::Raw;
+        let is_centred = self.quantisation.key_means.is_some() && self.codes_keys();
         KeepRaw {
             sinks: self.quantisation.raw_sinks.unwrap_or(sinks || is_centred),
             sinks_as_sealed: self.quantisation.raw_sinks.unwrap_or(is_lower),
@@ -553,9 +562,9 @@ impl CacheConfig {
 
     /// The mean keys of the model, if sealed keys are stored as differences from them.
     pub(crate) fn key_means(&self) -> Result<Option<KeyMeans>, BuildError> {
-        match (self.sealed_format().keys, &self.quantisation.key_means) {
-            (Format::Raw, _) | (_, None) => Ok(None),
-            (_, Some(file)) => KeyMeans::load(file).map(Some),
+        match &self.quantisation.key_means {
+            Some(file) if self.codes_keys() => KeyMeans::load(file).map(Some),
+            _ => Ok(None),
         }
     }
 

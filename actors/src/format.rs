@@ -189,7 +189,8 @@ impl std::str::FromStr for BlockFormat {
 
 /// How a cache stores blocks that are not raw: as what they are sealed, and to what they are re-encoded, step by step, when memory runs short.
 ///
-/// A block's rung says what it has been through: it was encoded as each format down to its own, one from the other.
+/// A block's rung says what it has been through since it was sealed: it was encoded as each format down to its own, one from the other. What is
+/// decoded to be written to is a new block, and its sequence's alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ladder {
     formats: [BlockFormat; Self::RUNGS_MAX],

@@ -1,8 +1,8 @@
-//! The block pool: which slots of a device's slab are vacant, in two size classes.
+//! The block pool: which slots of a device's slab are vacant, by size class.
 //!
-//! The slab is cut into equal chunks. A chunk serves raw slots or sealed slots, whichever is wanted when it is taken, and
-//! goes back to the common stock once all its slots are vacant: the split between raw and sealed blocks follows the load
-//! instead of a setting.
+//! The slab is cut into equal chunks. A chunk serves raw slots, or those of one format of sealed blocks, whichever is wanted when it is
+//! taken, and goes back to the common stock once all its slots are vacant: the split between the classes follows the load instead of a
+//! setting.
 //!
 //! Sealing frees raw slots, so it must never starve for want of a whole vacant chunk: raw slots worth one chunk (the *moving
 //! room*) are out of everybody's reach, which is exactly enough to empty the emptiest raw chunk into the others.
@@ -124,14 +124,17 @@ impl PoolLayout {
             1 => 0,
             _ => (budget / raw_slot_bytes / SCRATCH_PART).clamp(1, SCRATCH_SLOTS_MAX),
         };
+        // Those to re-encode in come on top.
+        let blocks_min = BLOCKS_MIN + scratch_slots;
         let budget = budget.saturating_sub(scratch_slots * raw_slot_bytes);
         if budget < BLOCKS_MIN * raw_slot_bytes {
             return Err(ConfigError::invalid(
                 "memory_bytes_per_device",
                 budget_bytes,
                 format!(
-                    "{} bytes are missing for {BLOCKS_MIN} raw blocks",
-                    BLOCKS_MIN * raw_slot_bytes - budget
+                    "{} bytes are missing for {} raw blocks",
+                    (blocks_min * raw_slot_bytes) as u64 - budget_bytes,
+                    blocks_min
                 ),
             ));
         }
@@ -469,7 +472,9 @@ impl Pool {
     /// Takes a slot for a block of `tenant` that is sealed, or re-encoded, never at the cost of a raw slot that is reserved.
     pub(crate) fn take_sealed(&mut self, class: SizeClass, tenant: u32) -> Option<FilledSlot> {
         let needs_chunk = self.with_vacancy[class as usize].is_empty();
-        if needs_chunk && !self.can_give_up_chunk() {
+        // A raw chunk that is being emptied wants the raw slots for what is in it.
+        let is_wanted = self.draining_class() == Some(SizeClass::Raw);
+        if needs_chunk && (is_wanted || !self.can_give_up_chunk()) {
             return None;
         }
         // The whole block is overwritten, so nothing of another tenant's survives in it.
@@ -618,15 +623,22 @@ impl Pool {
         !self.stock.is_empty()
     }
 
-    /// Whether sealed slots are vacant without another chunk.
-    pub(crate) fn has_sealed_vacancy(&self) -> bool {
-        self.vacancies[SizeClass::Sealed as usize] > 0
+    /// Whether slots of a class are vacant without another chunk.
+    pub(crate) fn has_vacancy(&self, class: SizeClass) -> bool {
+        self.vacancies[class as usize] > 0
+    }
+
+    /// Bytes of the slots in use that are not raw.
+    pub(crate) fn sealed_bytes(&self) -> u64 {
+        SizeClass::SEALED
+            .into_iter()
+            .map(|class| (self.used(class) * self.layout.slot_bytes(class)) as u64)
+            .sum()
     }
 
     /// A slot of a class out of a chunk that is not being emptied: for a block that moves out of the one that is.
     pub(crate) fn take_vacancy(&mut self, class: SizeClass, tenant: u32) -> Option<FilledSlot> {
-        let is_vacant = self.vacancies[class as usize] > 0;
-        is_vacant.then(|| self.take(class, tenant)).flatten().map(|taken| taken.slot)
+        self.has_vacancy(class).then(|| self.take(class, tenant)).flatten().map(|taken| taken.slot)
     }
 
     /// The slots of the chunk that is being emptied that are not vacant.

@@ -25,7 +25,7 @@ async fn refused(config: CacheConfig) -> ConfigError {
 async fn every_field_out_of_range() {
     assert_eq!(base().validate(), Ok(()));
     type Change = fn(&mut CacheConfig);
-    let wrong: [(&str, &str, Change); 35] = [
+    let wrong: [(&str, &str, Change); 36] = [
         ("devices", "cpu = 0", |c| c.devices = Devices::cpu(0)),
         ("devices", "cuda = 0", |c| c.devices = Devices::cuda(0)),
         ("pinned_memory_bytes", "1", |c| (c.devices, c.pinned_memory_bytes) = (Devices::Auto, 1)),
@@ -55,6 +55,10 @@ async fn every_field_out_of_range() {
             (c.quantisation.format, c.geometry.block_tokens) = (Format::Int4, 40)
         }),
         ("quantisation.colder_formats", "fp8", |c| c.quantisation.colder_formats = vec![Format::Fp8]),
+        ("quantisation.colder_formats", "r4", |c| {
+            c.quantisation.values_format = Some(Format::R2);
+            c.quantisation.colder_formats = vec![Format::R4]
+        }),
         ("quantisation.colder_formats", "r2, r3", |c| {
             c.quantisation.colder_formats = vec![Format::R2, Format::R3]
         }),
@@ -139,7 +143,11 @@ async fn settings_of_features_that_are_not_built() {
     type Change = fn(&mut CacheConfig);
     let not_built: [(&str, &str, Change); 3] = [
         ("compression.method", "KeyNorm", |c| {
-            (c.devices, c.compression) = (Devices::cuda(1), method(CompressionMethod::KeyNorm));
+            // Also where only blocks that were re-encoded have keys with codes.
+            (c.quantisation.format, c.quantisation.values_format) = (Format::Raw, Some(Format::Int8));
+            c.quantisation.colder_formats = vec![Format::R4];
+            c.compression = method(CompressionMethod::KeyNorm);
+            c.quantisation.key_means = Some("means.json".into());
         }),
         ("compression.method", "KeyDiff", |c| {
             c.compression = method(CompressionMethod::KeyDiff);

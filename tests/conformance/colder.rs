@@ -46,6 +46,7 @@ on_every_setup!(
     blocks_that_are_held_follow_when_memory_is_shorter,
     what_was_re_encoded_moves_and_is_written_to_like_any_other,
     a_view_holds_still_while_its_block_is_re_encoded,
+    whoever_writes_waits_for_others_to_shrink,
 );
 
 async fn rig<E: Number>(combo: &Combo, rungs: usize) -> Option<Rig<E>> {
@@ -199,6 +200,34 @@ async fn a_view_holds_still_while_its_block_is_re_encoded<E: Number>(combo: Comb
     press(&rig, |total| total.evictions > 8).await;
     assert!(super::views::look::<E>(&rig.layout, &view).stored == before, "{combo}");
     drop(view);
+    rig.finish().await;
+}
+
+async fn whoever_writes_waits_for_others_to_shrink<E: Number>(combo: Combo) {
+    let Some(rig) = rig::<E>(&combo, 3).await else { return };
+    let shards = rig.cache.stats().shards.len() as u64;
+    let as_sealed = shards * rig.cache.config().memory_bytes_per_device / sealed_slot_bytes(&rig);
+    // Nobody closes anything, and nobody waits between one write and the next.
+    let mut sequences = Vec::new();
+    let error = loop {
+        let sequence = rig.open().await;
+        let new = rig.tokens(TEXT - 1);
+        match sequence.append(&new.ids, &new.keys, &new.values).await {
+            Ok(_) => {
+                let mut model = rig.model();
+                model.push(&new);
+                sequences.push((sequence, model));
+            }
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, Error::Capacity { .. }), "{error:?}");
+    let blocks = sequences.len() as u64 * 8;
+    assert!(blocks * 2 > as_sealed * 3, "{blocks} blocks, {as_sealed} as they were sealed: {combo}");
+    for (sequence, model) in sequences.iter().step_by(7) {
+        stages(&rig, sequence, model).await;
+    }
+    drop(sequences);
     rig.finish().await;
 }
 

@@ -254,7 +254,7 @@ impl BlockStore {
         !self.get(id).rewound
     }
 
-    fn is_pinned(&self, id: BlockId) -> bool {
+    pub(super) fn is_pinned(&self, id: BlockId) -> bool {
         self.pool.table().is_pinned(&self.get(id).slot)
     }
 
@@ -270,7 +270,9 @@ impl BlockStore {
     pub(super) fn unreserve(&mut self, owner: u32, slots: usize) {
         self.pool.unreserve_raw(slots);
         self.charge(owner, SizeClass::Raw, -(slots as i64));
-        self.seal_stalled &= slots == 0;
+        if slots > 0 {
+            self.unstall();
+        }
     }
 
     /// A new raw block at place `index` of a sequence, held once. The caller has made sure that there is a slot for it.
@@ -382,6 +384,11 @@ impl BlockStore {
 
     pub(super) fn free_slot(&mut self, class: SizeClass, slot: FilledSlot) {
         self.pool.free(class, slot);
+        self.unstall();
+    }
+
+    /// Slots may be had where there were none.
+    fn unstall(&mut self) {
         (self.seal_stalled, self.recodable.stalled) = (false, false);
     }
 
@@ -399,13 +406,15 @@ impl BlockStore {
         if before > 0 {
             self.pool.reclaim();
             // What is still looked at makes no room to seal.
-            self.seal_stalled &= self.pool.quarantined() == before;
+            if self.pool.quarantined() < before {
+                self.unstall();
+            }
         }
     }
 
     /// Blocks that were pinned are so no more: sealing may find one to evict.
     pub(super) fn pins_dropped(&mut self) {
-        self.seal_stalled = false;
+        self.unstall();
     }
 
     /// Writes have landed: blocks that had to stay where they were may be moved now.

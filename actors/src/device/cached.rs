@@ -348,10 +348,16 @@ impl BlockStore {
         let raw_slot = self.pool.layout().raw_slot_bytes as u64;
         let to_be_vacant = self.with_promises(owner, wanted);
         let own = self.ledger.quota_left_bytes(owner).map(|left| left + self.ledger.cached_bytes_of(owner));
-        let nothing_goes =
-            self.evictor.unheld() == 0 && !self.pool.draining_class().is_some_and(SizeClass::is_sealed);
+        // Of what sequences hold a part becomes free, at most all of it.
+        let freeable = match self.may_make_room() {
+            true => self.ledger.cached_bytes().max(self.pool.sealed_bytes()),
+            false => self.ledger.cached_bytes(),
+        };
+        let nothing_goes = self.evictor.unheld() == 0
+            && !self.may_make_room()
+            && !self.pool.draining_class().is_some_and(SizeClass::is_sealed);
         if nothing_goes
-            || to_be_vacant > self.pool.raw_available_without(self.ledger.cached_bytes())
+            || to_be_vacant > self.pool.raw_available_without(freeable)
             || own.is_some_and(|own| wanted as u64 * raw_slot > own)
         {
             return Room::Never;
@@ -437,7 +443,7 @@ impl BlockStore {
         let chunk = self.pool.layout().slots_per_chunk(SizeClass::Raw);
         let kept_raw = self.pool.layout().raw_slots() / 32 + chunk;
         let spares_chunk = |pool: &Pool| pool.raw_available() >= kept_raw && pool.has_vacant_chunk();
-        while !self.pool.has_sealed_vacancy() && !spares_chunk(&self.pool) {
+        while !self.pool.has_vacancy(SizeClass::Sealed) && !spares_chunk(&self.pool) {
             if self.recode_for_room(counters) {
                 return None;
             }

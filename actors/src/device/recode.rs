@@ -1,7 +1,8 @@
 //! Re-encoding sealed blocks to smaller formats when memory runs short, before any of them has to go.
 //!
-//! Blocks that nobody holds come first, those let go of longest ago before others; then, when memory is shorter still, those that sequences
-//! hold, the ones sealed longest ago before others. A block goes down one rung of the [`Ladder`](crate::format::Ladder) at a time, so its rung
+//! Blocks that nobody holds come first, those let go of longest ago before others. Those that sequences hold, the ones sealed longest ago before
+//! others, come when memory is shorter still and nothing that nobody holds could make way: what is being read is worth more than what may be found.
+//! A block that somebody looks at stays: its slot would be taken for as long, beside the new one. A block goes down one rung of the [`Ladder`](crate::format::Ladder) at a time, so its rung
 //! says what it has been through: it is decoded into a place kept for that and sealed from there, and moves when that has landed, as a seal does.
 
 use std::collections::{HashSet, VecDeque};
@@ -16,11 +17,17 @@ use crate::stats::CoreCounters;
 /// Blocks that nobody holds are re-encoded while less than this part of the slab can be had.
 const CACHED_BELOW: usize = 8;
 
-/// And those that sequences hold, while it is less than this.
+/// And those that sequences hold, while it is less than this, with what could make way.
 const HELD_BELOW: usize = 16;
 
 /// Bit of [`Block::queued`](crate::block::Block): a prompt has found the block while a flight re-encodes it.
 const USED: u8 = 4;
+
+/// Another: it could not be re-encoded, and is left as it is.
+const FAILED: u8 = 8;
+
+/// Blocks that somebody looks at which are passed over for one to re-encode.
+const LOOKS: usize = 64;
 
 /// Who may come next. Both are bits of [`Block::queued`](crate::block::Block).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +61,15 @@ impl Recodable {
             Whose::Held => self.held.get_mut(usize::from(rung)),
         }
     }
+}
+
+/// What came of planning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Planned {
+    One,
+    /// A block might be, had it a slot to go to.
+    NoSlot,
+    Nothing,
 }
 
 /// A block that is re-encoded, with its slots.
@@ -121,7 +137,7 @@ impl BlockStore {
         let (capacity, keeps_first) = (self.blocks.capacity(), self.keep_raw.sinks_as_sealed);
         let block = self.get_mut(id);
         let has_next = block.state == BlockState::Sealed && usize::from(block.rung) + 1 < rungs;
-        if !has_next || block.index == 0 && keeps_first || block.queued & whose as u8 != 0 {
+        if !has_next || block.index == 0 && keeps_first || block.queued & (whose as u8 | FAILED) != 0 {
             return;
         }
         block.queued |= whose as u8;
@@ -169,7 +185,19 @@ impl BlockStore {
         let (left, slab) = (self.pool.available_bytes(), self.pool.layout().slab_bytes());
         let any = |queues: &[VecDeque<BlockId>]| queues.iter().any(|queue| !queue.is_empty());
         left < slab / CACHED_BELOW && any(&self.recodable.cached)
-            || left < slab / HELD_BELOW && any(&self.recodable.held)
+            || any(&self.recodable.held) && self.is_shorter()
+    }
+
+    /// Whether memory is so short that blocks of sequences are re-encoded too.
+    fn is_shorter(&self) -> bool {
+        let left = self.pool.available_bytes() as u64 + self.ledger.cached_bytes();
+        left < (self.pool.layout().slab_bytes() / HELD_BELOW) as u64
+    }
+
+    /// Whether re-encoding makes room, or may.
+    pub(super) fn may_make_room(&self) -> bool {
+        let queues = self.recodable.cached.iter().chain(&self.recodable.held);
+        self.is_recoding() || queues.map(VecDeque::len).any(|len| len > 0)
     }
 
     /// Plans to re-encode the next block, if memory is short.
@@ -177,10 +205,10 @@ impl BlockStore {
         if !self.wants_to_recode() {
             return false;
         }
-        let is_shorter = self.pool.available_bytes() < self.pool.layout().slab_bytes() / HELD_BELOW;
+        let is_shorter = self.is_shorter();
         let turns = [(Whose::Cached, 0), (Whose::Cached, 1), (Whose::Held, 0), (Whose::Held, 1)];
         let mut turns = turns.into_iter().filter(|(whose, _)| *whose == Whose::Cached || is_shorter);
-        turns.any(|(whose, rung)| self.plan(whose, rung))
+        turns.any(|(whose, rung)| self.plan(whose, rung) == Planned::One)
     }
 
     /// Has blocks re-encoded for somebody who waits for room, and chunks emptied that this has left with few. True if room will come of what is
@@ -192,18 +220,32 @@ impl BlockStore {
             return false;
         }
         loop {
-            for rung in 0..2 {
-                while self.plan(Whose::Cached, rung) {}
+            let mut lacks_slot = false;
+            let held =
+                [(Whose::Held, 0), (Whose::Held, 1)].into_iter().filter(|_| self.evictor.unheld() == 0);
+            let turns: Vec<_> = [(Whose::Cached, 0), (Whose::Cached, 1)].into_iter().chain(held).collect();
+            for (whose, rung) in turns {
+                let mut planned = Planned::One;
+                while planned == Planned::One {
+                    planned = self.plan(whose, rung);
+                }
+                lacks_slot |= planned == Planned::NoSlot;
             }
             if self.is_recoding() {
                 return true;
             }
-            let nothing_left = self.recodable.cached.iter().all(VecDeque::is_empty);
             if let Some(class) = self.pool.draining_class() {
-                return class.is_sealed() && !self.pool.draining_waits_for_readers();
+                if !class.is_sealed() {
+                    return false;
+                }
+                let goes_on = self.draining_is_under_way() || self.pool.has_vacancy(class);
+                if goes_on && !self.pool.draining_waits_for_readers() {
+                    return true;
+                }
+                self.pool.stop_draining();
             }
             let drains = self.start_draining_sealed();
-            if nothing_left {
+            if !lacks_slot {
                 return drains && self.pool.draining_class().is_some();
             }
             if !drains && !self.evict_one(counters) {
@@ -225,10 +267,18 @@ impl BlockStore {
     }
 
     /// Plans to re-encode the next block of a queue.
-    fn plan(&mut self, whose: Whose, rung: u8) -> bool {
-        while let Some(id) = self.recodable.queue(whose, rung).and_then(VecDeque::pop_front) {
+    fn plan(&mut self, whose: Whose, rung: u8) -> Planned {
+        let mut looked_at = 0;
+        while looked_at < LOOKS
+            && let Some(id) = self.recodable.queue(whose, rung).and_then(VecDeque::pop_front)
+        {
             self.unqueue(id, whose);
             if !self.may_recode(id, whose, rung) {
+                continue;
+            }
+            if self.is_pinned(id) {
+                looked_at += 1;
+                self.enqueue(id, whose);
                 continue;
             }
             let class = SizeClass::SEALED[usize::from(rung) + 1];
@@ -242,7 +292,7 @@ impl BlockStore {
                     queue.push_front(id);
                 }
                 self.recodable.stalled = true;
-                return false;
+                return Planned::NoSlot;
             };
             let (position, from_offset) = (self.position(id), self.offset(id));
             let raw_offset = self.pool.layout().scratch_offset_bytes(scratch);
@@ -259,9 +309,10 @@ impl BlockStore {
                 decode: Step::Reopen { format: from, position, from_offset, to_offset: raw_offset },
                 encode: Step::Seal { flight: 0, format: to, position, from_offset: raw_offset, to_offset },
             });
-            return true;
+            return Planned::One;
         }
-        false
+        self.recodable.stalled |= looked_at > 0;
+        Planned::Nothing
     }
 
     /// What was planned since this was called last.
@@ -296,6 +347,7 @@ impl BlockStore {
             self.sealed_anew(id);
         } else {
             // Nobody knows how far it came. The block is left as it is.
+            self.get_mut(id).queued |= FAILED;
             self.pool.spoil(slot.id());
             self.free_slot(class, slot);
         }

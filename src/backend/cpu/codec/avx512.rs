@@ -20,6 +20,8 @@ use super::{ElementType, fp8};
 /// Whether this CPU can run the functions of this module.
 pub(super) fn is_available() -> bool {
     super::avx2::is_available()
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vbmi")
