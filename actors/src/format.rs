@@ -326,8 +326,8 @@ pub struct KeepRaw {
 #[derive(Debug, Clone, Copy)]
 pub struct FormatLayout {
     format: BlockFormat,
-    keys: RowFormat,
-    values: RowFormat,
+    /// Of a layer that is not raw as a whole.
+    layer: LayerBytes,
     /// Where the codes begin.
     pub codes_offset: usize,
     /// Where the scales begin.
@@ -347,14 +347,33 @@ pub struct LayerBytes {
     pub scales: [usize; 2],
 }
 
+impl LayerBytes {
+    const fn new(format: BlockFormat, layout: &BlockLayout) -> Self {
+        let rows = layout.rows_per_plane();
+        let [mut raw, mut codes, mut scales] = [[0; 2]; 3];
+        let mut plane = 0;
+        while plane < 2 {
+            let of = RowFormat::new([format.keys, format.values][plane], layout, Plane::BOTH[plane]);
+            match of.format {
+                Format::Raw => raw[plane] = rows * of.row_bytes(),
+                _ => (codes[plane], scales[plane]) = (rows * of.row_bytes(), of.scales_bytes(rows)),
+            }
+            if !format.is_alike() {
+                // Scales of one width leave those of another where they may begin.
+                scales[plane] = scales[plane].next_multiple_of(4);
+            }
+            plane += 1;
+        }
+        LayerBytes { raw, codes, scales }
+    }
+}
+
 impl FormatLayout {
     /// The layout of blocks of `format`.
     pub const fn new(format: BlockFormat, layout: &BlockLayout) -> Self {
-        let keys = RowFormat::new(format.keys, layout, Plane::Key);
-        let values = RowFormat::new(format.values, layout, Plane::Value);
-        let mut place =
-            FormatLayout { format, keys, values, codes_offset: 0, scales_offset: 0, total_bytes: 0 };
-        let LayerBytes { raw, codes, scales } = place.layer_bytes(layout);
+        let layer = LayerBytes::new(format, layout);
+        let mut place = FormatLayout { format, layer, codes_offset: 0, scales_offset: 0, total_bytes: 0 };
+        let LayerBytes { raw, codes, scales } = layer;
         let coded = place.coded_layers(layout);
         let coded = coded.end - coded.start;
         place.codes_offset = (layout.layers - coded) * layout.layer_bytes() + coded * (raw[0] + raw[1]);
@@ -378,23 +397,8 @@ impl FormatLayout {
     }
 
     /// Bytes of one of [these](Self::coded_layers).
-    pub const fn layer_bytes(&self, layout: &BlockLayout) -> LayerBytes {
-        let rows = layout.rows_per_plane();
-        let [mut raw, mut codes, mut scales] = [[0; 2]; 3];
-        let mut plane = 0;
-        while plane < 2 {
-            let of = if plane == 0 { self.keys } else { self.values };
-            match of.format {
-                Format::Raw => raw[plane] = rows * of.row_bytes(),
-                _ => (codes[plane], scales[plane]) = (rows * of.row_bytes(), of.scales_bytes(rows)),
-            }
-            if !self.format.is_alike() {
-                // Scales of one width leave those of another where they may begin.
-                scales[plane] = scales[plane].next_multiple_of(4);
-            }
-            plane += 1;
-        }
-        LayerBytes { raw, codes, scales }
+    pub const fn layer_bytes(&self) -> LayerBytes {
+        self.layer
     }
 
     /// How rows of keys or of values of a layer are stored.
@@ -405,7 +409,7 @@ impl FormatLayout {
     /// Where the codes (or elements that stay raw) of one plane of one layer begin.
     pub const fn codes_at(&self, layout: &BlockLayout, layer: usize, plane: Plane) -> usize {
         let coded = self.coded_layers(layout);
-        let LayerBytes { raw, codes, .. } = self.layer_bytes(layout);
+        let LayerBytes { raw, codes, .. } = self.layer;
         let before = if layer < coded.start {
             0
         } else if layer < coded.end {
@@ -431,7 +435,7 @@ impl FormatLayout {
 
     /// Where the scales of one plane of one layer begin, if it has any.
     pub const fn scales_at(&self, layout: &BlockLayout, layer: usize, plane: Plane) -> usize {
-        let scales = self.layer_bytes(layout).scales;
+        let scales = self.layer.scales;
         match self.format.of(layout, layer, plane) {
             Format::Raw => self.scales_offset,
             _ => {

@@ -338,8 +338,8 @@ impl BlockStore {
 
     /// Sees to it that an owner can have `wanted` raw slots, at the cost of what nobody holds.
     ///
-    /// Cached blocks mostly lie in sealed slots. Enough of them are re-encoded to a smaller format, or go, to empty a chunk, and what is left in the emptiest one moves over into the
-    /// others: with [`Room::Soon`] it is for the caller to launch these moves ([`BlockStore::next_move`]).
+    /// Cached blocks mostly lie in sealed slots. Enough of them are re-encoded to a smaller format, or go, to empty a chunk, and what is left in
+    /// the emptiest one moves over into the others: with [`Room::Soon`] it is for the caller to launch these moves ([`BlockStore::next_move`]).
     pub(super) fn make_room(&mut self, owner: u32, wanted: usize, counters: &mut CoreCounters) -> Room {
         if self.has_room(owner, wanted) {
             return Room::Now;

@@ -9,6 +9,7 @@ use std::collections::{HashSet, VecDeque};
 
 use super::blocks::BlockStore;
 use crate::block::{BlockId, BlockState};
+use crate::format::BlockFormat;
 use crate::memory::{Purpose, Step};
 use crate::pool::{PoolLayout, SizeClass};
 use crate::slot::FilledSlot;
@@ -35,6 +36,9 @@ enum Whose {
     Cached = 1,
     Held = 2,
 }
+
+/// In which order they come: whose, and from which rung.
+const TURNS: [(Whose, u8); 4] = [(Whose::Cached, 0), (Whose::Cached, 1), (Whose::Held, 0), (Whose::Held, 1)];
 
 /// Blocks that may be re-encoded, by rung, in the order in which they are. Some may have changed since: who comes up is looked at.
 #[derive(Debug, Default)]
@@ -76,8 +80,12 @@ enum Planned {
 #[derive(Debug)]
 pub(crate) struct RecodePlan {
     recoded: Recoded,
-    decode: Step,
-    encode: Step,
+    /// What it is, and what it becomes.
+    formats: [BlockFormat; 2],
+    position: u32,
+    from_offset: usize,
+    raw_offset: usize,
+    to_offset: usize,
 }
 
 /// What a flight that re-encodes a block has taken.
@@ -94,12 +102,12 @@ pub(crate) struct Recoded {
 
 impl RecodePlan {
     /// The steps for a flight.
-    pub(super) fn steps(&self, number: usize) -> [Step; 2] {
-        let mut encode = self.encode.clone();
-        if let Step::Seal { flight, .. } = &mut encode {
-            *flight = number;
-        }
-        [self.decode.clone(), encode]
+    pub(super) fn steps(&self, flight: usize) -> [Step; 2] {
+        let RecodePlan { formats: [from, to], position, from_offset, raw_offset, to_offset, .. } = *self;
+        [
+            Step::Reopen { format: from, position, from_offset, to_offset: raw_offset },
+            Step::Seal { flight, format: to, position, from_offset: raw_offset, to_offset },
+        ]
     }
 
     pub(super) fn into_purpose(self) -> Purpose {
@@ -206,8 +214,7 @@ impl BlockStore {
             return false;
         }
         let is_shorter = self.is_shorter();
-        let turns = [(Whose::Cached, 0), (Whose::Cached, 1), (Whose::Held, 0), (Whose::Held, 1)];
-        let mut turns = turns.into_iter().filter(|(whose, _)| *whose == Whose::Cached || is_shorter);
+        let mut turns = TURNS.into_iter().filter(|(whose, _)| *whose == Whose::Cached || is_shorter);
         turns.any(|(whose, rung)| self.plan(whose, rung) == Planned::One)
     }
 
@@ -221,10 +228,10 @@ impl BlockStore {
         }
         loop {
             let mut lacks_slot = false;
-            let held =
-                [(Whose::Held, 0), (Whose::Held, 1)].into_iter().filter(|_| self.evictor.unheld() == 0);
-            let turns: Vec<_> = [(Whose::Cached, 0), (Whose::Cached, 1)].into_iter().chain(held).collect();
-            for (whose, rung) in turns {
+            let nothing_goes = self.evictor.unheld() == 0;
+            for (whose, rung) in
+                TURNS.into_iter().filter(|(whose, _)| *whose == Whose::Cached || nothing_goes)
+            {
                 let mut planned = Planned::One;
                 while planned == Planned::One {
                     planned = self.plan(whose, rung);
@@ -297,7 +304,7 @@ impl BlockStore {
             let (position, from_offset) = (self.position(id), self.offset(id));
             let raw_offset = self.pool.layout().scratch_offset_bytes(scratch);
             let to_offset = self.pool.offset_bytes(class, slot.id());
-            let [from, to] = [rung, rung + 1].map(|rung| self.formats.rung(rung));
+            let formats = [rung, rung + 1].map(|rung| self.formats.rung(rung));
             let block = self.get_mut(id);
             block.moving_to = Some(class);
             block.queued &= !USED;
@@ -306,8 +313,11 @@ impl BlockStore {
             self.recodable.in_flight[usize::from(rung)] += 1;
             self.recodable.planned.push(RecodePlan {
                 recoded: Recoded { block: id, was_cached: whose == Whose::Cached, slot, scratch },
-                decode: Step::Reopen { format: from, position, from_offset, to_offset: raw_offset },
-                encode: Step::Seal { flight: 0, format: to, position, from_offset: raw_offset, to_offset },
+                formats,
+                position,
+                from_offset,
+                raw_offset,
+                to_offset,
             });
             return Planned::One;
         }

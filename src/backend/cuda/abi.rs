@@ -55,7 +55,7 @@ impl Layout {
         let of = |f: &dyn Fn(Plane) -> usize| Plane::BOTH.map(f);
         let first = sealed.coded_layers(block).start;
         let rows = |plane| sealed.rows(block, first, plane);
-        let bytes = sealed.layer_bytes(block);
+        let bytes = sealed.layer_bytes();
         // Of layer 0, which may lie before the block: addresses wrap.
         let from_layer_0 = |at: usize, layer: usize| (at as u64).wrapping_sub((first * layer) as u64);
         let (codes_layer, scales_layer) = (bytes.codes.iter().sum(), bytes.scales.iter().sum());
