@@ -12,7 +12,7 @@ use super::ElementType;
 use super::avx2::{
     BF16, F16, F32, element_bytes, lanes, load_full, load_half, saturation, store_full, store_half,
 };
-use super::rotated::{self, BOOK2, BOOK3, BOOK4, flips, group, middle, root};
+use super::rotated::{self, NEAR_LEAST, NEAR_MOST, WHOLE, flips, group, root};
 
 /// See [`rotated::encode`].
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -78,7 +78,8 @@ fn encode_rows<const BITS: usize, const E: u8>(
     factors: &mut [u8],
 ) -> bool {
     let (row_bytes, code_bytes) = (dim * element_bytes(E), dim * BITS / 8);
-    let mut y = vec![_mm256_setzero_ps(); dim];
+    let zero = _mm256_setzero_ps();
+    let (mut y, mut units) = (vec![zero; dim], vec![zero; 3 * (dim / 8)]);
     let mut finite = true;
     let batches = src.chunks(LANES * row_bytes).zip(codes.chunks_mut(LANES * code_bytes));
     for ((src, codes), factors) in batches.zip(factors.chunks_mut(LANES * 2)) {
@@ -90,7 +91,7 @@ fn encode_rows<const BITS: usize, const E: u8>(
             _ => scale_down(max, &mut y),
         };
         y.chunks_exact_mut(group(dim)).for_each(|y| transform(y));
-        let (ideal, zero) = choose::<BITS>(&y, codes, rows);
+        let (ideal, zero) = choose::<BITS>(&y, &mut units, codes, rows);
         let ideal = lanes(_mm256_mul_ps(ideal, up));
         let wrong = _mm256_cmpgt_epi32(max, _mm256_set1_epi32(0x7F7F_FFFF));
         let wrong = _mm256_movemask_ps(_mm256_castsi256_ps(wrong)).cast_unsigned();
@@ -123,135 +124,161 @@ fn load_rows<const E: u8>(rows: [&[u8]; LANES], y: &mut [__m256]) -> __m256i {
     max
 }
 
-/// Divides each lane by the power of two at or below its largest magnitude, and returns that power.
+/// Divides each lane by the power of two of the definition, and returns that power.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn scale_down(max: __m256i, y: &mut [__m256]) -> __m256 {
     let exponent = _mm256_and_si256(max, _mm256_set1_epi32(0x7F80_0000));
-    let exponent = _mm256_min_epi32(exponent, _mm256_set1_epi32(253 << 23));
-    let exponent = _mm256_max_epi32(exponent, _mm256_set1_epi32(1 << 23));
-    let power = _mm256_castsi256_ps(exponent);
+    let limit = |bits: u32| _mm256_set1_epi32(bits.cast_signed());
+    let far = _mm256_or_si256(
+        _mm256_cmpgt_epi32(limit(NEAR_LEAST), exponent),
+        _mm256_cmpgt_epi32(exponent, limit(NEAR_MOST)),
+    );
+    let power = _mm256_max_epi32(_mm256_min_epi32(exponent, limit(253 << 23)), limit(1 << 23));
+    let (power, far) = (_mm256_castsi256_ps(power), _mm256_castsi256_ps(far));
+    let power = _mm256_blendv_ps(_mm256_set1_ps(1.0), power, far);
     // Both are powers of two, whose reciprocals are exact.
     let down = _mm256_div_ps(_mm256_set1_ps(1.0), power);
     y.iter_mut().for_each(|y| *y = _mm256_mul_ps(*y, down));
     _mm256_div_ps(_mm256_set1_ps(1.0), down)
 }
 
-/// Chooses the codes of `rows` rows, and returns the factors, and a bit for each row of zeros.
+/// Chooses the codes of `rows` rows, and returns the factors, and a bit for each row of zeros. `units` has room for three sums of each 8
+/// elements.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn choose<const BITS: usize>(y: &[__m256], codes: &mut [u8], rows: usize) -> (__m256, u32) {
+fn choose<const BITS: usize>(
+    y: &[__m256],
+    units: &mut [__m256],
+    codes: &mut [u8],
+    rows: usize,
+) -> (__m256, u32) {
     let (dim, group) = (y.len(), group(y.len()));
     let code_bytes = dim * BITS / 8;
-    let mut square = Sum::new(group);
-    for y in y.chunks_exact(8) {
+    let (squares, rest) = units.split_at_mut(dim / 8);
+    let (dots, lengths) = rest.split_at_mut(dim / 8);
+    for (y, square) in y.chunks_exact(8).zip(&mut *squares) {
         let first = _mm256_mul_ps(y[0], y[0]);
-        square.add(y[1..].iter().fold(first, |all, y| _mm256_fmadd_ps(*y, *y, all)));
+        *square = y[1..].iter().fold(first, |all, y| _mm256_fmadd_ps(*y, *y, all));
     }
-    let square = square.total;
-    let to_unit = _mm256_sqrt_ps(_mm256_div_ps(_mm256_set1_ps(dim as f32), square));
-    let (mut dots, mut lengths) = (Sum::new(group), Sum::new(group));
-    for (eighth, y) in y.chunks_exact(8).enumerate() {
+    let square = total(squares, group);
+    let unit = _mm256_mul_ps(near_inverse_root(square), _mm256_set1_ps(rotated::book(BITS).share(dim)));
+    let parts = y.chunks_exact(8).zip(dots.iter_mut().zip(&mut *lengths));
+    for (eighth, (y, (dot_of_unit, length_of_unit))) in parts.enumerate() {
         let mut word = _mm256_setzero_si256();
         let (mut dot, mut length) = (_mm256_setzero_ps(), _mm256_setzero_ps());
         for (i, &y) in y.iter().enumerate() {
-            // A zero has no sign.
-            let u = _mm256_mul_ps(_mm256_add_ps(y, _mm256_setzero_ps()), to_unit);
-            let (code, c) = nearest::<BITS>(u);
+            let (code, c) = nearest::<BITS>(y, unit);
             word = _mm256_or_si256(word, _mm256_sllv_epi32(code, _mm256_set1_epi32((BITS * i) as i32)));
             (dot, length) = match i {
                 0 => (_mm256_mul_ps(y, c), _mm256_mul_ps(c, c)),
                 _ => (_mm256_fmadd_ps(y, c, dot), _mm256_fmadd_ps(c, c, length)),
             };
         }
-        dots.add(dot);
-        lengths.add(length);
+        (*dot_of_unit, *length_of_unit) = (dot, length);
         let words = lanes(_mm256_castsi256_ps(word));
         for (lane, word) in words.iter().take(rows).enumerate() {
             let at = lane * code_bytes + eighth * BITS;
             codes[at..at + BITS].copy_from_slice(&word.to_bits().to_le_bytes()[..BITS]);
         }
     }
-    let factor = _mm256_div_ps(dots.total, lengths.total);
+    let factor = _mm256_div_ps(total(dots, group), total(lengths, group));
     let factor = _mm256_mul_ps(factor, _mm256_set1_ps(root(group).recip()));
     let zero = _mm256_cmp_ps::<_CMP_EQ_OQ>(square, _mm256_setzero_ps());
     (factor, _mm256_movemask_ps(zero).cast_unsigned())
 }
 
-/// Codes of the nearest values, and the values.
+/// See [`rotated::near_inverse_root`].
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn nearest<const BITS: usize>(u: __m256) -> (__m256i, __m256) {
-    let sign = _mm256_and_ps(u, _mm256_set1_ps(-0.0));
-    let size = _mm256_andnot_ps(_mm256_set1_ps(-0.0), u);
-    let above = |middle| _mm256_cmp_ps::<_CMP_GT_OQ>(size, middle);
-    let bit = |mask, bit| _mm256_and_si256(_mm256_castps_si256(mask), _mm256_set1_epi32(bit));
-    let between = |book: &[f32], i| _mm256_set1_ps(middle(book, i));
+fn near_inverse_root(x: __m256) -> __m256 {
+    let half = _mm256_mul_ps(x, _mm256_set1_ps(0.5));
+    let first = _mm256_srli_epi32::<1>(_mm256_castps_si256(x));
+    let first = _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_set1_epi32(0x5F37_5A86), first));
+    (0..2).fold(first, |root, _| {
+        _mm256_mul_ps(root, _mm256_fnmadd_ps(_mm256_mul_ps(half, root), root, _mm256_set1_ps(1.5)))
+    })
+}
+
+/// The code of the value nearest to `y`, of a row of which `unit` makes shares, and the value.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn nearest<const BITS: usize>(y: __m256, unit: __m256) -> (__m256i, __m256) {
+    let of = const { rotated::book(BITS) };
+    let share = _mm256_fmadd_ps(y, unit, _mm256_set1_ps(0.5));
+    let share = _mm256_max_ps(_mm256_min_ps(share, _mm256_set1_ps(1.0)), _mm256_setzero_ps());
+    let place = _mm256_fmadd_ps(share, _mm256_set1_ps(of.places as f32), _mm256_set1_ps(WHOLE));
+    let place = _mm256_sub_epi32(_mm256_castps_si256(place), _mm256_set1_epi32(of.zero()));
+    let negative = _mm256_srai_epi32::<31>(place);
+    let place = _mm256_xor_si256(place, negative);
+    let from = |begin| _mm256_cmpgt_epi32(place, begin);
+    let begin = |i: usize| of.begins[i.min(of.begins.len() - 1)] - 1;
+    let bit = |mask, bit| _mm256_and_si256(mask, _mm256_set1_epi32(bit));
+    let (low, high) = (|i| _mm256_set1_epi32(begin(i)), from(_mm256_set1_epi32(begin(of.begins.len() / 2))));
     let magnitude = match BITS {
         4 => {
-            // Halves the book three times; the last middle is looked up.
-            let high = above(between(&BOOK4, 3));
-            let second = above(_mm256_blendv_ps(between(&BOOK4, 1), between(&BOOK4, 5), high));
+            // Halves the book three times; the last begin is looked up.
+            let second = from(_mm256_blendv_epi8(low(1), low(5), high));
             let four = _mm256_or_si256(bit(high, 4), bit(second, 2));
-            let last = |i: usize| middle(&BOOK4, i.min(6));
-            let lasts =
-                _mm256_setr_ps(last(0), last(0), last(2), last(2), last(4), last(4), last(6), last(6));
-            let third = above(_mm256_permutevar8x32_ps(lasts, four));
+            let lasts = _mm256_setr_epi32(
+                begin(0),
+                begin(0),
+                begin(2),
+                begin(2),
+                begin(4),
+                begin(4),
+                begin(6),
+                begin(6),
+            );
+            let third = from(_mm256_permutevar8x32_epi32(lasts, four));
             _mm256_or_si256(four, bit(third, 1))
         }
         3 => {
-            let high = above(between(&BOOK3, 1));
-            let second = above(_mm256_blendv_ps(between(&BOOK3, 0), between(&BOOK3, 2), high));
+            let second = from(_mm256_blendv_epi8(low(0), low(2), high));
             _mm256_or_si256(bit(high, 2), bit(second, 1))
         }
-        _ => bit(above(between(&BOOK2, 0)), 1),
+        _ => bit(high, 1),
     };
-    let c = _mm256_or_ps(_mm256_permutevar8x32_ps(book::<BITS>(), magnitude), sign);
-    let negative = _mm256_srlv_epi32(_mm256_castps_si256(sign), _mm256_set1_epi32(32 - BITS as i32));
-    (_mm256_or_si256(magnitude, negative), c)
+    let sign = 1 << (BITS - 1);
+    let code = _mm256_or_si256(magnitude, bit(negative, sign));
+    (code, looked_up(const { values::<BITS>(true) }, magnitude, bit(negative, i32::MIN | sign)))
 }
 
-/// The magnitudes of the codebook, over and over.
+/// The values of magnitudes, with more bits set.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn book<const BITS: usize>() -> __m256 {
-    let at = |i: usize| rotated::book(BITS)[i % rotated::book(BITS).len()];
-    _mm256_setr_ps(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7))
+fn looked_up(values: [f32; 8], magnitude: __m256i, bits: __m256i) -> __m256 {
+    let [a, b, c, d, e, f, g, h] = values;
+    let values = _mm256_setr_ps(a, b, c, d, e, f, g, h);
+    _mm256_or_ps(_mm256_permutevar8x32_ps(values, magnitude), _mm256_castsi256_ps(bits))
 }
 
-/// The sum of the definition, a unit at a time: one that is complete on a level waits there for its neighbour.
-struct Sum {
-    group: usize,
-    added: usize,
-    waiting: [__m256; 6],
-    total: __m256,
+/// The values of magnitudes, over and over.
+const fn values<const BITS: usize>(marked: bool) -> [f32; 8] {
+    let (book, half) = (rotated::book(BITS), 1 << (BITS - 1));
+    let mut values = [0.0; 8];
+    let mut i = 0;
+    while i < values.len() {
+        values[i] = if marked { book.marked(i % half) } else { book.value(i % half) };
+        i += 1;
+    }
+    values
 }
 
-impl Sum {
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn new(group: usize) -> Sum {
-        let zero = _mm256_setzero_ps();
-        Sum { group: group / 8, added: 0, waiting: [zero; 6], total: zero }
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    fn add(&mut self, of_unit: __m256) {
-        let mut sum = of_unit;
-        let at = self.added % self.group;
-        let mut level = 0;
-        while at >> level & 1 == 1 {
-            sum = _mm256_add_ps(self.waiting[level], sum);
-            level += 1;
+/// The sum of the definition, of the sums of units of 8.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn total(units: &mut [__m256], group: usize) -> __m256 {
+    let mut total = None;
+    for units in units.chunks_exact_mut(group / 8) {
+        let mut count = units.len();
+        while count > 1 {
+            count /= 2;
+            (0..count).for_each(|i| units[i] = _mm256_add_ps(units[i], units[count + i]));
         }
-        self.waiting[level] = sum;
-        self.added += 1;
-        if at + 1 == self.group {
-            let first = self.added == self.group;
-            self.total = if first { sum } else { _mm256_add_ps(self.total, sum) };
-        }
+        total = Some(total.map_or(units[0], |total| _mm256_add_ps(total, units[0])));
     }
+    total.unwrap_or(_mm256_setzero_ps())
 }
 
 /// The transform of one group: three levels at a time while there are three.
@@ -315,12 +342,12 @@ fn decode_rows<const BITS: usize, const E: u8>(
             let words =
                 _mm256_setr_epi32(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7));
             for (i, y) in y.iter_mut().enumerate() {
-                // The code's highest bit becomes the sign, the others an index: the look-up minds three bits of it.
+                // The code's highest bit becomes the sign, the others an index.
                 let code = _mm256_srlv_epi32(words, _mm256_set1_epi32((BITS * i) as i32));
                 let sign = _mm256_sllv_epi32(code, _mm256_set1_epi32(32 - BITS as i32));
-                let sign = _mm256_and_ps(_mm256_castsi256_ps(sign), _mm256_set1_ps(-0.0));
+                let sign = _mm256_and_si256(sign, _mm256_set1_epi32(i32::MIN));
                 let magnitude = _mm256_and_si256(code, _mm256_set1_epi32((1 << (BITS - 1)) - 1));
-                *y = _mm256_or_ps(_mm256_permutevar8x32_ps(book::<BITS>(), magnitude), sign);
+                *y = looked_up(const { values::<BITS>(false) }, magnitude, sign);
             }
         }
         y.chunks_exact_mut(group).for_each(|y| transform(y));

@@ -5,8 +5,7 @@
 //! groups have fewer than 32 elements go to the AVX2 kernels, and so does f32. The transposes at the ends are of 16-bit elements, half
 //! the work of floats.
 //!
-//! A magnitude's code is that of its cell on a fine grid, no cell of which has more than one middle between two values of the book, plus
-//! one if it is above the cell's middle: two look-ups and one comparison, whatever the size of the book.
+//! The code of a place is looked up, whatever the size of the book.
 
 use std::arch::x86_64::*;
 
@@ -14,7 +13,7 @@ use super::ElementType;
 use super::avx2::{BF16, F16, largest_bits, load_full, load_half, padded, saturation, store_full};
 use super::avx2_rotated;
 use super::avx512::{floats, halves, load, load_floats, parts, prefetch, saturated, store, store_floats};
-use super::rotated::{self, flips, group, middle, root};
+use super::rotated::{self, NEAR_LEAST, NEAR_MOST, WHOLE, flips, group, root};
 
 /// See [`rotated::encode`].
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
@@ -116,10 +115,9 @@ fn encode_rows<const BITS: usize, const E: u8, const DIM: usize>(
     let (raw_bytes, code_bytes) = (LANES * 2 * dim, LANES * dim * BITS / 8);
     let zero = _mm512_setzero_ps();
     let (mut y, mut units) = (vec![zero; dim], vec![zero; 3 * (dim / 8)]);
-    let grid = Grid::new(rotated::book(BITS));
     let mut finite = true;
     let mut batch = |src: &[u8], codes: &mut [u8], factors: &mut [u8]| {
-        finite &= encode_batch::<BITS, E, DIM>(&grid, &mut y, &mut units, src, codes, factors);
+        finite &= encode_batch::<BITS, E, DIM>(&mut y, &mut units, src, codes, factors);
     };
     let batches = src.chunks(raw_bytes).zip(codes.chunks_mut(code_bytes)).zip(factors.chunks_mut(LANES * 2));
     for ((src, codes), factors) in batches {
@@ -142,7 +140,6 @@ fn encode_rows<const BITS: usize, const E: u8, const DIM: usize>(
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn encode_batch<const BITS: usize, const E: u8, const DIM: usize>(
-    grid: &Grid,
     y: &mut [__m512],
     units: &mut [__m512],
     src: &[u8],
@@ -157,7 +154,7 @@ fn encode_batch<const BITS: usize, const E: u8, const DIM: usize>(
         _ => scale_down(floats::<E>(max), y),
     };
     last_levels(y);
-    let (ideal, zero) = choose::<BITS, DIM>(grid, y, units, codes);
+    let (ideal, zero) = choose::<BITS, DIM>(y, units, codes);
     let mut factor = [0.0; LANES];
     store_floats(&mut factor, _mm512_mul_ps(ideal, up));
     let wrong = _mm256_cmpgt_epi16_mask(max, _mm256_set1_epi16(largest_bits(E) as i16));
@@ -200,14 +197,17 @@ fn load_rows<const E: u8, const DIM: usize>(src: &[u8], y: &mut [__m512]) -> __m
     max
 }
 
-/// Divides each lane by the power of two at or below its largest magnitude, and returns that power. The first levels of the transform
+/// Divides each lane by the power of two of the definition, and returns that power. The first levels of the transform
 /// are done on the way.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn scale_down(max: __m512, y: &mut [__m512]) -> __m512 {
     let exponent = _mm512_and_si512(_mm512_castps_si512(max), _mm512_set1_epi32(0x7F80_0000));
-    let exponent = _mm512_min_epi32(exponent, _mm512_set1_epi32(253 << 23));
-    let power = _mm512_castsi512_ps(_mm512_max_epi32(exponent, _mm512_set1_epi32(1 << 23)));
+    let limit = |bits: u32| _mm512_set1_epi32(bits.cast_signed());
+    let near = _mm512_cmpge_epi32_mask(exponent, limit(NEAR_LEAST))
+        & _mm512_cmple_epi32_mask(exponent, limit(NEAR_MOST));
+    let power = _mm512_max_epi32(_mm512_min_epi32(exponent, limit(253 << 23)), limit(1 << 23));
+    let power = _mm512_mask_mov_ps(_mm512_castsi512_ps(power), near, _mm512_set1_ps(1.0));
     // Both are powers of two, whose reciprocals are exact.
     let down = _mm512_div_ps(_mm512_set1_ps(1.0), power);
     for y in y.as_chunks_mut::<16>().0 {
@@ -221,7 +221,6 @@ fn scale_down(max: __m512, y: &mut [__m512]) -> __m512 {
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn choose<const BITS: usize, const DIM: usize>(
-    grid: &Grid,
     y: &[__m512],
     units: &mut [__m512],
     codes: &mut [u8],
@@ -235,15 +234,15 @@ fn choose<const BITS: usize, const DIM: usize>(
         *square = y[1..].iter().fold(first, |all, y| _mm512_fmadd_ps(*y, *y, all));
     }
     let square = total(squares, group);
-    let to_unit = _mm512_sqrt_ps(_mm512_div_ps(_mm512_set1_ps(dim as f32), square));
-    let nearest = grid.nearest::<BITS>();
+    let unit = _mm512_mul_ps(near_inverse_root(square), _mm512_set1_ps(rotated::book(BITS).share(dim)));
+    let nearest = nearest::<BITS>();
     let parts = y.as_chunks::<8>().0.iter().zip(dots.iter_mut().zip(&mut *lengths));
     let mut words = [_mm512_setzero_si512(); 4];
-    for (unit, (y, (dot_of_unit, length_of_unit))) in parts.enumerate() {
+    for (eighth, (y, (dot_of_unit, length_of_unit))) in parts.enumerate() {
         let mut word = _mm512_setzero_si512();
         let (mut dot, mut length) = (_mm512_setzero_ps(), _mm512_setzero_ps());
         for (i, &y) in y.iter().enumerate() {
-            let (code, c) = nearest(y, to_unit);
+            let (code, c) = nearest(y, unit);
             word = _mm512_or_si512(word, _mm512_sllv_epi32(code, _mm512_set1_epi32((BITS * i) as i32)));
             (dot, length) = match i {
                 0 => (_mm512_mul_ps(y, c), _mm512_mul_ps(c, c)),
@@ -251,9 +250,9 @@ fn choose<const BITS: usize, const DIM: usize>(
             };
         }
         (*dot_of_unit, *length_of_unit) = (dot, length);
-        words[unit % 4] = word;
-        if unit % 4 == 3 {
-            write_words::<BITS>(words, codes, dim * BITS / 8, unit / 4);
+        words[eighth % 4] = word;
+        if eighth % 4 == 3 {
+            write_words::<BITS>(words, codes, dim * BITS / 8, eighth / 4);
         }
     }
     let factor = _mm512_div_ps(total(dots, group), total(lengths, group));
@@ -270,52 +269,59 @@ fn total(units: &mut [__m512], group: usize) -> __m512 {
         let mut count = units.len();
         while count > 1 {
             count /= 2;
-            (0..count).for_each(|i| units[i] = _mm512_add_ps(units[2 * i], units[2 * i + 1]));
+            (0..count).for_each(|i| units[i] = _mm512_add_ps(units[i], units[count + i]));
         }
         total = Some(total.map_or(units[0], |total| _mm512_add_ps(total, units[0])));
     }
     total.unwrap_or(_mm512_setzero_ps())
 }
 
-/// Cells of 3/16 of magnitudes, the first around 0, the last with all that is larger.
-struct Grid {
-    /// Codes of what is below the cell's middle.
-    base: [i32; 16],
-    /// The middle between two values of the book that lies in the cell, if one does.
-    middle: [f32; 16],
+/// See [`rotated::near_inverse_root`].
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn near_inverse_root(x: __m512) -> __m512 {
+    let half = _mm512_mul_ps(x, _mm512_set1_ps(0.5));
+    let first =
+        _mm512_sub_epi32(_mm512_set1_epi32(0x5F37_5A86), _mm512_srli_epi32::<1>(_mm512_castps_si512(x)));
+    (0..2).fold(_mm512_castsi512_ps(first), |root, _| {
+        _mm512_mul_ps(root, _mm512_fnmadd_ps(_mm512_mul_ps(half, root), root, _mm512_set1_ps(1.5)))
+    })
 }
 
-impl Grid {
-    const CELLS: f32 = 16.0 / 3.0;
-
-    fn new(book: &[f32]) -> Grid {
-        let mut grid = Grid { base: [0; 16], middle: [f32::INFINITY; 16] };
-        for middle in (0..book.len() - 1).map(|i| middle(book, i)) {
-            let cell = (middle * Grid::CELLS).round() as usize;
-            grid.middle[cell] = middle;
-            grid.base[cell + 1..].iter_mut().for_each(|base| *base += 1);
+/// The magnitude's code of each place, counted from zero.
+const fn codes_of_places(book: &rotated::Book) -> [[u8; 64]; 2] {
+    let mut codes = [[0; 64]; 2];
+    let mut place = 0;
+    while place < 128 {
+        let mut i = 0;
+        while i < book.begins.len() {
+            codes[place / 64][place % 64] += (place as i32 >= book.begins[i]) as u8;
+            i += 1;
         }
-        grid
+        place += 1;
     }
+    codes
+}
 
-    /// What gives the code of the value nearest to `y` times `to_unit`, and the value.
-    #[inline]
-    #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-    fn nearest<const BITS: usize>(&self) -> impl Fn(__m512, __m512) -> (__m512i, __m512) {
-        let (base, middle, book) =
-            (load(bytemuck::cast_ref(&self.base)), load_floats(&self.middle), book::<BITS>());
-        move |y, to_unit| {
-            // The magnitude, at most 2.75, which lies in the last cell. An addition that leaves no fraction makes an index of it.
-            let size = _mm512_range_ps::<0b10_10>(_mm512_mul_ps(y, to_unit), _mm512_set1_ps(2.75));
-            let cell = _mm512_fmadd_ps(size, _mm512_set1_ps(Grid::CELLS), _mm512_set1_ps(8_388_608.0));
-            let cell = _mm512_castps_si512(cell);
-            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(size, _mm512_permutexvar_ps(cell, middle));
-            let code = _mm512_permutexvar_epi32(cell, base);
-            let code = _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
-            let negative = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(y, _mm512_setzero_ps());
-            let code = _mm512_mask_or_epi32(code, negative, code, _mm512_set1_epi32(1 << (BITS - 1)));
-            (code, _mm512_permutexvar_ps(code, book))
-        }
+/// What gives the code of the value nearest to `y`, of a row of which `unit` makes shares, and the value.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn nearest<const BITS: usize>() -> impl Fn(__m512, __m512) -> (__m512i, __m512) {
+    let codes = const { &codes_of_places(rotated::book(BITS)) };
+    let (near, far) = (load(&codes[0]), load(&codes[1]));
+    let book = load_floats(const { &values(rotated::book(BITS), true) });
+    let (places, zero) = (rotated::book(BITS).places, rotated::book(BITS).zero());
+    move |y, unit| {
+        let share = _mm512_fmadd_ps(y, unit, _mm512_set1_ps(0.5));
+        let share = _mm512_max_ps(_mm512_min_ps(share, _mm512_set1_ps(1.0)), _mm512_setzero_ps());
+        let place = _mm512_fmadd_ps(share, _mm512_set1_ps(places as f32), _mm512_set1_ps(WHOLE));
+        let place = _mm512_sub_epi32(_mm512_castps_si512(place), _mm512_set1_epi32(zero));
+        let negative = _mm512_srai_epi32::<31>(place);
+        let magnitude = _mm512_permutex2var_epi8(near, _mm512_xor_si512(place, negative), far);
+        // Of the bytes but the lowest nothing is minded; the sign's bit is in front of the magnitude's.
+        let sign = _mm512_set1_epi32(1 << (BITS - 1));
+        let code = _mm512_ternarylogic_epi32::<0xF8>(magnitude, negative, sign);
+        (code, _mm512_permutexvar_ps(code, book))
     }
 }
 
@@ -323,15 +329,14 @@ impl Grid {
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn book<const BITS: usize>() -> __m512 {
-    load_floats(const { &values(rotated::book(BITS)) })
+    load_floats(const { &values(rotated::book(BITS), false) })
 }
 
-const fn values(book: &[f32]) -> [f32; 16] {
+const fn values(book: &rotated::Book, marked: bool) -> [f32; 16] {
     let mut values = [0.0; 16];
     let mut i = 0;
     while i < 16 {
-        let magnitude = book[i % book.len()];
-        values[i] = if i & book.len() == 0 { magnitude } else { -magnitude };
+        values[i] = if marked { book.marked(i) } else { book.value(i) };
         i += 1;
     }
     values
@@ -539,8 +544,7 @@ fn decode_batch<const BITS: usize, const E: u8, const DIM: usize>(
     let scale =
         _mm512_mul_ps(floats::<BF16>(load_full(factors, 0)), _mm512_set1_ps(root(group(dim)).recip()));
     // No element is larger than the sum of its group's values. False for NaN.
-    let book = rotated::book(BITS);
-    let limit = saturation::<E>() / (group(dim) as f32 * book[book.len() - 1] * 1.01);
+    let limit = saturation::<E>() / (group(dim) as f32 * rotated::book(BITS).largest());
     let within = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(_mm512_abs_ps(scale), _mm512_set1_ps(limit));
     if within == u16::MAX {
         write_rows::<E, DIM, false>(y, scale, out);

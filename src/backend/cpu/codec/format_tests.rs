@@ -98,15 +98,25 @@ fn rotate(x: &[f64], back: bool) -> Vec<f64> {
     (0..dim).map(|i| (0..dim).map(|j| at(i, j) * x[j]).sum()).collect()
 }
 
-fn book(format: Format) -> Vec<f64> {
+/// The positive half of a codebook: each magnitude, and where it begins.
+fn book(format: Format) -> &'static [(f64, f64)] {
     match format {
-        Format::R4 => vec![0.1284, 0.3880, 0.6568, 0.9423, 1.2562, 1.6180, 2.0690, 2.7326],
-        Format::R3 => vec![0.2451, 0.7560, 1.3439, 2.1519],
-        _ => vec![0.4528, 1.5104],
+        Format::R4 => &[
+            (0.1304, 0.0),
+            (0.3911, 0.2622),
+            (0.6518, 0.5244),
+            (0.9323, 0.7866),
+            (1.2545, 1.0925),
+            (1.6179, 1.4421),
+            (2.0644, 1.8354),
+            (2.7350, 2.4035),
+        ],
+        Format::R3 => &[(0.2401, 0.0), (0.7501, 0.49), (1.3446, 1.05), (2.1537, 1.75)],
+        _ => &[(0.4528, 0.0), (1.5104, 0.9816)],
     }
 }
 
-/// What a row decodes to by the definition, in f64 and without any rounding; and by how much each code could be off.
+/// What a row decodes to by the definition, in f64 and without any rounding.
 fn reference(format: Format, x: &[f64]) -> Vec<f64> {
     let y = rotate(x, false);
     let square = y.iter().map(|y| y * y).sum::<f64>();
@@ -116,8 +126,7 @@ fn reference(format: Format, x: &[f64]) -> Vec<f64> {
     let unit = (x.len() as f64 / square).sqrt();
     let nearest = |y: &f64| {
         let u = y * unit;
-        let gap = |c: &f64| (c - u.abs()).abs();
-        let c = book(format).into_iter().min_by(|a, b| gap(a).total_cmp(&gap(b))).unwrap();
+        let c = book(format).iter().rev().find(|(_, begin)| u.abs() >= *begin).unwrap().0;
         c.copysign(u)
     };
     let c = y.iter().map(nearest).collect::<Vec<_>>();

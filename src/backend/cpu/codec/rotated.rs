@@ -22,12 +22,30 @@ pub(super) const fn flips(i: usize) -> bool {
     SIGNS[i / 32 % 8] >> (i % 32) & 1 == 1
 }
 
-/// The positive halves of the codebooks: the values that leave the least squared error of a standard normal variable.
-pub(super) const BOOK2: [f32; 2] = [0.4528, 1.5104];
-pub(super) const BOOK3: [f32; 4] = [0.2451, 0.7560, 1.3439, 2.1519];
-pub(super) const BOOK4: [f32; 8] = [0.1284, 0.3880, 0.6568, 0.9423, 1.2562, 1.6180, 2.0690, 2.7326];
+/// The positive half of a codebook, and where its values end.
+pub(super) struct Book {
+    magnitudes: &'static [f32],
+    /// Places of a whole codebook, an odd number: they begin and end at zero.
+    pub(super) places: i32,
+    /// How wide a place is, in units of the standard deviation.
+    width: f32,
+    /// At which place, counted from zero, each value but the first begins.
+    pub(super) begins: &'static [i32],
+}
 
-pub(super) const fn book(bits: usize) -> &'static [f32] {
+/// The values that leave the least squared error of a standard normal variable if one ends and the next begins where places do. Such
+/// ends cost 0.2, 0.1 and 0 % of it, and make finding the nearest value one multiplication and one look-up.
+static BOOK2: Book = Book { magnitudes: &[0.4528, 1.5104], places: 3, width: 0.9816, begins: &[1] };
+static BOOK3: Book =
+    Book { magnitudes: &[0.2401, 0.7501, 1.3446, 2.1537], places: 51, width: 0.07, begins: &[7, 15, 25] };
+static BOOK4: Book = Book {
+    magnitudes: &[0.1304, 0.3911, 0.6518, 0.9323, 1.2545, 1.6179, 2.0644, 2.7350],
+    places: 111,
+    width: 0.0437,
+    begins: &[6, 12, 18, 25, 33, 42, 55],
+};
+
+pub(super) const fn book(bits: usize) -> &'static Book {
     match bits {
         2 => &BOOK2,
         3 => &BOOK3,
@@ -35,9 +53,58 @@ pub(super) const fn book(bits: usize) -> &'static [f32] {
     }
 }
 
-/// Between which magnitudes one value of the codebook ends and the next begins.
-pub(super) fn middle(book: &[f32], i: usize) -> f32 {
-    (book[i] + book[i + 1]) * 0.5
+/// What is added to this has no room for a fraction, and is rounded to the nearest integer.
+pub(super) const WHOLE: f32 = 8_388_608.0;
+
+impl Book {
+    /// Codes of magnitudes; those after them are of the same with a minus.
+    const fn half(&self) -> usize {
+        self.magnitudes.len()
+    }
+
+    /// The value of a code.
+    pub(super) const fn value(&self, code: usize) -> f32 {
+        let magnitude = self.magnitudes[code % self.half()];
+        if code & self.half() == 0 { magnitude } else { -magnitude }
+    }
+
+    /// The value of a code with the code for its lowest bits: a table of these is one of codes too. Factors are chosen for them.
+    pub(super) const fn marked(&self, code: usize) -> f32 {
+        let mask = 2 * self.half() as u32 - 1;
+        f32::from_bits(self.value(code).to_bits() & !mask | code as u32 & mask)
+    }
+
+    /// The largest value, or a little more.
+    pub(super) const fn largest(&self) -> f32 {
+        self.magnitudes[self.half() - 1] * 1.01
+    }
+
+    /// By what the reciprocal of a row's length is multiplied, to make of its elements shares of all places.
+    pub(super) fn share(&self, dim: usize) -> f32 {
+        (dim as f32).sqrt() / (self.places as f32 * self.width)
+    }
+
+    /// What is taken from the bits of a place on top of [`WHOLE`] to count from zero.
+    pub(super) const fn zero(&self) -> i32 {
+        WHOLE.to_bits().cast_signed() + (self.places + 1) / 2
+    }
+
+    /// The code for the element `y` of a row of which `unit` makes shares.
+    fn nearest(&self, y: f32, unit: f32) -> usize {
+        let share = y.mul_add(unit, 0.5).clamp(0.0, 1.0);
+        let from_zero = share.mul_add(self.places as f32, WHOLE).to_bits().cast_signed() - self.zero();
+        // Places below zero are counted the other way.
+        let (negative, from_zero) = (from_zero < 0, from_zero ^ from_zero >> 31);
+        let magnitude = self.begins.iter().filter(|begin| from_zero >= **begin).count();
+        magnitude + if negative { self.half() } else { 0 }
+    }
+}
+
+/// One over the root of `x`, a normal number, but for some millionths: two steps of Newton's method from what half the exponent gives.
+fn near_inverse_root(x: f32) -> f32 {
+    let first = f32::from_bits(0x5F37_5A86 - (x.to_bits() >> 1));
+    let half = x * 0.5;
+    (0..2).fold(first, |root, _| root * (-(half * root)).mul_add(root, 1.5))
 }
 
 pub(super) fn encode(
@@ -82,10 +149,19 @@ fn load(element: ElementType, row: &[u8], into: &mut [f32]) -> f32 {
     down
 }
 
-/// The power of two at or below `x`, between 2^-126 and 2^126.
+/// What a row is divided by whose largest magnitude is `x`: 1 if squares are far from overflow and underflow, or the power of two at or
+/// below it, between 2^-126 and 2^126.
 fn power_below(x: f32) -> f32 {
-    f32::from_bits((x.to_bits() & 0x7F80_0000).clamp(1 << 23, 253 << 23))
+    let exponent = x.to_bits() & 0x7F80_0000;
+    match exponent {
+        NEAR_LEAST..=NEAR_MOST => 1.0,
+        _ => f32::from_bits(exponent.clamp(1 << 23, 253 << 23)),
+    }
 }
+
+/// The exponents, as bits, of numbers whose squares are far from overflow and underflow: 2^-40 to 2^40.
+pub(super) const NEAR_LEAST: u32 = (127 - 40) << 23;
+pub(super) const NEAR_MOST: u32 = (127 + 40) << 23;
 
 /// Rotates the row in `y`, chooses its codes, and returns its factor.
 fn choose(bits: usize, y: &mut [f32], codes: &mut [u8]) -> f32 {
@@ -96,14 +172,12 @@ fn choose(bits: usize, y: &mut [f32], codes: &mut [u8]) -> f32 {
         return 0.0;
     }
     let book = book(bits);
-    let to_unit = (dim as f32 / square).sqrt();
+    let unit = near_inverse_root(square) * book.share(dim);
     let mut chosen = vec![0.0; dim];
     for (i, y) in y.iter().enumerate() {
-        let u = y * to_unit;
-        let magnitude = (1..book.len()).filter(|m| u.abs() > middle(book, m - 1)).count();
-        let negative = *y < 0.0;
-        put(codes, bits, i, magnitude as u8 | u8::from(negative) << (bits - 1));
-        chosen[i] = if negative { -book[magnitude] } else { book[magnitude] };
+        let code = book.nearest(*y, unit);
+        put(codes, bits, i, code as u8);
+        chosen[i] = book.marked(code);
     }
     let dot = sum(dim, group, |i| (y[i], chosen[i]));
     let length = sum(dim, group, |i| (chosen[i], chosen[i]));
@@ -125,9 +199,7 @@ pub(super) fn decode(
     let rows = codes.chunks_exact(row_bytes).zip(factors.chunks_exact(2));
     for (row, (codes, factor)) in rows.enumerate() {
         for (i, y) in rotated.iter_mut().enumerate() {
-            let code = get(codes, bits, i);
-            let c = book[usize::from(code) & (book.len() - 1)];
-            *y = if code >> (bits - 1) & 1 == 1 { -c } else { c };
+            *y = book.value(usize::from(get(codes, bits, i)));
         }
         rotated.chunks_exact_mut(group).for_each(transform);
         let scale = read_factor(factor) * root(group).recip();
@@ -156,8 +228,8 @@ fn transform(y: &mut [f32]) {
 /// Elements whose products are added one after the other; a group that is smaller is one unit.
 const UNIT: usize = 8;
 
-/// The sum of the products of the `factors` of all elements: inside a unit one after the other, fused; inside a group neighbouring
-/// units first, then neighbours of those, …; the groups one after the other.
+/// The sum of the products of the `factors` of all elements: inside a unit one after the other, fused; inside a group each unit of the
+/// first half and its fellow of the second, then the same of those, …; the groups one after the other.
 fn sum(dim: usize, group: usize, factors: impl Fn(usize) -> (f32, f32)) -> f32 {
     let unit = group.min(UNIT);
     let of_unit = |first: usize| {
@@ -170,7 +242,7 @@ fn sum(dim: usize, group: usize, factors: impl Fn(usize) -> (f32, f32)) -> f32 {
         level.iter_mut().take(count).enumerate().for_each(|(at, to)| *to = of_unit(first + at * unit));
         while count > 1 {
             count /= 2;
-            (0..count).for_each(|i| level[i] = level[2 * i] + level[2 * i + 1]);
+            (0..count).for_each(|i| level[i] += level[count + i]);
         }
         level[0]
     };

@@ -185,17 +185,19 @@ template <u32 E> __device__ __forceinline__ u32 abs_max_bits(const uint4& v) {
         for (int i = 0; i < 4; i++) m = max(m, w[i] & 0x7fffffffu);
         return m;
     }
-    if (E == F16) {
-        __half2 m = __habs2(*(const __half2*)&w[0]);
+    // Signs are masked out: what the library has for it takes halves apart.
+    u32 bits = w[0] & 0x7fff7fffu;
 #pragma unroll
-        for (int i = 1; i < 4; i++) m = __hmax2_nan(m, __habs2(*(const __half2*)&w[i]));
-        u32 bits = *(u32*)&m;
-        return max(bits & 0x7fffu, bits >> 16 & 0x7fffu);
+    for (int i = 1; i < 4; i++) {
+        const u32 next = w[i] & 0x7fff7fffu;
+        if constexpr (E == F16) {
+            const __half2 m = __hmax2_nan(*(const __half2*)&bits, *(const __half2*)&next);
+            bits = *(const u32*)&m;
+        } else {
+            const __nv_bfloat162 m = __hmax2_nan(*(const __nv_bfloat162*)&bits, *(const __nv_bfloat162*)&next);
+            bits = *(const u32*)&m;
+        }
     }
-    __nv_bfloat162 m = __habs2(*(const __nv_bfloat162*)&w[0]);
-#pragma unroll
-    for (int i = 1; i < 4; i++) m = __hmax2_nan(m, __habs2(*(const __nv_bfloat162*)&w[i]));
-    u32 bits = *(u32*)&m;
     return max(bits & 0x7fffu, bits >> 16 & 0x7fffu);
 }
 

@@ -16,68 +16,68 @@ __device__ __forceinline__ float flipped(float x, u32 signs, u32 i) {
     return __uint_as_float(__float_as_uint(x) ^ (signs << (31 - i) & 0x80000000u));
 }
 
-// The positive half of the codebook, and where one of its values ends and the next begins.
+// The positive half of the codebook.
 constexpr u32 MAGNITUDES = 1u << (BITS - 1);
 
-__device__ constexpr float book(u32 i) {
+// The value of a code.
+__device__ __forceinline__ float value_of(u32 code) {
     constexpr float two[2] = {0.4528f, 1.5104f};
-    constexpr float three[4] = {0.2451f, 0.7560f, 1.3439f, 2.1519f};
-    constexpr float four[8] = {0.1284f, 0.3880f, 0.6568f, 0.9423f, 1.2562f, 1.6180f, 2.0690f, 2.7326f};
-    return BITS == 2 ? two[i % 2] : BITS == 3 ? three[i % 4] : four[i % 8];
+    constexpr float three[4] = {0.2401f, 0.7501f, 1.3446f, 2.1537f};
+    constexpr float four[8] = {0.1304f, 0.3911f, 0.6518f, 0.9323f, 1.2545f, 1.6179f, 2.0644f, 2.7350f};
+    const u32 m = code % MAGNITUDES;
+    const float magnitude = BITS == 2 ? two[m % 2] : BITS == 3 ? three[m % 4] : four[m];
+    return code & MAGNITUDES ? -magnitude : magnitude;
 }
 
-__device__ constexpr float middle(u32 i) { return (book(i) + book(i + 1)) * 0.5f; }
-
-// How many values of the codebook end below `a`.
-__device__ __forceinline__ u32 magnitude_of(float a) {
-    u32 count = 0;
-    for (u32 i = 0; i + 1 < MAGNITUDES; i++) count += a > middle(i);
-    return count;
+// The same with the code for its lowest bits.
+__device__ __forceinline__ float marked_value_of(u32 code) {
+    return __uint_as_float(__float_as_uint(value_of(code)) & ~(2 * MAGNITUDES - 1) | code);
 }
 
-// A finder has a place for every quarter of -3 to 3, and one for what is beyond: each holds at most one end of a value.
-constexpr u32 QUARTERS = 24;
+// Numbers are told apart by places of equal width, half of them below zero; what is beyond them belongs to the outermost.
+constexpr u32 PLACES = BITS == 4 ? 111 : BITS == 3 ? 51 : 3;
+constexpr float PLACE_WIDTH = BITS == 4 ? 0.0437f : BITS == 3 ? 0.07f : 0.9816f;
 
-// Small tables: no two words of one lie in the same bank, so lanes do not wait for each other.
+__device__ __forceinline__ u32 code_of_place(u32 place) {
+    constexpr u32 two[1] = {1}, three[3] = {7, 15, 25}, four[7] = {6, 12, 18, 25, 33, 42, 55};
+    const bool negative = place < (PLACES + 1) / 2;
+    const u32 from_zero = negative ? PLACES / 2 - place : place - (PLACES + 1) / 2;
+    u32 code = negative ? MAGNITUDES : 0;
+    for (u32 i = 0; i + 1 < MAGNITUDES; i++) code += from_zero >= (BITS == 2 ? two[0] : BITS == 3 ? three[i % 3] : four[i % 7]);
+    return code;
+}
+
+// The place of `y` if `unit` makes a share of all places of it. A product too small for a normal number is a whole number of its least
+// one: the bits are that number.
+__device__ __forceinline__ u32 place_of(float y, float unit) {
+    return __float_as_uint(__fmul_rn(__saturatef(__fmaf_rn(y, unit, 0.5f)), __uint_as_float(PLACES)));
+}
+
 struct Tables {
-    // The value of each code.
+    // The value of each code, and the marked one of each place. Places that share a bank are seldom met at once.
     float values[1 << BITS];
-    // Of each place, where a value ends (or a number above all), and the code below that end, in bytes of `values`.
-    float ends[QUARTERS + 1];
-    u32 offsets[QUARTERS + 1];
+    float of_places[PLACES + 1];
 
     __device__ __forceinline__ void fill() {
-        for (u32 code = threadIdx.x; code < 1u << BITS; code += blockDim.x)
-            values[code] = (code & MAGNITUDES) ? -book(code % MAGNITUDES) : book(code % MAGNITUDES);
-        for (u32 place = threadIdx.x; place <= QUARTERS; place += blockDim.x) {
-            const bool negative = place < QUARTERS / 2;
-            // Of the magnitudes there, the least.
-            const float least = 0.25f * (negative ? QUARTERS / 2 - 1 - place : place - QUARTERS / 2);
-            const u32 magnitude = magnitude_of(least);
-            const float end = magnitude + 1 < MAGNITUDES ? middle(magnitude) : 1e30f;
-            ends[place] = end < least + 0.25f ? end : 1e30f;
-            offsets[place] = 4 * (magnitude | (negative ? MAGNITUDES : 0));
-        }
+        for (u32 code = threadIdx.x; code < 1u << BITS; code += blockDim.x) values[code] = value_of(code);
+        for (u32 place = threadIdx.x; place <= PLACES; place += blockDim.x) of_places[place] = marked_value_of(code_of_place(place));
         __syncthreads();
     }
     __device__ __forceinline__ float value(u32 offset) const { return *(const float*)((const u8*)values + offset); }
-    // The code of `y`, in bytes of `values`, if a row is as long as its codes after it was multiplied by `unit`. `place_unit` is
-    // unit / (QUARTERS / 4). The place of a number near the border of two may be either: no value ends there. But what is
-    // negative, however little, is in a negative one: rounding is downwards.
-    __device__ __forceinline__ u32 nearest(float y, float unit, float place_unit) const {
-        float share;
-        asm("fma.rm.sat.f32 %0, %1, %2, %3;" : "=f"(share) : "f"(y), "f"(place_unit), "f"(0.5f));
-        const u32 place = __float_as_uint(__fmaf_rd(share, (float)QUARTERS, 8388608.0f)) & 31;
-        return offsets[place] + (fabsf(__fmul_rn(y, unit)) > ends[place] ? 4 : 0);
-    }
 };
 
 __device__ __forceinline__ float inverse_root(u32 group) { return __frcp_rn(__fsqrt_rn((float)group)); }
 
-// The power of two at or below x, between 2^-126 and 2^126. Rows of wide range are divided by it, so that no square overflows.
+// The power of two that a row is divided by, so that no square overflows: 1 for what is far from that, or the one at or below x, the
+// largest magnitude, between 2^-126 and 2^126.
 __device__ __forceinline__ float power_below(float x) {
-    return __uint_as_float(min(max(__float_as_uint(x) & 0x7f800000u, 1u << 23), 253u << 23));
+    const u32 exponent = __float_as_uint(x) & 0x7f800000u;
+    const bool near = exponent - (87u << 23) <= 80u << 23;
+    return __uint_as_float(near ? 127u << 23 : min(max(exponent, 1u << 23), 253u << 23));
 }
+
+// Its reciprocal, which is exact.
+__device__ __forceinline__ float power_inverse(float power) { return __uint_as_float((254u << 23) - __float_as_uint(power)); }
 
 __device__ __forceinline__ void write_factor(u64 at, float ideal) {
     *(__nv_bfloat16*)at = __float2bfloat16_rn(fminf(ideal, finite_max<BF16>()));
@@ -85,8 +85,17 @@ __device__ __forceinline__ void write_factor(u64 at, float ideal) {
 
 __device__ __forceinline__ float read_factor(u64 at) { return __bfloat162float(*(const __nv_bfloat16*)at); }
 
-// The length of a row in units of its codes: the codebook is for elements of variance 1.
-__device__ __forceinline__ float to_unit(u32 dim, float square) { return __fsqrt_rn(__fdiv_rn((float)dim, square)); }
+// One over the root of x, a normal number, but for some millionths: two steps of Newton's method from what half the exponent gives.
+__device__ __forceinline__ float near_inverse_root(float x) {
+    const float half = __fmul_rn(x, 0.5f);
+    float root = __uint_as_float(0x5f375a86u - (__float_as_uint(x) >> 1));
+#pragma unroll
+    for (u32 step = 0; step < 2; step++) root = __fmul_rn(root, __fmaf_rn(-__fmul_rn(half, root), root, 1.5f));
+    return root;
+}
+
+// The length of a row of `dim` elements of variance 1, for which the codebook is, as a share of all places.
+__device__ __forceinline__ float share_of_places(u32 dim) { return __fdiv_rn(__fsqrt_rn((float)dim), PLACES * PLACE_WIDTH); }
 
 // Sums and differences of a thread's elements that are `apart`.
 __device__ __forceinline__ void butterflies(float* y, u32 apart) {
@@ -122,13 +131,11 @@ __device__ __forceinline__ void transform(float* y, u32 lane, u32 lanes) {
     for (u32 apart = UNIT; apart < PER_THREAD; apart *= 2) butterflies(y, apart);
 }
 
-// Of what the units of a row come to.
-__device__ __forceinline__ float sum(float* of_units, u32 lanes) {
-    for (u32 apart = 1; apart < lanes; apart *= 2) {
-#pragma unroll
-        for (u32 k = 0; k < UNITS; k++) of_units[k] = __fadd_rn(of_units[k], __shfl_xor_sync(0xffffffffu, of_units[k], apart));
-    }
-    return __fadd_rn(__fadd_rn(of_units[0], of_units[1]), __fadd_rn(of_units[2], of_units[3]));
+// Of what the units of a row come to: each of the first half and its fellow of the second, until one is left.
+__device__ __forceinline__ float sum(const float* of_units, u32 lanes) {
+    float all = __fadd_rn(__fadd_rn(of_units[0], of_units[2]), __fadd_rn(of_units[1], of_units[3]));
+    for (u32 apart = lanes / 2; apart > 0; apart /= 2) all = __fadd_rn(all, __shfl_xor_sync(0xffffffffu, all, apart));
+    return all;
 }
 
 // The codes of a unit are BITS bytes.
@@ -155,30 +162,27 @@ __device__ __forceinline__ u32 offset_of(u32 word, u32 i) {
     return shifted & (4 * (2 * MAGNITUDES - 1));
 }
 
-// Which elements of a lane's units change their signs.
+// Which elements of a lane's units change their signs, in one register: that of word `j` of 16 is the highest bit (of 16-bit elements, that
+// of either half) after it was shifted by `j`; of 32-bit elements there are 32 words.
 template <u32 E> struct Flips {
-    u32 masks[E == F32 ? UNITS : UNITS * 4];
-    __device__ __forceinline__ Flips(u32 lane, u32 lanes) {
+    u32 mask;
+    __device__ __forceinline__ Flips(u32 lane, u32 lanes) : mask(0) {
 #pragma unroll
         for (u32 k = 0; k < UNITS; k++) {
-            const u32 first = (k * lanes + lane) * UNIT, bits = SIGNS[first / 32 % 8] >> first % 32 & 0xffu;
-            if constexpr (E == F32) {
-                masks[k] = bits;
-            } else {
+            const u32 first = (k * lanes + lane) * UNIT, bits = SIGNS[first / 32 % 8] >> first % 32;
 #pragma unroll
-                for (u32 w = 0; w < 4; w++) masks[k * 4 + w] = (bits >> 2 * w & 1u) << 15 | (bits >> (2 * w + 1) & 1u) << 31;
+            for (u32 i = 0; i < UNIT; i++) {
+                const u32 element = k * UNIT + i, at = E == F32 ? 31 - element : (element % 2 ? 31 : 15) - element / 2;
+                mask |= (bits >> i & 1u) << at;
             }
         }
+        // Or the compiler would rather work it out for every row than keep it.
+        asm("" : "+r"(mask));
     }
     // Vector `part` of unit `k`.
     __device__ __forceinline__ uint4 apply(uint4 v, u32 k, u32 part) const {
-        if constexpr (E == F32) {
-            const u32 bits = masks[k] >> 4 * part;
-            v.x ^= bits << 31, v.y ^= bits << 30 & 0x80000000u, v.z ^= bits << 29 & 0x80000000u, v.w ^= bits << 28 & 0x80000000u;
-        } else {
-            v.x ^= masks[k * 4], v.y ^= masks[k * 4 + 1], v.z ^= masks[k * 4 + 2], v.w ^= masks[k * 4 + 3];
-        }
-        return v;
+        const u32 first = 4 * (k * VECTORS<E> + part), high = E == F32 ? 0x80000000u : 0x80008000u;
+        return make_uint4(v.x ^ mask << first & high, v.y ^ mask << first + 1 & high, v.z ^ mask << first + 2 & high, v.w ^ mask << first + 3 & high);
     }
 };
 
@@ -199,7 +203,7 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, con
     const Centre centre(L, plane_of(L), s.index);
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     const Flips<E> flips(lane, lanes);
-    const float shorten = inverse_root(lanes * PER_THREAD);
+    const float shorten = inverse_root(lanes * PER_THREAD), share = share_of_places(lanes * PER_THREAD);
     bool bad = false;
     uint4 v[UNITS * VECTORS<E>];
     fetch<E>(v, p, group, lane, lanes);
@@ -215,16 +219,18 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, con
                 uint4 w = v[k * VECTORS<E> + part];
                 const u32 at = (k * lanes + lane) * UNIT + part * Vector<E>::N;
                 if (centre.on && row < p.rows) w = centre.shifted<E>(w, row, at, -1.0f);
-                most = max(most, abs_max_bits<E>(w));
+                if (E != F16) most = max(most, abs_max_bits<E>(w));
                 unpack<E>(flips.apply(w, k, part), y + k * UNIT + part * Vector<E>::N);
             }
         }
         if (first + groups < p.rows) fetch<E>(v, p, row + groups, lane, lanes);
-        for (u32 apart = 1; apart < lanes; apart *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, apart));
-        const bool finite = most < infinity_bits<E>();
-        bad |= !finite;
-        const float power = E == F16 ? 1.0f : power_below(from_bits<E>(most)), down = __frcp_rn(power);
+        float power = 1.0f;
         if (E != F16) {
+            for (u32 apart = 1; apart < lanes; apart *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, apart));
+            power = power_below(from_bits<E>(most));
+        }
+        if (power != 1.0f) {
+            const float down = power_inverse(power);
 #pragma unroll
             for (u32 i = 0; i < PER_THREAD; i++) y[i] = __fmul_rn(y[i], down);
         }
@@ -237,22 +243,23 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, con
             of_units[k] = all;
         }
         const float square = sum(of_units, lanes);
-        const float unit = to_unit(lanes * PER_THREAD, square);
-        const bool some = finite && square != 0.0f;
-        const float place_unit = __fmul_rn(unit, 4.0f / QUARTERS);
+        // Every element of the transform has every one of the row in it: what is not finite is in all squares.
+        const bool finite = square <= finite_max<F32>(), some = finite && square != 0.0f;
+        bad |= !finite;
+        const float unit = __fmul_rn(near_inverse_root(square), share);
 #pragma unroll
         for (u32 k = 0; k < UNITS; k++) {
             u32 word = 0;
 #pragma unroll
             for (u32 i = 0; i < UNIT; i++) {
                 const float x = y[k * UNIT + i];
-                const u32 offset = tables.nearest(x, unit, place_unit);
-                const float c = tables.value(offset);
-                word |= i * BITS < 2 ? offset >> (2 - i * BITS) : offset << (i * BITS - 2);
+                const float c = tables.of_places[place_of(x, unit)];
+                // The code enters at the top.
+                word = __funnelshift_r(word, __float_as_uint(c), BITS);
                 of_units[k] = i == 0 ? __fmul_rn(x, c) : __fmaf_rn(x, c, of_units[k]);
                 lengths[k] = i == 0 ? __fmul_rn(c, c) : __fmaf_rn(c, c, lengths[k]);
             }
-            if (row < p.rows) store_codes(p.codes + (u64)row * p.code_bytes + (k * lanes + lane) * BITS, some ? word : 0);
+            if (row < p.rows) store_codes(p.codes + (u64)row * p.code_bytes + (k * lanes + lane) * BITS, some ? word >> (32 - UNIT * BITS) : 0);
         }
         const float dot = sum(of_units, lanes), length = sum(lengths, lanes);
         if (row < p.rows && lane == 0) {
@@ -269,7 +276,7 @@ __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     const Flips<E> flips(lane, lanes);
     const float shorten = inverse_root(lanes * PER_THREAD);
-    // The transform of a row of codes is below 2.7326 times its length.
+    // The transform of a row of codes is below 2.75 times its length.
     const float bound = finite_max<E>() / (3.0f * PER_THREAD * lanes);
     for (u32 first = part * groups; first < rows; first += parts * groups) {
         const uint2 at = place(min(first + group, rows - 1));
@@ -326,8 +333,8 @@ __device__ __forceinline__ void plain_transform(float* y, u32 dim) {
     __syncthreads();
 }
 
-// The sum of the products that `factors` gives for each element: units one element after the other, then neighbours; groups after
-// each other.
+// The sum of the products that `factors` gives for each element: units one element after the other, then each of the first half of
+// a group and its fellow of the second; groups after each other.
 template <typename F> __device__ __forceinline__ float plain_sum(float* t, u32 dim, F factors) {
     const u32 group = group_of(dim), unit = min(group, 8u);
     for (u32 j = threadIdx.x; j < dim / unit; j += blockDim.x) {
@@ -340,9 +347,12 @@ template <typename F> __device__ __forceinline__ float plain_sum(float* t, u32 d
         t[j] = all;
     }
     const u32 units = group / unit;
-    for (u32 apart = 1; apart < units; apart *= 2) {
+    for (u32 apart = units / 2; apart > 0; apart /= 2) {
         __syncthreads();
-        for (u32 j = threadIdx.x * 2 * apart; j < dim / unit; j += blockDim.x * 2 * apart) t[j] = __fadd_rn(t[j], t[j + apart]);
+        for (u32 j = threadIdx.x; j < dim / group * apart; j += blockDim.x) {
+            const u32 i = j / apart * units + j % apart;
+            t[i] = __fadd_rn(t[i], t[i + apart]);
+        }
     }
     __syncthreads();
     float all = t[0];
@@ -367,20 +377,16 @@ __device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, 
         }
         __syncthreads();
         const bool finite = S.most < 0x7f800000u;
-        const float power = E == F16 ? 1.0f : power_below(__uint_as_float(S.most)), down = __frcp_rn(power);
+        const float power = E == F16 ? 1.0f : power_below(__uint_as_float(S.most)), down = power_inverse(power);
         for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) S.y[i] = flipped(__fmul_rn(S.y[i], down), SIGNS[i / 32 % 8], i % 32);
         plain_transform(S.y, p.dim);
         const float square = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(S.y[i], S.y[i]); });
         const bool some = finite && square != 0.0f;
-        const float unit = to_unit(p.dim, square);
-        for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
-            const u32 magnitude = some ? magnitude_of(fabsf(__fmul_rn(S.y[i], unit))) : 0;
-            S.codes[i] = some ? magnitude | (S.y[i] < 0.0f ? MAGNITUDES : 0) : 0;
-        }
+        const float unit = __fmul_rn(near_inverse_root(square), share_of_places(p.dim));
+        for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) S.codes[i] = some ? code_of_place(place_of(S.y[i], unit)) : 0;
         __syncthreads();
-        const auto of_code = [&](u32 i) { return S.codes[i] & MAGNITUDES ? -book(S.codes[i] % MAGNITUDES) : book(S.codes[i] % MAGNITUDES); };
-        const float dot = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(S.y[i], of_code(i)); });
-        const float length = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(of_code(i), of_code(i)); });
+        const float dot = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(S.y[i], marked_value_of(S.codes[i])); });
+        const float length = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(marked_value_of(S.codes[i]), marked_value_of(S.codes[i])); });
         for (u32 byte = threadIdx.x; byte < p.code_bytes; byte += blockDim.x) {
             u32 bits = 0;
             for (u32 bit = 8 * byte; bit < 8 * byte + 8 && bit / BITS < p.dim; bit++)
@@ -405,7 +411,7 @@ __device__ __forceinline__ void plain_decode_rows(const Layout& L, const Plane& 
         for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
             const u32 bit = i * BITS, first = codes[bit / 8];
             const u32 code = (bit % 8 + BITS > 8 ? first | codes[bit / 8 + 1] << 8 : first) >> bit % 8;
-            S.y[i] = code & MAGNITUDES ? -book(code % MAGNITUDES) : book(code % MAGNITUDES);
+            S.y[i] = value_of(code);
         }
         plain_transform(S.y, p.dim);
         const float scale = __fmul_rn(read_factor(p.scales + (u64)at.x * 2), inverse_root(group_of(p.dim)));
