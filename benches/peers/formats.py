@@ -9,13 +9,14 @@ Encodes and decodes the keys and values of a layer, [heads, tokens, dim] in f16,
   codebook, found by binary search; one factor for a token and head. The rotation is a product with the matrix of +-1/sqrt(dim) in f16,
   summed in f32. It reads and writes a row once; butterflies over views of the whole tensor would do so log2(dim) times.
 
-Codes are packed to bytes. What the cache's kernels do beyond that is left out, in favour of this script: the check that everything is
-finite, saturation of what is decoded, and bytes that are the same on every device. Codes may lie in another order within a row or group.
+Codes are packed to whole bytes, in an order of their own within a row or group. What the cache's kernels do beyond that is left out, in
+favour of the peer: the check that everything is finite, saturation of what is decoded, and bytes that are the same on every device.
 
     python3 benches/peers/formats.py            # a table
     python3 benches/peers/formats.py --json     # one JSON object per line
 
-Exits with 1 if what comes back is further from what went in than the format allows, or if the stored bytes are not as many as they should be.
+Exits with 1 if what comes back is further from what went in than the format allows, or if it takes other than its bits an element: 8.125
+(int8, fp8), 5 (int4), 3 (int2), 4.125 (r4), 3.125 (r3), 2.125 (r2).
 """
 import argparse
 import json
@@ -83,14 +84,12 @@ def scaled(code_type, most):
     def encode(x, plane):
         # The norm is the largest magnitude, in one pass.
         scale = (torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).float() / most).half().clamp(min=FLOOR)
-        codes = x / scale.float()
-        if code_type is torch.int8:
-            codes = codes.round_()
-        return codes.clamp_(-most, most).to(code_type), scale
+        codes = (x / scale.float()).clamp_(-most, most)
+        return (codes.round_() if code_type is torch.int8 else codes).to(code_type), scale
 
     def decode(stored, plane):
         codes, scale = stored
-        # Other types than e4m3 are multiplied as they are.
+        # An e4m3 tensor takes no part in arithmetic.
         return (codes if code_type is torch.int8 else codes.half()) * scale
 
     def error(x, back, stored, plane):
@@ -115,7 +114,7 @@ def grouped(bits):
     def encode(x, plane):
         axis = axis_of(plane)
         parts = x.unflatten(axis - 1, (-1, GROUP)).chunk(parts_of(bits), axis)
-        # By parts, as the codes are: so a compiler has but one shape, and can do everything in one kernel.
+        # By parts, as codes are packed: all loops have one shape then, and a compiler makes one kernel of them.
         low, high = parts[0], parts[0]
         for part in parts[1:]:
             low, high = torch.minimum(low, part), torch.maximum(high, part)
@@ -148,7 +147,7 @@ def rotated(bits, device):
     book, book_f16, middles = (table.to(device) for table in (book, book.half(), (book[1:] + book[:-1]) / 2))
 
     def encode(x, plane):
-        # By parts, as the codes are: so a compiler has but one shape, and can do all that follows the product in one kernel.
+        # By parts, as in `grouped`: the compiler makes one kernel of all that follows the product.
         parts = (x @ rotation).chunk(parts_of(bits), 2)
         square = sum(torch.linalg.vector_norm(y, dim=2, keepdim=True, dtype=torch.float32).square() for y in parts)
         to_unit = (DIM / square.clamp(min=2.0**-100)).sqrt()
@@ -173,14 +172,15 @@ def rotated(bits, device):
     return Format(bits + 16 / DIM, encode, decode, error)
 
 
-def formats(device):
-    return {
-        "int8": scaled(torch.int8, 127.0),
-        "fp8": scaled(torch.float8_e4m3fn, 448.0),
-        **{f"r{bits}": rotated(bits, device) for bits in BOOKS},
-        "int4": grouped(4),
-        "int2": grouped(2),
-    }
+FORMATS = {
+    "int8": lambda device: scaled(torch.int8, 127.0),
+    "fp8": lambda device: scaled(torch.float8_e4m3fn, 448.0),
+    "r4": lambda device: rotated(4, device),
+    "r3": lambda device: rotated(3, device),
+    "r2": lambda device: rotated(2, device),
+    "int4": lambda device: grouped(4),
+    "int2": lambda device: grouped(2),
+}
 
 
 def median_ms(work, options, device):
@@ -189,11 +189,12 @@ def median_ms(work, options, device):
         work()
     if device.type == "cuda":
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(options.repeats)]
+        stream = torch.cuda.current_stream(device)
         torch.cuda.synchronize(device)
         for start, end in events:
-            start.record()
+            start.record(stream)
             work()
-            end.record()
+            end.record(stream)
         torch.cuda.synchronize(device)
         return statistics.median(start.elapsed_time(end) for start, end in events)
     times = []
@@ -230,7 +231,7 @@ def main():
     parser.add_argument("--warm-up", type=int, default=5, help="repetitions before them")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu to try the script")
     parser.add_argument("--only", action="append", choices=["eager", "compiled"], help="only this variant")
-    parser.add_argument("--format", action="append", help="only this format")
+    parser.add_argument("--format", action="append", choices=FORMATS, help="only this format")
     parser.add_argument("--mode", default="default", help="of torch.compile: default, max-autotune-no-cudagraphs")
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -252,8 +253,10 @@ def main():
             figure = {"peer": "pytorch", "format": format, "direction": direction, "variant": variant, "ms": round(ms, 4)}
             print(json.dumps({**figure, "bytes": moved, "share_of_copy": round(of_copy, 4), **more, **shape}), flush=True)
         else:
-            print(f"{format:<6} {direction:<7} {variant:<9} {ms:>10.3f} ms {moved / ms / 1e6:>9.1f} GB/s {of_copy:>7.3f} of the copy rate", flush=True)
+            rates = f"{moved / ms / 1e6:>9.1f} GB/s {of_copy:>7.3f} of the copy rate"
+            print(f"{format:<6} {direction:<7} {variant:<9} {ms:>10.3f} ms {rates}", flush=True)
 
+    # Half a gibibyte, unless there are fewer tokens: as much as `gpu_bench` copies.
     to = torch.empty_like(planes["keys"])
     copy_ms = median_ms(lambda: to.copy_(planes["keys"]), options, device)
     copy_rate = 2 * to.nbytes / copy_ms
@@ -262,9 +265,8 @@ def main():
     report("raw", "copy", "eager", copy_ms, 2 * to.nbytes)
     del to
     wrong = False
-    for what, format in formats(device).items():
-        if options.format and what not in options.format:
-            continue
+    for what in options.format or FORMATS:
+        format = FORMATS[what](device)
         for variant in options.only or ["eager", "compiled"]:
             try:
                 ms, stored_bytes, error = measure(format, variant, planes, options, device)
@@ -279,7 +281,7 @@ def main():
                 report(what, direction, variant, ms[direction], raw_bytes + stored_bytes, **more)
             if bits != format.bits or not error <= 1.0:
                 wrong = True
-                print(f"{what}, {variant}: {bits} bits an element instead of {format.bits}, {error} of the error allowed", file=sys.stderr)
+                print(f"{what}, {variant}: {bits} bits instead of {format.bits}, {error} of the error allowed", file=sys.stderr)
     sys.exit(wrong)
 
 
