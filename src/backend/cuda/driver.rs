@@ -168,6 +168,18 @@ impl Gpu {
         self.ordinal
     }
 
+    /// Its multiprocessors.
+    pub(super) fn multiprocessors(&self) -> Result<u32, DriverError> {
+        // SAFETY: the device is valid.
+        let count = unsafe {
+            result::device::get_attribute(
+                self.device,
+                sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+            )
+        };
+        Ok(check("cuDeviceGetAttribute", count)?.cast_unsigned())
+    }
+
     /// The context, for comparing with the embedder's.
     pub(super) fn context(&self) -> sys::CUcontext {
         self.context

@@ -51,6 +51,8 @@ fn source(format: Format, centred: bool) -> Result<Option<&'static str>, DriverE
 
 /// Threads of a block of the kernels that convert whole planes.
 const CONVERT_THREADS: u32 = 256;
+/// Thread blocks of a multiprocessor that seal rotated rows, as in the source: each goes on to the next block of the cache.
+const ROTATED_SEALS: u32 = 3;
 /// Threads of a block of `move_blocks`, and the vectors of 16 bytes that each has in flight, as in the source.
 const MOVE_THREADS: u32 = 256;
 const MOVE_UNROLL: u32 = 4;
@@ -95,6 +97,8 @@ struct PlaneKernels {
     layout: abi::Layout,
     /// 1 or 2.
     planes: u32,
+    /// Thread blocks of its seal that the GPU runs at once, if they go on from block to block.
+    seals_at_once: Option<u32>,
     /// None for what stays raw.
     seal: Option<Function>,
     reopen: Option<Function>,
@@ -159,7 +163,7 @@ impl Kernels {
             modules.push((format, [keys, values]));
         }
         let tables = centres.map(|centres| Tables::upload(gpu, centres)).transpose()?;
-        Self::of(Self::module(gpu, CACHE)?, modules, block, tables)
+        Self::of(Self::module(gpu, CACHE)?, modules, block, tables, gpu.multiprocessors()?)
     }
 
     /// A module on a GPU, loaded once for all caches that are on it at a time.
@@ -184,6 +188,7 @@ impl Kernels {
         formats: Vec<(BlockFormat, [Option<Arc<Module>>; 2])>,
         block: &BlockLayout,
         tables: Option<Tables>,
+        multiprocessors: u32,
     ) -> Result<Kernels, DriverError> {
         let element = match block.element {
             ElementType::F16 => "_f16",
@@ -200,10 +205,11 @@ impl Kernels {
         let centres = tables.as_ref().map(|tables| tables.at).unwrap_or_default();
         let of_planes = |place: &FormatLayout, planes: &[Plane], module: Option<&Arc<Module>>| {
             let format = if planes == [Plane::Value] { place.format().values } else { place.format().keys };
+            let rotated = matches!(format, Format::R4 | Format::R3 | Format::R2);
             let function = |module: &Arc<Module>, name: &str| {
                 let function = pick(module, name, element)?;
                 // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise.
-                if matches!(format, Format::R4 | Format::R3 | Format::R2) {
+                if rotated {
                     function.prefer_shared_memory()?;
                 }
                 Ok::<_, DriverError>(function)
@@ -211,6 +217,7 @@ impl Kernels {
             Ok::<_, DriverError>(PlaneKernels {
                 layout: abi::Layout::new(block, place, planes, centres),
                 planes: planes.len() as u32,
+                seals_at_once: rotated.then_some(multiprocessors * ROTATED_SEALS),
                 seal: module.map(|module| function(module, "seal")).transpose()?,
                 reopen: module.map(|module| function(module, "reopen")).transpose()?,
                 read: match module {
@@ -286,8 +293,22 @@ impl Kernels {
         rung: usize,
         steps: Descriptors,
     ) -> Result<(), DriverError> {
-        // SAFETY: passed on.
-        unsafe { self.convert(stream, rung, steps, |of| of.seal) }
+        let layers = self.coded_layers(rung);
+        for of in &self.sealed[rung].of_planes {
+            let Some(function) = of.seal else { continue };
+            let (count, planes) = (steps.count as u32, of.planes * layers);
+            let turns = of.seals_at_once.map_or(1, |at_once| count.div_ceil((at_once / planes).max(1)));
+            // SAFETY: passed on.
+            unsafe {
+                of.launch(function, stream, (count.div_ceil(turns), planes, 1), CONVERT_THREADS, steps)
+            }?;
+        }
+        Ok(())
+    }
+
+    /// How many layers of a block the format of a rung encodes.
+    fn coded_layers(&self, rung: usize) -> u32 {
+        self.sealed[rung].place.coded_layers(&self.block).len() as u32
     }
 
     /// Decodes whole blocks in the format of a rung, but for what stays raw.
@@ -300,27 +321,12 @@ impl Kernels {
         rung: usize,
         steps: Descriptors,
     ) -> Result<(), DriverError> {
-        // SAFETY: passed on.
-        unsafe { self.convert(stream, rung, steps, |of| of.reopen) }
-    }
-
-    /// # Safety
-    /// The descriptors are those of the kernels that `which` picks.
-    unsafe fn convert(
-        &self,
-        stream: &Stream,
-        rung: usize,
-        steps: Descriptors,
-        which: impl Fn(&PlaneKernels) -> Option<Function>,
-    ) -> Result<(), DriverError> {
-        let sealed = &self.sealed[rung];
-        let layers = sealed.place.coded_layers(&self.block).len() as u32;
-        for of in &sealed.of_planes {
-            if let Some(function) = which(of) {
-                let grid = (steps.count as u32, of.planes * layers, 1);
-                // SAFETY: passed on.
-                unsafe { of.launch(function, stream, grid, CONVERT_THREADS, steps) }?;
-            }
+        let layers = self.coded_layers(rung);
+        for of in &self.sealed[rung].of_planes {
+            let Some(function) = of.reopen else { continue };
+            let grid = (steps.count as u32, of.planes * layers, 1);
+            // SAFETY: passed on.
+            unsafe { of.launch(function, stream, grid, CONVERT_THREADS, steps) }?;
         }
         Ok(())
     }
@@ -400,7 +406,7 @@ impl Kernels {
 
 impl PlaneKernels {
     /// # Safety
-    /// `function` takes a layout and an address of descriptors that keep to invariants 3 and 4.
+    /// `function` takes a layout and an address of descriptors that keep to invariants 3 and 4, and perhaps how many they are.
     unsafe fn launch(
         &self,
         function: Function,
@@ -410,7 +416,9 @@ impl PlaneKernels {
         mut steps: Descriptors,
     ) -> Result<(), DriverError> {
         let mut layout = self.layout;
-        let mut parameters = [(&raw mut layout).cast::<c_void>(), (&raw mut steps.address).cast()];
+        let mut count = steps.count as u32;
+        let mut parameters =
+            [(&raw mut layout).cast::<c_void>(), (&raw mut steps.address).cast(), (&raw mut count).cast()];
         // SAFETY: the driver copies the parameters before it returns; passed on.
         unsafe { function.launch(stream, grid, threads, &mut parameters) }
     }
@@ -421,10 +429,12 @@ mod tests {
     use half::{bf16, f16};
     use kv_cache_actors::format::{Format, GROUP};
     use kv_cache_actors::geometry::Geometry;
+    use kv_cache_actors::pool::SLOT_ALIGN_BYTES;
     use rand::rngs::SmallRng;
     use rand::{Rng, SeedableRng};
 
     use super::super::driver::usable_gpus;
+    use super::super::measure::upload;
     use super::*;
 
     /// The seal kernel multiplies where the CPU divides: for f16 that never shows.
@@ -499,10 +509,11 @@ mod tests {
         let mut rng = SmallRng::seed_from_u64(seed);
         let mut bytes = Vec::with_capacity(count * element.bytes());
         for _ in 0..count {
-            let most = match rng.random_range(0..40) {
-                0 => 0.0,
-                1 => 60000.0,
-                2 => 1e-7,
+            let most = match rng.random_range(0..400) {
+                0..10 => 0.0,
+                10..20 => 60000.0,
+                20..30 => 1e-7,
+                30 if element != ElementType::F16 => 1e30,
                 _ => 4.0,
             };
             let x = rng.random_range(-1.0f32..1.0) * most;
@@ -693,6 +704,61 @@ mod tests {
         }
     }
 
+    /// Many blocks in one launch are those that they are each in its own, and each has its own flag.
+    #[test]
+    fn blocks_are_sealed_alike_alone_and_among_others() {
+        const BLOCKS: usize = 700;
+        if let Err(reason) = usable_gpus() {
+            println!("skipped: {reason}");
+            return;
+        }
+        let gpu = Gpu::shared(0).unwrap();
+        let formats = Format::ALL.into_iter().filter(|format| *format != Format::Raw);
+        for (format, dim) in formats.zip([64, 80, 128].into_iter().cycle()) {
+            let layout = Geometry::new(2, 3, dim, ElementType::F16).block_tokens(32).layout().unwrap();
+            let kernels = Kernels::load(&gpu, &layout, format, None).unwrap();
+            let stream = Stream::new(&gpu).unwrap();
+            let slot = |bytes: usize| bytes.next_multiple_of(SLOT_ALIGN_BYTES);
+            let (raw_bytes, sealed_bytes) =
+                (slot(layout.raw_bytes()), slot(BlockFormat::from(format).block_bytes(&layout)));
+            let raw = DeviceMemory::zeroed(&gpu, BLOCKS * raw_bytes).unwrap();
+            let mut bytes = elements(ElementType::F16, BLOCKS * raw_bytes / 2, 11);
+            let bad = [0, 123, BLOCKS - 1];
+            bad.iter().for_each(|block| bytes[block * raw_bytes..][..2].fill(0xFF));
+            raw.write(0, &bytes).unwrap();
+            let sealed = |at_once: usize| {
+                let sealed = DeviceMemory::zeroed(&gpu, BLOCKS * sealed_bytes).unwrap();
+                let flags = DeviceMemory::zeroed(&gpu, BLOCKS * 4).unwrap();
+                let converts: Vec<_> = (0..BLOCKS as u64)
+                    .map(|block| abi::Convert {
+                        from: raw.address() + block * raw_bytes as u64,
+                        to: sealed.address() + block * sealed_bytes as u64,
+                        flag: flags.address() + block * 4,
+                        index: block,
+                    })
+                    .collect();
+                let memory = upload(&gpu, &converts).unwrap();
+                for first in (0..BLOCKS).step_by(at_once) {
+                    let address = memory.address() + (first * size_of::<abi::Convert>()) as u64;
+                    let steps = Descriptors { address, count: at_once.min(BLOCKS - first) };
+                    // SAFETY: memory of this test; everything is waited for before it is looked at.
+                    unsafe { kernels.seal(&stream, 0, steps) }.unwrap();
+                }
+                stream.synchronize().unwrap();
+                [sealed, flags].map(|memory| {
+                    let mut bytes = vec![0; memory.bytes()];
+                    memory.read(0, &mut bytes).unwrap();
+                    bytes
+                })
+            };
+            let [together, flags] = sealed(BLOCKS);
+            let raised =
+                flags.chunks_exact(4).enumerate().filter(|(_, flag)| flag[0] == 1).map(|(block, _)| block);
+            assert_eq!(raised.collect::<Vec<_>>(), bad, "{format}");
+            assert!([together, flags] == sealed(1), "{format}");
+        }
+    }
+
     fn plain_kernels_of(gpu: &Arc<Gpu>, format: Format, centred: bool) {
         let twins = |source: &str| {
             [source, &without_fast_kernels(source)].map(|source| Arc::new(Module::load(gpu, source).unwrap()))
@@ -718,7 +784,7 @@ mod tests {
                 let kernels = [(&fast, &fast_format), (&plain, &plain_format)].map(|(cache, of_format)| {
                     let tables = centred.then(|| Tables::upload(gpu, &some_centres(&geometry)).unwrap());
                     let modules = [Some(of_format.clone()), Some(of_format.clone())];
-                    Kernels::of(cache.clone(), vec![(format.into(), modules)], &layout, tables).unwrap()
+                    Kernels::of(cache.clone(), vec![(format.into(), modules)], &layout, tables, 1).unwrap()
                 });
                 let block = layout.block_tokens;
                 let parts = [0..1, 0..block, block - 1..block, block / 3..(2 * block).div_ceil(3)];

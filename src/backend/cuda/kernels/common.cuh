@@ -346,15 +346,17 @@ __device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool 
     }
 }
 
-// What a format asks of the registers of its seal.
+// What a format asks of the registers of its seal, and how it seals `count` blocks: a block of threads for each plane of each, or fewer
+// that go on to the next.
 #ifndef SEAL_BOUNDS
 #define SEAL_BOUNDS
+#define SEAL(E, PLAIN) seal_plane<E>(L, s[blockIdx.x], PLAIN)
 #endif
 
 // The kernels of a format, over functions that take the element type: `plain` says to do without vectors.
 #define FORMAT_KERNELS(E, NAME)                                                                                                  \
-    extern "C" __global__ void SEAL_BOUNDS seal_##NAME(const __grid_constant__ Layout L, const Convert* s) { seal_plane<E>(L, s[blockIdx.x], false); }               \
-    extern "C" __global__ void plain_seal_##NAME(const __grid_constant__ Layout L, const Convert* s) { seal_plane<E>(L, s[blockIdx.x], true); }          \
+    extern "C" __global__ void SEAL_BOUNDS seal_##NAME(const __grid_constant__ Layout L, const Convert* s, u32 count) { SEAL(E, false); }               \
+    extern "C" __global__ void plain_seal_##NAME(const __grid_constant__ Layout L, const Convert* s, u32 count) { SEAL(E, true); }          \
     extern "C" __global__ void reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { reopen_plane<E>(L, s[blockIdx.x], false); }           \
     extern "C" __global__ void plain_reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { reopen_plane<E>(L, s[blockIdx.x], true); }      \
     extern "C" __global__ void read_##NAME(const __grid_constant__ Layout L, const Read* steps) {                                                        \

@@ -3,6 +3,7 @@
 
 // Arithmetic is the limit of a seal: three blocks of threads a multiprocessor keep it busy.
 #define SEAL_BOUNDS __launch_bounds__(256, 3)
+#define SEAL(E, PLAIN) seal_planes<E>(L, s, count, PLAIN)
 #include "common.cuh"
 
 // Elements that are rotated together, at most, and those of the widest row.
@@ -57,11 +58,31 @@ struct Tables {
     // The value of each code, and the marked one of each place. Places that share a bank are seldom met at once.
     float values[1 << BITS];
     float of_places[PLACES + 1];
+    // The signs of a row of elements of the type: a bit for each in the place of its sign.
+    alignas(16) u32 signs[256];
 
-    __device__ __forceinline__ void fill() {
+    template <u32 E> __device__ __forceinline__ void fill() {
+        constexpr u32 PER_WORD = E == F32 ? 1 : 2;
+        for (u32 word = threadIdx.x; word < 256 / PER_WORD; word += blockDim.x) {
+            u32 mask = 0;
+#pragma unroll
+            for (u32 i = 0; i < PER_WORD; i++) {
+                const u32 element = word * PER_WORD + i;
+                mask |= (SIGNS[element / 32] >> element % 32 & 1u) << (32 / PER_WORD * (i + 1) - 1);
+            }
+            signs[word] = mask;
+        }
         for (u32 code = threadIdx.x; code < 1u << BITS; code += blockDim.x) values[code] = value_of(code);
         for (u32 place = threadIdx.x; place <= PLACES; place += blockDim.x) of_places[place] = marked_value_of(code_of_place(place));
         __syncthreads();
+    }
+    // A vector with signs changed, the `at`th of a row. The masks are read when they are needed: the compiler would rather keep them all.
+    __device__ __forceinline__ uint4 flipped(const uint4& v, u32 at) const {
+        uint4 m;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
+                     : "r"((u32)__cvta_generic_to_shared(signs + 4 * at)));
+        return make_uint4(v.x ^ m.x, v.y ^ m.y, v.z ^ m.z, v.w ^ m.w);
     }
     __device__ __forceinline__ float value(u32 offset) const { return *(const float*)((const u8*)values + offset); }
 };
@@ -162,33 +183,9 @@ __device__ __forceinline__ u32 offset_of(u32 word, u32 i) {
     return shifted & (4 * (2 * MAGNITUDES - 1));
 }
 
-// Which elements of a lane's units change their signs, in one register: that of word `j` of 16 is the highest bit (of 16-bit elements, that
-// of either half) after it was shifted by `j`; of 32-bit elements there are 32 words.
-template <u32 E> struct Flips {
-    u32 mask;
-    __device__ __forceinline__ Flips(u32 lane, u32 lanes) : mask(0) {
-#pragma unroll
-        for (u32 k = 0; k < UNITS; k++) {
-            const u32 first = (k * lanes + lane) * UNIT, bits = SIGNS[first / 32 % 8] >> first % 32;
-#pragma unroll
-            for (u32 i = 0; i < UNIT; i++) {
-                const u32 element = k * UNIT + i, at = E == F32 ? 31 - element : (element % 2 ? 31 : 15) - element / 2;
-                mask |= (bits >> i & 1u) << at;
-            }
-        }
-        // Or the compiler would rather work it out for every row than keep it.
-        asm("" : "+r"(mask));
-    }
-    // Vector `part` of unit `k`.
-    __device__ __forceinline__ uint4 apply(uint4 v, u32 k, u32 part) const {
-        const u32 first = 4 * (k * VECTORS<E> + part), high = E == F32 ? 0x80000000u : 0x80008000u;
-        return make_uint4(v.x ^ mask << first & high, v.y ^ mask << first + 1 & high, v.z ^ mask << first + 2 & high, v.w ^ mask << first + 3 & high);
-    }
-};
-
 template <u32 E>
-__device__ __forceinline__ void fetch(uint4* v, const Plane& p, u32 row, u32 lane, u32 lanes) {
-    const uint4* from = (const uint4*)(p.raw + (u64)min(row, p.rows - 1) * p.row_bytes);
+__device__ __forceinline__ void fetch(uint4* v, u64 raw, const Plane& p, u32 row, u32 lane, u32 lanes) {
+    const uint4* from = (const uint4*)(raw + (u64)min(row, p.rows - 1) * p.row_bytes);
 #pragma unroll
     for (u32 k = 0; k < UNITS; k++) {
 #pragma unroll
@@ -197,19 +194,24 @@ __device__ __forceinline__ void fetch(uint4* v, const Plane& p, u32 row, u32 lan
     }
 }
 
+// Seals a plane of every `gridDim.x`th block. While rows are sealed the next are on their way, across blocks too: what is to be known of
+// one is in the cache by then.
 template <u32 E>
-__device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, const Tables& tables, u32 lanes) {
-    const Plane p(L, s.from, s.to, plane_of(L));
-    const Centre centre(L, plane_of(L), s.index);
+__device__ __forceinline__ void seal_rows(const Layout& L, const Convert* s, u32 count, Tables& tables, u32 lanes) {
+    // Where the plane is in a slot.
+    const Plane p(L, 0, 0, plane_of(L));
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
-    const Flips<E> flips(lane, lanes);
     const float shorten = inverse_root(lanes * PER_THREAD), share = share_of_places(lanes * PER_THREAD);
-    bool bad = false;
+    const Convert *block = s + blockIdx.x, *end = s + count;
     uint4 v[UNITS * VECTORS<E>];
-    fetch<E>(v, p, group, lane, lanes);
-    // The whole block takes every turn: shuffles need all lanes of a warp.
-    for (u32 first = 0; first < p.rows; first += groups) {
+    fetch<E>(v, block->from + p.raw, p, group, lane, lanes);
+    tables.fill<E>();
+    // The threads take every turn together: shuffles need all lanes of a warp.
+    for (u32 first = 0; block < end;) {
+        if (first == 0 && block + gridDim.x < end) asm volatile("prefetch.global.L1 [%0];" ::"l"(block + gridDim.x));
+        const Convert* here = block;
         const u32 row = first + group;
+        const Centre centre(L, plane_of(L), CENTRED ? here->index : 0);
         float y[PER_THREAD], of_units[UNITS], lengths[UNITS];
         u32 most = 0;
 #pragma unroll
@@ -220,10 +222,12 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, con
                 const u32 at = (k * lanes + lane) * UNIT + part * Vector<E>::N;
                 if (centre.on && row < p.rows) w = centre.shifted<E>(w, row, at, -1.0f);
                 if (E != F16) most = max(most, abs_max_bits<E>(w));
-                unpack<E>(flips.apply(w, k, part), y + k * UNIT + part * Vector<E>::N);
+                unpack<E>(tables.flipped(w, (k * lanes + lane) * VECTORS<E> + part), y + k * UNIT + part * Vector<E>::N);
             }
         }
-        if (first + groups < p.rows) fetch<E>(v, p, row + groups, lane, lanes);
+        first += groups;
+        if (first >= p.rows) first = 0, block += gridDim.x;
+        if (block < end) fetch<E>(v, block->from + p.raw, p, first + group, lane, lanes);
         float power = 1.0f;
         if (E != F16) {
             for (u32 apart = 1; apart < lanes; apart *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, apart));
@@ -245,7 +249,8 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, con
         const float square = sum(of_units, lanes);
         // Every element of the transform has every one of the row in it: what is not finite is in all squares.
         const bool finite = square <= finite_max<F32>(), some = finite && square != 0.0f;
-        bad |= !finite;
+        if (!finite) raise(here->flag);
+        const u64 to = here->to;
         const float unit = __fmul_rn(near_inverse_root(square), share);
 #pragma unroll
         for (u32 k = 0; k < UNITS; k++) {
@@ -259,22 +264,20 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, con
                 of_units[k] = i == 0 ? __fmul_rn(x, c) : __fmaf_rn(x, c, of_units[k]);
                 lengths[k] = i == 0 ? __fmul_rn(c, c) : __fmaf_rn(c, c, lengths[k]);
             }
-            if (row < p.rows) store_codes(p.codes + (u64)row * p.code_bytes + (k * lanes + lane) * BITS, some ? word >> (32 - UNIT * BITS) : 0);
+            if (row < p.rows) store_codes(to + p.codes + (u64)row * p.code_bytes + (k * lanes + lane) * BITS, some ? word >> (32 - UNIT * BITS) : 0);
         }
         const float dot = sum(of_units, lanes), length = sum(lengths, lanes);
         if (row < p.rows && lane == 0) {
             const float factor = __fmul_rn(__fmul_rn(__fdiv_rn(dot, length), shorten), power);
-            write_factor(p.scales + (u64)row * 2, some ? factor : 0.0f);
+            write_factor(to + p.scales + (u64)row * 2, some ? factor : 0.0f);
         }
     }
-    if (bad) raise(s.flag);
 }
 
 // Decodes `rows` rows; `place` says of each where it is in the block and where it goes.
 template <u32 E, typename F>
 __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre, const Tables& tables, u32 lanes, u64 output, u32 rows, u32 part, u32 parts, F place) {
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
-    const Flips<E> flips(lane, lanes);
     const float shorten = inverse_root(lanes * PER_THREAD);
     // The transform of a row of codes is below 2.75 times its length.
     const float bound = finite_max<E>() / (3.0f * PER_THREAD * lanes);
@@ -301,7 +304,7 @@ __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre
 #pragma unroll
             for (u32 part = 0; part < VECTORS<E>; part++) {
                 const u32 dim = (k * lanes + lane) * UNIT + part * Vector<E>::N;
-                uint4 v = flips.apply(pack<E>(y + k * UNIT + part * Vector<E>::N), k, part);
+                uint4 v = tables.flipped(pack<E>(y + k * UNIT + part * Vector<E>::N), (k * lanes + lane) * VECTORS<E> + part);
                 if (centre.on) v = centre.shifted<E>(v, at.x, dim, 1.0f);
                 __stcs(to + (k * lanes + lane) * VECTORS<E> + part, v);
             }
@@ -439,14 +442,14 @@ union Shared {
 };
 
 template <u32 E>
-__device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s, bool plain) {
+__device__ __forceinline__ void seal_planes(const Layout& L, const Convert* s, u32 count, bool plain) {
     __shared__ Shared S;
-    const Plane p(L, s.from, s.to, plane_of(L));
+    // Slots are aligned alike.
+    const Plane p(L, s[blockIdx.x].from, s[blockIdx.x].to, plane_of(L));
     const u32 lanes = lanes_of(p, p.raw, plain);
-    if (lanes == 0) return plain_seal_rows<E>(L, s, S.scratch);
-    S.tables.fill();
-    if (lanes == 4) seal_rows<E>(L, s, S.tables, 4);
-    else seal_rows<E>(L, s, S.tables, lanes);
+    if (lanes == 4) return seal_rows<E>(L, s, count, S.tables, 4);
+    if (lanes != 0) return seal_rows<E>(L, s, count, S.tables, lanes);
+    for (u32 block = blockIdx.x; block < count; block += gridDim.x) plain_seal_rows<E>(L, s[block], S.scratch);
 }
 
 template <u32 E, typename F>
@@ -454,7 +457,7 @@ __device__ __forceinline__ void decode_plane(const Layout& L, const Plane& p, co
     __shared__ Shared S;
     const u32 lanes = lanes_of(p, output, plain);
     if (lanes == 0) return plain_decode_rows<E>(L, p, centre, S.scratch, output, rows, part, parts, place);
-    S.tables.fill();
+    S.tables.fill<E>();
     if (lanes == 4) decode_rows<E>(p, centre, S.tables, 4, output, rows, part, parts, place);
     else decode_rows<E>(p, centre, S.tables, lanes, output, rows, part, parts, place);
 }
