@@ -170,13 +170,9 @@ impl Gpu {
 
     /// Its multiprocessors.
     pub(super) fn multiprocessors(&self) -> Result<u32, DriverError> {
+        let which = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         // SAFETY: the device is valid.
-        let count = unsafe {
-            result::device::get_attribute(
-                self.device,
-                sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
-            )
-        };
+        let count = unsafe { result::device::get_attribute(self.device, which) };
         Ok(check("cuDeviceGetAttribute", count)?.cast_unsigned())
     }
 

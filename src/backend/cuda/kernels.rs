@@ -51,7 +51,9 @@ fn source(format: Format, centred: bool) -> Result<Option<&'static str>, DriverE
 
 /// Threads of a block of the kernels that convert whole planes.
 const CONVERT_THREADS: u32 = 256;
-/// Thread blocks of a multiprocessor that seal rotated rows, as in the source: each goes on to the next block of the cache.
+/// The same of the seals of rotated rows, as in the source, and how many of these blocks a multiprocessor has room for: each goes on to
+/// rows of other blocks of the cache.
+const ROTATED_SEAL_THREADS: u32 = 128;
 const ROTATED_SEALS: u32 = 3;
 /// Threads of a block of `move_blocks`, and the vectors of 16 bytes that each has in flight, as in the source.
 const MOVE_THREADS: u32 = 256;
@@ -97,7 +99,7 @@ struct PlaneKernels {
     layout: abi::Layout,
     /// 1 or 2.
     planes: u32,
-    /// Thread blocks of its seal that the GPU runs at once, if they go on from block to block.
+    /// Thread blocks of its seal that the GPU has room for at once, if these go on from block to block of the cache.
     seals_at_once: Option<u32>,
     /// None for what stays raw.
     seal: Option<Function>,
@@ -297,11 +299,16 @@ impl Kernels {
         for of in &self.sealed[rung].of_planes {
             let Some(function) = of.seal else { continue };
             let (count, planes) = (steps.count as u32, of.planes * layers);
-            let turns = of.seals_at_once.map_or(1, |at_once| count.div_ceil((at_once / planes).max(1)));
+            let (blocks, threads) = match of.seals_at_once {
+                None => (count, CONVERT_THREADS),
+                Some(at_once) => {
+                    let rows = (self.block.kv_heads * self.block.block_tokens) as u32;
+                    let work = count * rows.div_ceil(ROTATED_SEAL_THREADS);
+                    (work.min((at_once / planes).max(1)), ROTATED_SEAL_THREADS)
+                }
+            };
             // SAFETY: passed on.
-            unsafe {
-                of.launch(function, stream, (count.div_ceil(turns), planes, 1), CONVERT_THREADS, steps)
-            }?;
+            unsafe { of.launch(function, stream, (blocks, planes, 1), threads, steps) }?;
         }
         Ok(())
     }

@@ -346,8 +346,8 @@ __device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool 
     }
 }
 
-// What a format asks of the registers of its seal, and how it seals `count` blocks: a block of threads for each plane of each, or fewer
-// that go on to the next.
+// What a format asks of the registers of its seal, and how it seals `count` blocks: with a block of threads for each plane of each, or with
+// fewer that go on to others.
 #ifndef SEAL_BOUNDS
 #define SEAL_BOUNDS
 #define SEAL(E, PLAIN) seal_plane<E>(L, s[blockIdx.x], PLAIN)

@@ -1,17 +1,27 @@
 // `r4`, `r3`, `r2`: rotated rows in BITS bits an element, one bf16 factor a row. The definition is that of the CPU codecs, down to
 // the order of every sum.
 
-// Arithmetic is the limit of a seal: three blocks of threads a multiprocessor keep it busy.
-#define SEAL_BOUNDS __launch_bounds__(256, 3)
+// Arithmetic and shared memory are the limit of a seal: a thread has a row of its own where it can, as long as a third of a
+// multiprocessor's registers are enough for it.
+#define SEAL_BOUNDS __launch_bounds__(SEAL_THREADS, 3)
+#define SEAL_THREADS 128
 #define SEAL(E, PLAIN) seal_planes<E>(L, s, count, PLAIN)
 #include "common.cuh"
+
+// A unit is 8 consecutive elements. Units of a thread, if it has not all of a row.
+constexpr u32 UNIT = 8, UNITS = 4, PER_THREAD = UNIT * UNITS;
+// Threads of a warp, and warps of a block that seals.
+constexpr u32 WARP = 32, WARPS = SEAL_THREADS / WARP;
 
 // Elements that are rotated together, at most, and those of the widest row.
 #define GROUP_MAX 256u
 #define DIM_MAX 4096u
 
 // Whether element `i` changes its sign: the bits of the fraction of pi.
-__device__ const u32 SIGNS[8] = {0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u, 0xa4093822u, 0x299f31d0u, 0x082efa98u, 0xec4e6c89u};
+__device__ constexpr u32 sign_word(u32 i) {
+    constexpr u32 words[8] = {0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u, 0xa4093822u, 0x299f31d0u, 0x082efa98u, 0xec4e6c89u};
+    return words[i % 8];
+}
 
 __device__ __forceinline__ float flipped(float x, u32 signs, u32 i) {
     return __uint_as_float(__float_as_uint(x) ^ (signs << (31 - i) & 0x80000000u));
@@ -60,6 +70,10 @@ struct Tables {
     float of_places[PLACES + 1];
     // The signs of a row of elements of the type: a bit for each in the place of its sign.
     alignas(16) u32 signs[256];
+    // Codes of the rows that a warp seals at once: memory wants whole sectors, not what a lane has of one.
+    alignas(16) u8 codes[WARPS][WARP * 80];
+    // The rows themselves, if a thread has one of its own.
+    alignas(128) u8 rows[WARPS][WARP * 256];
 
     template <u32 E> __device__ __forceinline__ void fill() {
         constexpr u32 PER_WORD = E == F32 ? 1 : 2;
@@ -68,7 +82,7 @@ struct Tables {
 #pragma unroll
             for (u32 i = 0; i < PER_WORD; i++) {
                 const u32 element = word * PER_WORD + i;
-                mask |= (SIGNS[element / 32] >> element % 32 & 1u) << (32 / PER_WORD * (i + 1) - 1);
+                mask |= (sign_word(element / 32) >> element % 32 & 1u) << (32 / PER_WORD * (i + 1) - 1);
             }
             signs[word] = mask;
         }
@@ -119,9 +133,9 @@ __device__ __forceinline__ float near_inverse_root(float x) {
 __device__ __forceinline__ float share_of_places(u32 dim) { return __fdiv_rn(__fsqrt_rn((float)dim), PLACES * PLACE_WIDTH); }
 
 // Sums and differences of a thread's elements that are `apart`.
-__device__ __forceinline__ void butterflies(float* y, u32 apart) {
+template <u32 N> __device__ __forceinline__ void butterflies(float* y, u32 apart) {
 #pragma unroll
-    for (u32 i = 0; i < 32; i++) {
+    for (u32 i = 0; i < N; i++) {
         if (i & apart) continue;
         const float a = y[i], b = y[i + apart];
         y[i] = __fadd_rn(a, b);
@@ -130,42 +144,57 @@ __device__ __forceinline__ void butterflies(float* y, u32 apart) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Rows of 32, 64, 128 or 256 elements: 1, 2, 4 or 8 lanes a row. A unit is 8 consecutive elements; lane `l` of `lanes` has units
-// l, l + lanes, l + 2 * lanes and l + 3 * lanes, so that what the lanes of a row load and store lies side by side.
+// Rows of 32, 64, 128 or 256 elements. Of a row's `lanes`, lane `l` has units l, l + lanes,
+// l + 2 * lanes and so on, so that what they load and store lies side by side.
 
-constexpr u32 UNIT = 8, UNITS = 4, PER_THREAD = UNIT * UNITS;
 
 // Vectors of a unit.
 template <u32 E> constexpr u32 VECTORS = UNIT / Vector<E>::N;
 
 // Elements of a unit first, then units of other lanes, then those of this one: neighbours first, as everywhere.
-__device__ __forceinline__ void transform(float* y, u32 lane, u32 lanes) {
+template <u32 N> __device__ __forceinline__ void transform(float* y, u32 lane, u32 lanes) {
 #pragma unroll
-    for (u32 apart = 1; apart < UNIT; apart *= 2) butterflies(y, apart);
+    for (u32 apart = 1; apart < UNIT; apart *= 2) butterflies<N>(y, apart);
     for (u32 apart = 1; apart < lanes; apart *= 2) {
         // The product is exact, so this is the sum, or the difference from the lower lane's.
         const float sign = lane & apart ? -1.0f : 1.0f;
 #pragma unroll
-        for (u32 i = 0; i < PER_THREAD; i++) y[i] = __fmaf_rn(y[i], sign, __shfl_xor_sync(0xffffffffu, y[i], apart));
+        for (u32 i = 0; i < N; i++) y[i] = __fmaf_rn(y[i], sign, __shfl_xor_sync(0xffffffffu, y[i], apart));
     }
 #pragma unroll
-    for (u32 apart = UNIT; apart < PER_THREAD; apart *= 2) butterflies(y, apart);
+    for (u32 apart = UNIT; apart < N; apart *= 2) butterflies<N>(y, apart);
+}
+
+// Divides what is far from 1 by a power of two, and returns that. `most` are the bits of the row's largest magnitude.
+template <u32 E, u32 N> __device__ __forceinline__ float scaled(float* y, u32 most) {
+    const float power = E == F16 ? 1.0f : power_below(from_bits<E>(most));
+    if (power != 1.0f) {
+        const float down = power_inverse(power);
+#pragma unroll
+        for (u32 i = 0; i < N; i++) y[i] = __fmul_rn(y[i], down);
+    }
+    return power;
 }
 
 // Of what the units of a row come to: each of the first half and its fellow of the second, until one is left.
-__device__ __forceinline__ float sum(const float* of_units, u32 lanes) {
-    float all = __fadd_rn(__fadd_rn(of_units[0], of_units[2]), __fadd_rn(of_units[1], of_units[3]));
+template <u32 N> __device__ __forceinline__ float sum(float* of_units, u32 lanes) {
+    if constexpr (N > 1) {
+#pragma unroll
+        for (u32 k = 0; k < N / 2; k++) of_units[k] = __fadd_rn(of_units[k], of_units[k + N / 2]);
+        return sum<N / 2>(of_units, lanes);
+    }
+    float all = of_units[0];
     for (u32 apart = lanes / 2; apart > 0; apart /= 2) all = __fadd_rn(all, __shfl_xor_sync(0xffffffffu, all, apart));
     return all;
 }
 
 // The codes of a unit are BITS bytes.
-__device__ __forceinline__ void store_codes(u64 at, u32 word) {
-    if (BITS == 4) __stcs((u32*)at, word);
-    else if (BITS == 2) __stcs((u16*)at, (u16)word);
+__device__ __forceinline__ void put_codes(u8* at, u32 word) {
+    if (BITS == 4) *(u32*)at = word;
+    else if (BITS == 2) *(u16*)at = word;
     else
 #pragma unroll
-        for (u32 byte = 0; byte < BITS; byte++) ((u8*)at)[byte] = word >> 8 * byte;
+        for (u32 byte = 0; byte < BITS; byte++) at[byte] = word >> 8 * byte;
 }
 
 __device__ __forceinline__ u32 load_codes(u64 at) {
@@ -183,94 +212,171 @@ __device__ __forceinline__ u32 offset_of(u32 word, u32 i) {
     return shifted & (4 * (2 * MAGNITUDES - 1));
 }
 
-template <u32 E>
-__device__ __forceinline__ void fetch(uint4* v, u64 raw, const Plane& p, u32 row, u32 lane, u32 lanes) {
-    const uint4* from = (const uint4*)(raw + (u64)min(row, p.rows - 1) * p.row_bytes);
+// What is left to do for a row after its transform: `of` lanes have N units of it each. Codes go to `word_of(unit, word)`; the factor is
+// the answer, 0 if there is nothing to store.
+template <u32 E, u32 N, typename F>
+__device__ __forceinline__ float choose(const float* y, u32 lanes, float power, const Tables& tables, bool& finite, F word_of) {
+    float of_units[N], lengths[N];
 #pragma unroll
-    for (u32 k = 0; k < UNITS; k++) {
+    for (u32 k = 0; k < N; k++) {
+        float all = __fmul_rn(y[k * UNIT], y[k * UNIT]);
 #pragma unroll
-        for (u32 part = 0; part < VECTORS<E>; part++)
-            v[k * VECTORS<E> + part] = __ldcs(from + (k * lanes + lane) * VECTORS<E> + part);
+        for (u32 i = 1; i < UNIT; i++) all = __fmaf_rn(y[k * UNIT + i], y[k * UNIT + i], all);
+        of_units[k] = all;
+    }
+    const float square = sum<N>(of_units, lanes);
+    // Every element of the transform has every one of the row in it: what is not finite is in all squares.
+    finite = square <= finite_max<F32>();
+    const bool some = finite && square != 0.0f;
+    const u32 dim = lanes * N * UNIT;
+    const float unit = __fmul_rn(near_inverse_root(square), share_of_places(dim));
+#pragma unroll
+    for (u32 k = 0; k < N; k++) {
+        u32 word = 0;
+#pragma unroll
+        for (u32 i = 0; i < UNIT; i++) {
+            const float x = y[k * UNIT + i];
+            const float c = tables.of_places[place_of(x, unit)];
+            // The code enters at the top.
+            word = __funnelshift_r(word, __float_as_uint(c), BITS);
+            of_units[k] = i == 0 ? __fmul_rn(x, c) : __fmaf_rn(x, c, of_units[k]);
+            lengths[k] = i == 0 ? __fmul_rn(c, c) : __fmaf_rn(c, c, lengths[k]);
+        }
+        word_of(k, some ? word >> (32 - UNIT * BITS) : 0);
+    }
+    const float dot = sum<N>(of_units, lanes), length = sum<N>(lengths, lanes);
+    return some ? __fmul_rn(__fmul_rn(__fdiv_rn(dot, length), inverse_root(dim)), power) : 0.0f;
+}
+
+// Stores the codes of rows that a warp has beside each other, `stride` bytes apart, from the first on.
+__device__ __forceinline__ void store_rows(u64 to, const u8* codes, u32 row_bytes, u32 stride, u32 rows) {
+    const u32 bytes = rows * row_bytes;
+    for (u32 at = threadIdx.x % WARP * 16; at < bytes; at += WARP * 16) {
+        const u8* from = codes + (stride == row_bytes ? at : at / row_bytes * stride + at % row_bytes);
+        if (at + 16 <= bytes) __stcs((uint4*)(to + at), *(const uint4*)from);
+        else
+#pragma unroll 1
+            for (u32 byte = 0; byte < bytes - at; byte++) ((u8*)(to + at))[byte] = from[byte];
     }
 }
 
-// Seals a plane of every `gridDim.x`th block. While rows are sealed the next are on their way, across blocks too: what is to be known of
-// one is in the cache by then.
+// Rows that several threads share, `lanes` of them; or of one, if they are short.
 template <u32 E>
-__device__ __forceinline__ void seal_rows(const Layout& L, const Convert* s, u32 count, Tables& tables, u32 lanes) {
-    // Where the plane is in a slot.
-    const Plane p(L, 0, 0, plane_of(L));
-    const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
-    const float shorten = inverse_root(lanes * PER_THREAD), share = share_of_places(lanes * PER_THREAD);
-    const Convert *block = s + blockIdx.x, *end = s + count;
-    uint4 v[UNITS * VECTORS<E>];
-    fetch<E>(v, block->from + p.raw, p, group, lane, lanes);
-    tables.fill<E>();
-    // The threads take every turn together: shuffles need all lanes of a warp.
-    for (u32 first = 0; block < end;) {
-        if (first == 0 && block + gridDim.x < end) asm volatile("prefetch.global.L1 [%0];" ::"l"(block + gridDim.x));
-        const Convert* here = block;
-        const u32 row = first + group;
-        const Centre centre(L, plane_of(L), CENTRED ? here->index : 0);
-        float y[PER_THREAD], of_units[UNITS], lengths[UNITS];
+__device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, Tables& tables, u32 lanes) {
+    const Plane p(L, s.from, s.to, plane_of(L));
+    const Centre centre(L, plane_of(L), s.index);
+    const u32 lane = threadIdx.x % lanes, warp = threadIdx.x / WARP, rows = WARP / lanes;
+    u8* codes = tables.codes[warp];
+    // All lanes of a warp take every turn: shuffles need them.
+    for (u32 first = warp * rows; first < p.rows; first += WARPS * rows) {
+        const u32 in_warp = threadIdx.x % WARP / lanes, row = first + in_warp;
+        const uint4* from = (const uint4*)(p.raw + (u64)min(row, p.rows - 1) * p.row_bytes);
+        float y[PER_THREAD];
         u32 most = 0;
 #pragma unroll
         for (u32 k = 0; k < UNITS; k++) {
 #pragma unroll
             for (u32 part = 0; part < VECTORS<E>; part++) {
-                uint4 w = v[k * VECTORS<E> + part];
-                const u32 at = (k * lanes + lane) * UNIT + part * Vector<E>::N;
-                if (centre.on && row < p.rows) w = centre.shifted<E>(w, row, at, -1.0f);
+                const u32 vector = (k * lanes + lane) * VECTORS<E> + part;
+                uint4 w = __ldcs(from + vector);
+                if (centre.on && row < p.rows) w = centre.shifted<E>(w, row, vector * Vector<E>::N, -1.0f);
                 if (E != F16) most = max(most, abs_max_bits<E>(w));
-                unpack<E>(tables.flipped(w, (k * lanes + lane) * VECTORS<E> + part), y + k * UNIT + part * Vector<E>::N);
+                unpack<E>(tables.flipped(w, vector), y + k * UNIT + part * Vector<E>::N);
             }
         }
-        first += groups;
-        if (first >= p.rows) first = 0, block += gridDim.x;
-        if (block < end) fetch<E>(v, block->from + p.raw, p, first + group, lane, lanes);
-        float power = 1.0f;
+        for (u32 apart = 1; apart < lanes; apart *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, apart));
+        const float power = scaled<E, PER_THREAD>(y, most);
+        transform<PER_THREAD>(y, lane, lanes);
+        bool finite;
+        const float factor = choose<E, UNITS>(y, lanes, power, tables, finite, [&](u32 k, u32 word) {
+            put_codes(codes + in_warp * p.code_bytes + (k * lanes + lane) * BITS, word);
+        });
+        if (row < p.rows && lane == 0) write_factor(p.scales + (u64)row * 2, factor);
+        if (!finite) raise(s.flag);
+        __syncwarp();
+        store_rows(p.codes + (u64)first * p.code_bytes, codes, p.code_bytes, p.code_bytes, min(p.rows - first, rows));
+        __syncwarp();
+    }
+}
+
+// Rows of N units of 16-bit elements, one to each thread. A warp takes 32 at a time, of any of the blocks, and while it is at them the next
+// are on their way to shared memory.
+template <u32 E, u32 N>
+__device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s, u32 count, Tables& tables) {
+    constexpr u32 ROW = N * 16, CODES = N * BITS, STRIDE = CODES % 32 == 0 ? CODES + 16 : CODES;
+    // Where the plane is in a slot.
+    const Plane p(L, 0, 0, plane_of(L));
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const u32 parts = (p.rows + WARP - 1) / WARP;
+    u8 *const rows = tables.rows[warp], *const codes = tables.codes[warp];
+    // Vectors of rows lie in an order of each row's own, so that those that threads read at once are in different banks.
+    const auto place = [](u32 row, u32 vector) { return row * ROW + (vector ^ row % 8) * 16; };
+    const auto fetch = [&](u32 at) {
+        const u32 first = at % parts * WARP;
+        const u64 from = s[at / parts].from + p.raw + (u64)first * ROW + lane * 16;
+        // The vectors of a turn are of rows 8 apart, or of a part of one, so the order is that of the first but for these bits.
+        const u32 to = (u32)__cvta_generic_to_shared(rows) + place(lane / N, lane % N);
+        const u32 vectors = min(p.rows - first, WARP) * N;
+#pragma unroll
+        for (u32 turn = 0; turn < N; turn++) {
+            // Beyond the rows, zeros.
+            const bool some = turn * WARP + lane < vectors;
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((to ^ (turn * WARP / N % 8 * 16)) + turn * WARP * 16),
+                         "l"(from + turn * WARP * 16), "r"(some ? 16u : 0u) : "memory");
+        }
+    };
+    const u32 all = count * parts;
+    u32 at = blockIdx.x * WARPS + warp;
+    if (at < all) fetch(at);
+    while (at < all) {
+        const Convert& here = s[at / parts];
+        const u32 first = at % parts * WARP;
+        const u64 to = here.to;
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncwarp();
+        const Centre centre(L, plane_of(L), CENTRED ? here.index : 0);
+        if (centre.on && first + lane < p.rows) {
+#pragma unroll 1
+            for (u32 k = 0; k < N; k++) {
+                uint4* vector = (uint4*)(rows + place(lane, k));
+                *vector = centre.shifted<E>(*vector, first + lane, k * UNIT, -1.0f);
+            }
+        }
+        u32 most = 0;
         if (E != F16) {
-            for (u32 apart = 1; apart < lanes; apart *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, apart));
-            power = power_below(from_bits<E>(most));
+#pragma unroll 4
+            for (u32 k = 0; k < N; k++) most = max(most, abs_max_bits<E>(*(const uint4*)(rows + place(lane, k))));
         }
-        if (power != 1.0f) {
-            const float down = power_inverse(power);
+        const float power = E == F16 ? 1.0f : power_below(from_bits<E>(most));
+        float y[N * UNIT];
 #pragma unroll
-            for (u32 i = 0; i < PER_THREAD; i++) y[i] = __fmul_rn(y[i], down);
-        }
-        transform(y, lane, lanes);
-#pragma unroll
-        for (u32 k = 0; k < UNITS; k++) {
-            float all = __fmul_rn(y[k * UNIT], y[k * UNIT]);
-#pragma unroll
-            for (u32 i = 1; i < UNIT; i++) all = __fmaf_rn(y[k * UNIT + i], y[k * UNIT + i], all);
-            of_units[k] = all;
-        }
-        const float square = sum(of_units, lanes);
-        // Every element of the transform has every one of the row in it: what is not finite is in all squares.
-        const bool finite = square <= finite_max<F32>(), some = finite && square != 0.0f;
-        if (!finite) raise(here->flag);
-        const u64 to = here->to;
-        const float unit = __fmul_rn(near_inverse_root(square), share);
-#pragma unroll
-        for (u32 k = 0; k < UNITS; k++) {
-            u32 word = 0;
+        for (u32 k = 0; k < N; k++) {
+            unpack<E>(*(const uint4*)(rows + place(lane, k)), y + k * UNIT);
 #pragma unroll
             for (u32 i = 0; i < UNIT; i++) {
-                const float x = y[k * UNIT + i];
-                const float c = tables.of_places[place_of(x, unit)];
-                // The code enters at the top.
-                word = __funnelshift_r(word, __float_as_uint(c), BITS);
-                of_units[k] = i == 0 ? __fmul_rn(x, c) : __fmaf_rn(x, c, of_units[k]);
-                lengths[k] = i == 0 ? __fmul_rn(c, c) : __fmaf_rn(c, c, lengths[k]);
+                const bool flips = sign_word((k * UNIT + i) / 32) >> (k * UNIT + i) % 32 & 1;
+                if (E != F16) y[k * UNIT + i] = __fmul_rn(y[k * UNIT + i], power_inverse(power));
+                if (flips) y[k * UNIT + i] = -y[k * UNIT + i];
             }
-            if (row < p.rows) store_codes(to + p.codes + (u64)row * p.code_bytes + (k * lanes + lane) * BITS, some ? word >> (32 - UNIT * BITS) : 0);
         }
-        const float dot = sum(of_units, lanes), length = sum(lengths, lanes);
-        if (row < p.rows && lane == 0) {
-            const float factor = __fmul_rn(__fmul_rn(__fdiv_rn(dot, length), shorten), power);
-            write_factor(to + p.scales + (u64)row * 2, some ? factor : 0.0f);
-        }
+        __syncwarp();
+        at += gridDim.x * WARPS;
+        if (at < all) fetch(at);
+        transform<N * UNIT>(y, 0, 1);
+        bool finite;
+        u32 before = 0;
+        const float factor = choose<E, N>(y, 1, power, tables, finite, [&](u32 k, u32 word) {
+            u32* words = (u32*)(codes + lane * STRIDE);
+            // Units of 2 and 3 bytes are put together.
+            if (BITS == 4) words[k] = word;
+            else if (BITS == 2 && k % 2 == 1) words[k / 2] = before | word << 16;
+            else if (BITS == 3 && k % 4 != 0) words[k / 4 * 3 + k % 4 - 1] = before >> (8 * (k % 4) - 8) | word << (32 - 8 * (k % 4));
+            before = word;
+        });
+        if (first + lane < p.rows) write_factor(to + p.scales + (u64)(first + lane) * 2, factor);
+        if (!finite) raise(here.flag);
+        __syncwarp();
+        store_rows(to + p.codes + (u64)first * CODES, codes, CODES, STRIDE, min(p.rows - first, WARP));
     }
 }
 
@@ -290,7 +396,7 @@ __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre
         float y[PER_THREAD];
 #pragma unroll
         for (u32 i = 0; i < PER_THREAD; i++) y[i] = tables.value(offset_of(words[i / UNIT], i % UNIT));
-        transform(y, lane, lanes);
+        transform<PER_THREAD>(y, lane, lanes);
 #pragma unroll
         for (u32 i = 0; i < PER_THREAD; i++) y[i] = __fmul_rn(y[i], scale);
         if (!(fabsf(scale) <= bound)) {
@@ -381,7 +487,7 @@ __device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, 
         __syncthreads();
         const bool finite = S.most < 0x7f800000u;
         const float power = E == F16 ? 1.0f : power_below(__uint_as_float(S.most)), down = power_inverse(power);
-        for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) S.y[i] = flipped(__fmul_rn(S.y[i], down), SIGNS[i / 32 % 8], i % 32);
+        for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) S.y[i] = flipped(__fmul_rn(S.y[i], down), sign_word(i / 32), i % 32);
         plain_transform(S.y, p.dim);
         const float square = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(S.y[i], S.y[i]); });
         const bool some = finite && square != 0.0f;
@@ -420,7 +526,7 @@ __device__ __forceinline__ void plain_decode_rows(const Layout& L, const Plane& 
         const float scale = __fmul_rn(read_factor(p.scales + (u64)at.x * 2), inverse_root(group_of(p.dim)));
         u8* to = (u8*)output + (u64)at.y * p.row_bytes;
         for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
-            const float x = flipped(__fmul_rn(S.y[i], scale), SIGNS[i / 32 % 8], i % 32);
+            const float x = flipped(__fmul_rn(S.y[i], scale), sign_word(i / 32), i % 32);
             const float near = rounded<E>(saturated<E>(x));
             store<E>(to + i * L.element_bytes, centre.on ? centre.shifted<E>(near, at.x, i, 1.0f) : near);
         }
@@ -429,10 +535,10 @@ __device__ __forceinline__ void plain_decode_rows(const Layout& L, const Plane& 
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Lanes of a row if it is one for the fast kernels, else 0.
-__device__ __forceinline__ u32 lanes_of(const Plane& p, u64 raw, bool plain) {
+// Whether rows are for the fast kernels.
+__device__ __forceinline__ bool is_fast(const Plane& p, u64 raw, bool plain) {
     const bool fits = p.dim == 32 || p.dim == 64 || p.dim == 128 || p.dim == 256;
-    return fits && !plain && (raw & 15) == 0 && (p.codes & (BITS == 4 ? 15 : BITS == 2 ? 7 : 3)) == 0 ? p.dim / PER_THREAD : 0;
+    return fits && !plain && aligned16(raw, p.codes);
 }
 
 // Either the one or the other: a row is in registers, or it is here.
@@ -445,19 +551,26 @@ template <u32 E>
 __device__ __forceinline__ void seal_planes(const Layout& L, const Convert* s, u32 count, bool plain) {
     __shared__ Shared S;
     // Slots are aligned alike.
-    const Plane p(L, s[blockIdx.x].from, s[blockIdx.x].to, plane_of(L));
-    const u32 lanes = lanes_of(p, p.raw, plain);
-    if (lanes == 4) return seal_rows<E>(L, s, count, S.tables, 4);
-    if (lanes != 0) return seal_rows<E>(L, s, count, S.tables, lanes);
-    for (u32 block = blockIdx.x; block < count; block += gridDim.x) plain_seal_rows<E>(L, s[block], S.scratch);
+    const u32 plane = plane_of(L);
+    const Plane p(L, s->from, s->to, plane);
+    if (!is_fast(p, p.raw, plain)) {
+        for (u32 block = blockIdx.x; block < count; block += gridDim.x) plain_seal_rows<E>(L, s[block], S.scratch);
+        return;
+    }
+    S.tables.fill<E>();
+    if constexpr (E != F32) {
+        if (p.dim == 128) return seal_own_rows<E, 16>(L, s, count, S.tables);
+        if (p.dim == 64) return seal_own_rows<E, 8>(L, s, count, S.tables);
+    }
+    for (u32 block = blockIdx.x; block < count; block += gridDim.x) seal_rows<E>(L, s[block], S.tables, p.dim / PER_THREAD);
 }
 
 template <u32 E, typename F>
 __device__ __forceinline__ void decode_plane(const Layout& L, const Plane& p, const Centre& centre, u64 output, u32 rows, u32 part, u32 parts, bool plain, F place) {
     __shared__ Shared S;
-    const u32 lanes = lanes_of(p, output, plain);
-    if (lanes == 0) return plain_decode_rows<E>(L, p, centre, S.scratch, output, rows, part, parts, place);
+    if (!is_fast(p, output, plain)) return plain_decode_rows<E>(L, p, centre, S.scratch, output, rows, part, parts, place);
     S.tables.fill<E>();
+    const u32 lanes = p.dim / PER_THREAD;
     if (lanes == 4) decode_rows<E>(p, centre, S.tables, 4, output, rows, part, parts, place);
     else decode_rows<E>(p, centre, S.tables, lanes, output, rows, part, parts, place);
 }
