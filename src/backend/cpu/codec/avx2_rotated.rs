@@ -12,7 +12,7 @@ use super::ElementType;
 use super::avx2::{
     BF16, F16, F32, element_bytes, lanes, load_full, load_half, saturation, store_full, store_half,
 };
-use super::rotated::{self, NEAR_LEAST, NEAR_MOST, WHOLE, flips, group, root};
+use super::rotated::{self, NEAR, WHOLE, flips, group, root};
 
 /// See [`rotated::encode`].
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -79,20 +79,26 @@ fn encode_rows<const BITS: usize, const E: u8>(
 ) -> bool {
     let (row_bytes, code_bytes) = (dim * element_bytes(E), dim * BITS / 8);
     let zero = _mm256_setzero_ps();
-    let (mut y, mut units) = (vec![zero; dim], vec![zero; 3 * (dim / 8)]);
+    let (mut y, mut units) = (vec![zero; dim], vec![zero; dim / 4]);
     let mut finite = true;
     let batches = src.chunks(LANES * row_bytes).zip(codes.chunks_mut(LANES * code_bytes));
     for ((src, codes), factors) in batches.zip(factors.chunks_mut(LANES * 2)) {
         let rows = factors.len() / 2;
         let row = std::array::from_fn(|lane| &src[lane.min(rows - 1) * row_bytes..][..row_bytes]);
-        let max = load_rows::<E>(row, &mut y);
-        let up = match E {
-            F16 => _mm256_set1_ps(1.0),
-            _ => scale_down(max, &mut y),
-        };
+        let one = _mm256_set1_ps(1.0);
+        let max = load_rows::<E>(row, one, &mut y);
         y.chunks_exact_mut(group(dim)).for_each(|y| transform(y));
-        let (ideal, zero) = choose::<BITS>(&y, &mut units, codes, rows);
-        let ideal = lanes(_mm256_mul_ps(ideal, up));
+        let mut square = square_of(&y, &mut units);
+        let (mut power, near) = (one, near(square));
+        if E != F16 && _mm256_movemask_ps(near) != 0xFF {
+            // All go again, those that are near as they are.
+            power = _mm256_blendv_ps(power_below(max), one, near);
+            load_rows::<E>(row, _mm256_div_ps(one, power), &mut y);
+            y.chunks_exact_mut(group(dim)).for_each(|y| transform(y));
+            square = square_of(&y, &mut units);
+        }
+        let (ideal, zero) = choose::<BITS>(&y, square, &mut units, codes, rows);
+        let ideal = lanes(_mm256_mul_ps(ideal, power));
         let wrong = _mm256_cmpgt_epi32(max, _mm256_set1_epi32(0x7F7F_FFFF));
         let wrong = _mm256_movemask_ps(_mm256_castsi256_ps(wrong)).cast_unsigned();
         finite &= wrong & ((1 << rows) - 1) == 0;
@@ -108,60 +114,67 @@ fn encode_rows<const BITS: usize, const E: u8>(
     finite
 }
 
-/// Loads 8 rows, signs changed, one in each lane of `y`; the lanes' largest magnitudes as integers.
+/// Loads 8 rows times `scale`, signs changed, one in each lane of `y`; the lanes' largest magnitudes, without the scale, as integers.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn load_rows<const E: u8>(rows: [&[u8]; LANES], y: &mut [__m256]) -> __m256i {
+fn load_rows<const E: u8>(rows: [&[u8]; LANES], scale: __m256, y: &mut [__m256]) -> __m256i {
     let magnitude = _mm256_set1_epi32(0x7FFF_FFFF);
     let mut max = _mm256_setzero_si256();
     for (eighth, y) in y.chunks_exact_mut(8).enumerate() {
         let loaded = std::array::from_fn(|lane| load_8::<E>(rows[lane], eighth));
         for (i, x) in transposed(loaded).into_iter().enumerate() {
             max = _mm256_max_epu32(max, _mm256_and_si256(_mm256_castps_si256(x), magnitude));
-            y[i] = flip_if(x, flips(8 * eighth + i));
+            y[i] = flip_if(_mm256_mul_ps(x, scale), flips(8 * eighth + i));
         }
     }
     max
 }
 
-/// Divides each lane by the power of two of the definition, and returns that power.
+/// Which sums of squares are those of rows that are rotated as they are.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn scale_down(max: __m256i, y: &mut [__m256]) -> __m256 {
-    let exponent = _mm256_and_si256(max, _mm256_set1_epi32(0x7F80_0000));
-    let limit = |bits: u32| _mm256_set1_epi32(bits.cast_signed());
-    let far = _mm256_or_si256(
-        _mm256_cmpgt_epi32(limit(NEAR_LEAST), exponent),
-        _mm256_cmpgt_epi32(exponent, limit(NEAR_MOST)),
-    );
-    let power = _mm256_max_epi32(_mm256_min_epi32(exponent, limit(253 << 23)), limit(1 << 23));
-    let (power, far) = (_mm256_castsi256_ps(power), _mm256_castsi256_ps(far));
-    let power = _mm256_blendv_ps(_mm256_set1_ps(1.0), power, far);
-    // Both are powers of two, whose reciprocals are exact.
-    let down = _mm256_div_ps(_mm256_set1_ps(1.0), power);
-    y.iter_mut().for_each(|y| *y = _mm256_mul_ps(*y, down));
-    _mm256_div_ps(_mm256_set1_ps(1.0), down)
+fn near(square: __m256) -> __m256 {
+    _mm256_and_ps(
+        _mm256_cmp_ps::<_CMP_GE_OQ>(square, _mm256_set1_ps(*NEAR.start())),
+        _mm256_cmp_ps::<_CMP_LE_OQ>(square, _mm256_set1_ps(*NEAR.end())),
+    )
 }
 
-/// Chooses the codes of `rows` rows, and returns the factors, and a bit for each row of zeros. `units` has room for three sums of each 8
+/// What other rows are divided by, whose largest magnitudes are `max`. Its reciprocal is exact.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn power_below(max: __m256i) -> __m256 {
+    let exponent = _mm256_and_si256(max, _mm256_set1_epi32(0x7F80_0000));
+    let exponent = _mm256_min_epi32(exponent, _mm256_set1_epi32(253 << 23));
+    _mm256_castsi256_ps(_mm256_max_epi32(exponent, _mm256_set1_epi32(1 << 23)))
+}
+
+/// The sums of the squares of 8 rows.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn square_of(y: &[__m256], units: &mut [__m256]) -> __m256 {
+    let squares = &mut units[..y.len() / 8];
+    for (y, square) in y.chunks_exact(8).zip(&mut *squares) {
+        let first = _mm256_mul_ps(y[0], y[0]);
+        *square = y[1..].iter().fold(first, |all, y| _mm256_fmadd_ps(*y, *y, all));
+    }
+    total(squares, group(y.len()))
+}
+
+/// Chooses the codes of `rows` rows, and returns the factors, and a bit for each row of zeros. `units` has room for two sums of each 8
 /// elements.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn choose<const BITS: usize>(
     y: &[__m256],
+    square: __m256,
     units: &mut [__m256],
     codes: &mut [u8],
     rows: usize,
 ) -> (__m256, u32) {
     let (dim, group) = (y.len(), group(y.len()));
     let code_bytes = dim * BITS / 8;
-    let (squares, rest) = units.split_at_mut(dim / 8);
-    let (dots, lengths) = rest.split_at_mut(dim / 8);
-    for (y, square) in y.chunks_exact(8).zip(&mut *squares) {
-        let first = _mm256_mul_ps(y[0], y[0]);
-        *square = y[1..].iter().fold(first, |all, y| _mm256_fmadd_ps(*y, *y, all));
-    }
-    let square = total(squares, group);
+    let (dots, lengths) = units.split_at_mut(dim / 8);
     let unit = _mm256_mul_ps(near_inverse_root(square), _mm256_set1_ps(rotated::book(BITS).share(dim)));
     let parts = y.chunks_exact(8).zip(dots.iter_mut().zip(&mut *lengths));
     for (eighth, (y, (dot_of_unit, length_of_unit))) in parts.enumerate() {

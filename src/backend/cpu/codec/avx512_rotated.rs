@@ -13,7 +13,7 @@ use super::ElementType;
 use super::avx2::{BF16, F16, largest_bits, load_full, load_half, padded, saturation, store_full};
 use super::avx2_rotated;
 use super::avx512::{floats, halves, load, load_floats, parts, prefetch, saturated, store, store_floats};
-use super::rotated::{self, NEAR_LEAST, NEAR_MOST, WHOLE, flips, group, root};
+use super::rotated::{self, NEAR, WHOLE, flips, group, root};
 
 /// See [`rotated::encode`].
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
@@ -114,7 +114,7 @@ fn encode_rows<const BITS: usize, const E: u8, const DIM: usize>(
     let dim = if DIM == 0 { dim } else { DIM };
     let (raw_bytes, code_bytes) = (LANES * 2 * dim, LANES * dim * BITS / 8);
     let zero = _mm512_setzero_ps();
-    let (mut y, mut units) = (vec![zero; dim], vec![zero; 3 * (dim / 8)]);
+    let (mut y, mut units) = (vec![zero; dim], vec![zero; dim / 4]);
     let mut finite = true;
     let mut batch = |src: &[u8], codes: &mut [u8], factors: &mut [u8]| {
         finite &= encode_batch::<BITS, E, DIM>(&mut y, &mut units, src, codes, factors);
@@ -136,7 +136,7 @@ fn encode_rows<const BITS: usize, const E: u8, const DIM: usize>(
     finite
 }
 
-/// Encodes 16 rows. `units` has room for three sums of each 8 elements.
+/// Encodes 16 rows. `units` has room for two sums of each 8 elements.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn encode_batch<const BITS: usize, const E: u8, const DIM: usize>(
@@ -148,15 +148,21 @@ fn encode_batch<const BITS: usize, const E: u8, const DIM: usize>(
 ) -> bool {
     let dim = if DIM == 0 { y.len() } else { DIM };
     let (y, src, codes) = (&mut y[..dim], &src[..LANES * 2 * dim], &mut codes[..LANES * dim * BITS / 8]);
-    let max = load_rows::<E, DIM>(src, y);
-    let up = match E {
-        F16 => _mm512_set1_ps(1.0),
-        _ => scale_down(floats::<E>(max), y),
-    };
+    let one = _mm512_set1_ps(1.0);
+    let max = load_rows::<E, DIM, false>(src, y, one);
     last_levels(y);
-    let (ideal, zero) = choose::<BITS, DIM>(y, units, codes);
+    let mut square = square_of(y, units);
+    let (mut power, far) = (one, !near(square));
+    if E != F16 && far != 0 {
+        // All go again, those that are near as they are.
+        power = _mm512_mask_mov_ps(one, far, power_below(floats::<E>(max)));
+        load_rows::<E, DIM, true>(src, y, _mm512_div_ps(one, power));
+        last_levels(y);
+        square = square_of(y, units);
+    }
+    let (ideal, zero) = choose::<BITS, DIM>(y, square, units, codes);
     let mut factor = [0.0; LANES];
-    store_floats(&mut factor, _mm512_mul_ps(ideal, up));
+    store_floats(&mut factor, _mm512_mul_ps(ideal, power));
     let wrong = _mm256_cmpgt_epi16_mask(max, _mm256_set1_epi16(largest_bits(E) as i16));
     let nothing = wrong | zero;
     let stored = codes.chunks_exact_mut(dim * BITS / 8).zip(factors.chunks_exact_mut(2));
@@ -170,11 +176,15 @@ fn encode_batch<const BITS: usize, const E: u8, const DIM: usize>(
     wrong == 0
 }
 
-/// Loads 16 rows, signs changed, one in each lane of `y`, and returns the lanes' largest magnitudes as bits of elements. The first
-/// levels of the transform are done unless rows have to be scaled before.
+/// Loads 16 rows, signs changed, one in each lane of `y`, times `scale` if they are `SCALED`, and does the first levels of the transform.
+/// Returns the lanes' largest magnitudes as bits of elements.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-fn load_rows<const E: u8, const DIM: usize>(src: &[u8], y: &mut [__m512]) -> __m256i {
+fn load_rows<const E: u8, const DIM: usize, const SCALED: bool>(
+    src: &[u8],
+    y: &mut [__m512],
+    scale: __m512,
+) -> __m256i {
     let dim = if DIM == 0 { y.len() } else { DIM };
     let (y, src, row_parts) = (&mut y[..dim], &src[..LANES * 2 * dim], dim / 16);
     let mut max = _mm256_setzero_si256();
@@ -187,34 +197,42 @@ fn load_rows<const E: u8, const DIM: usize>(src: &[u8], y: &mut [__m512]) -> __m
             max = _mm256_max_epu16(max, _mm256_and_si256(x, _mm256_set1_epi16(0x7FFF)));
         }
         *y = std::array::from_fn(|i| {
-            let x = _mm512_castps_si512(floats::<E>(loaded[i]));
+            let x = floats::<E>(loaded[i]);
+            let x = _mm512_castps_si512(if SCALED { _mm512_mul_ps(x, scale) } else { x });
             _mm512_castsi512_ps(_mm512_xor_si512(x, flip(16 * part + i)))
         });
-        if E == F16 {
-            levels(y);
-        }
+        levels(y);
     }
     max
 }
 
-/// Divides each lane by the power of two of the definition, and returns that power. The first levels of the transform
-/// are done on the way.
+/// Which sums of squares are those of rows that are rotated as they are.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-fn scale_down(max: __m512, y: &mut [__m512]) -> __m512 {
+fn near(square: __m512) -> u16 {
+    _mm512_cmp_ps_mask::<_CMP_GE_OQ>(square, _mm512_set1_ps(*NEAR.start()))
+        & _mm512_cmp_ps_mask::<_CMP_LE_OQ>(square, _mm512_set1_ps(*NEAR.end()))
+}
+
+/// What other rows are divided by, whose largest magnitudes are `max`. Its reciprocal is exact.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn power_below(max: __m512) -> __m512 {
     let exponent = _mm512_and_si512(_mm512_castps_si512(max), _mm512_set1_epi32(0x7F80_0000));
-    let limit = |bits: u32| _mm512_set1_epi32(bits.cast_signed());
-    let near = _mm512_cmpge_epi32_mask(exponent, limit(NEAR_LEAST))
-        & _mm512_cmple_epi32_mask(exponent, limit(NEAR_MOST));
-    let power = _mm512_max_epi32(_mm512_min_epi32(exponent, limit(253 << 23)), limit(1 << 23));
-    let power = _mm512_mask_mov_ps(_mm512_castsi512_ps(power), near, _mm512_set1_ps(1.0));
-    // Both are powers of two, whose reciprocals are exact.
-    let down = _mm512_div_ps(_mm512_set1_ps(1.0), power);
-    for y in y.as_chunks_mut::<16>().0 {
-        y.iter_mut().for_each(|y| *y = _mm512_mul_ps(*y, down));
-        levels(y);
+    let exponent = _mm512_min_epi32(exponent, _mm512_set1_epi32(253 << 23));
+    _mm512_castsi512_ps(_mm512_max_epi32(exponent, _mm512_set1_epi32(1 << 23)))
+}
+
+/// The sums of the squares of 16 rows.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn square_of(y: &[__m512], units: &mut [__m512]) -> __m512 {
+    let squares = &mut units[..y.len() / 8];
+    for (y, square) in y.as_chunks::<8>().0.iter().zip(&mut *squares) {
+        let first = _mm512_mul_ps(y[0], y[0]);
+        *square = y[1..].iter().fold(first, |all, y| _mm512_fmadd_ps(*y, *y, all));
     }
-    _mm512_div_ps(_mm512_set1_ps(1.0), down)
+    total(squares, group(y.len()))
 }
 
 /// Chooses the codes of 16 rows, and returns the factors, and a bit for each row of zeros.
@@ -222,18 +240,13 @@ fn scale_down(max: __m512, y: &mut [__m512]) -> __m512 {
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn choose<const BITS: usize, const DIM: usize>(
     y: &[__m512],
+    square: __m512,
     units: &mut [__m512],
     codes: &mut [u8],
 ) -> (__m512, u16) {
     let dim = if DIM == 0 { y.len() } else { DIM };
     let (y, codes, group) = (&y[..dim], &mut codes[..LANES * dim * BITS / 8], group(dim));
-    let (squares, rest) = units.split_at_mut(dim / 8);
-    let (dots, lengths) = rest.split_at_mut(dim / 8);
-    for (y, square) in y.as_chunks::<8>().0.iter().zip(&mut *squares) {
-        let first = _mm512_mul_ps(y[0], y[0]);
-        *square = y[1..].iter().fold(first, |all, y| _mm512_fmadd_ps(*y, *y, all));
-    }
-    let square = total(squares, group);
+    let (dots, lengths) = units.split_at_mut(dim / 8);
     let unit = _mm512_mul_ps(near_inverse_root(square), _mm512_set1_ps(rotated::book(BITS).share(dim)));
     let nearest = nearest::<BITS>();
     let parts = y.as_chunks::<8>().0.iter().zip(dots.iter_mut().zip(&mut *lengths));

@@ -1,5 +1,7 @@
 //! `r4`, `r3`, `r2`: rotated rows and codebooks for a normal distribution. The definition; see the [module documentation](super).
 
+use std::ops::RangeInclusive;
+
 use half::bf16;
 
 use super::ElementType;
@@ -122,9 +124,14 @@ pub(super) fn encode(
     for ((row, codes), factor) in rows.zip(factors.chunks_exact_mut(2)) {
         codes.fill(0);
         if all_finite(element, row) {
-            let down = load(element, row, &mut rotated);
-            let ideal = choose(bits, &mut rotated, codes) * down.recip();
-            write_factor(ideal, factor);
+            let mut square = rotate(element, row, 1.0, &mut rotated);
+            let mut power = 1.0;
+            if !is_near(element, square) {
+                let abs_max = (0..dim).fold(0.0f32, |max, i| max.max(read(element, row, i).abs()));
+                power = power_below(abs_max);
+                square = rotate(element, row, power.recip(), &mut rotated);
+            }
+            write_factor(choose(bits, &rotated, square, codes) * power, factor);
         } else {
             all = false;
             write_factor(0.0, factor);
@@ -133,41 +140,37 @@ pub(super) fn encode(
     all
 }
 
-/// Loads a row with its signs changed, and returns by which power of two it was multiplied, so that no square overflows.
-fn load(element: ElementType, row: &[u8], into: &mut [f32]) -> f32 {
-    let down = match element {
-        ElementType::F16 => 1.0,
-        ElementType::Bf16 | ElementType::F32 => {
-            let abs_max = (0..into.len()).fold(0.0f32, |max, i| max.max(read(element, row, i).abs()));
-            power_below(abs_max).recip()
-        }
-    };
-    for (i, to) in into.iter_mut().enumerate() {
-        let x = read(element, row, i) * down;
-        *to = if flips(i) { -x } else { x };
+/// Rotates a row times `scale`, and returns the sum of its squares.
+fn rotate(element: ElementType, row: &[u8], scale: f32, y: &mut [f32]) -> f32 {
+    for (i, y) in y.iter_mut().enumerate() {
+        let x = read(element, row, i) * scale;
+        *y = if flips(i) { -x } else { x };
     }
-    down
-}
-
-/// What a row is divided by whose largest magnitude is `x`: 1 if squares are far from overflow and underflow, or the power of two at or
-/// below it, between 2^-126 and 2^126.
-fn power_below(x: f32) -> f32 {
-    let exponent = x.to_bits() & 0x7F80_0000;
-    match exponent {
-        NEAR_LEAST..=NEAR_MOST => 1.0,
-        _ => f32::from_bits(exponent.clamp(1 << 23, 253 << 23)),
-    }
-}
-
-/// The exponents, as bits, of numbers whose squares are far from overflow and underflow: 2^-40 to 2^40.
-pub(super) const NEAR_LEAST: u32 = (127 - 40) << 23;
-pub(super) const NEAR_MOST: u32 = (127 + 40) << 23;
-
-/// Rotates the row in `y`, chooses its codes, and returns its factor.
-fn choose(bits: usize, y: &mut [f32], codes: &mut [u8]) -> f32 {
     let (dim, group) = (y.len(), group(y.len()));
     y.chunks_exact_mut(group).for_each(transform);
-    let square = sum(dim, group, |i| (y[i], y[i]));
+    sum(dim, group, |i| (y[i], y[i]))
+}
+
+/// Between these a sum of squares is far from overflow and underflow, and so is each of them.
+pub(super) const NEAR: RangeInclusive<f32> = power(-80)..=power(100);
+
+const fn power(exponent: i32) -> f32 {
+    f32::from_bits(((127 + exponent) as u32) << 23)
+}
+
+/// Whether a row whose squares add up to this is rotated as it is. Those of f16 always are.
+fn is_near(element: ElementType, square: f32) -> bool {
+    element == ElementType::F16 || NEAR.contains(&square)
+}
+
+/// What other rows are divided by, whose largest magnitude is `x`: the power of two at or below it, between 2^-126 and 2^126.
+fn power_below(x: f32) -> f32 {
+    f32::from_bits((x.to_bits() & 0x7F80_0000).clamp(1 << 23, 253 << 23))
+}
+
+/// Chooses the codes of a rotated row, and returns its factor. `square` is the sum of its squares.
+fn choose(bits: usize, y: &[f32], square: f32, codes: &mut [u8]) -> f32 {
+    let (dim, group) = (y.len(), group(y.len()));
     if square == 0.0 {
         return 0.0;
     }

@@ -103,12 +103,14 @@ struct Tables {
 
 __device__ __forceinline__ float inverse_root(u32 group) { return __frcp_rn(__fsqrt_rn((float)group)); }
 
-// The power of two that a row is divided by, so that no square overflows: 1 for what is far from that, or the one at or below x, the
-// largest magnitude, between 2^-126 and 2^126.
+// Whether the squares of a row, `square` in all, are far enough from overflow and underflow. Those of f16 always are.
+template <u32 E> __device__ __forceinline__ bool near(float square) {
+    return E == F16 || (square >= __uint_as_float((127u - 80u) << 23) && square <= __uint_as_float((127u + 100u) << 23));
+}
+
+// What other rows are divided by: the power of two at or below x, the largest magnitude, between 2^-126 and 2^126.
 __device__ __forceinline__ float power_below(float x) {
-    const u32 exponent = __float_as_uint(x) & 0x7f800000u;
-    const bool near = exponent - (87u << 23) <= 80u << 23;
-    return __uint_as_float(near ? 127u << 23 : min(max(exponent, 1u << 23), 253u << 23));
+    return __uint_as_float(min(max(__float_as_uint(x) & 0x7f800000u, 1u << 23), 253u << 23));
 }
 
 // Its reciprocal, which is exact.
@@ -165,17 +167,6 @@ template <u32 N> __device__ __forceinline__ void transform(float* y, u32 lane, u
     for (u32 apart = UNIT; apart < N; apart *= 2) butterflies<N>(y, apart);
 }
 
-// Divides what is far from 1 by a power of two, and returns that. `most` are the bits of the row's largest magnitude.
-template <u32 E, u32 N> __device__ __forceinline__ float scaled(float* y, u32 most) {
-    const float power = E == F16 ? 1.0f : power_below(from_bits<E>(most));
-    if (power != 1.0f) {
-        const float down = power_inverse(power);
-#pragma unroll
-        for (u32 i = 0; i < N; i++) y[i] = __fmul_rn(y[i], down);
-    }
-    return power;
-}
-
 // Of what the units of a row come to: each of the first half and its fellow of the second, until one is left.
 template <u32 N> __device__ __forceinline__ float sum(float* of_units, u32 lanes) {
     if constexpr (N > 1) {
@@ -212,22 +203,41 @@ __device__ __forceinline__ u32 offset_of(u32 word, u32 i) {
     return shifted & (4 * (2 * MAGNITUDES - 1));
 }
 
-// What is left to do for a row after its transform: `of` lanes have N units of it each. Codes go to `word_of(unit, word)`; the factor is
-// the answer, 0 if there is nothing to store.
-template <u32 E, u32 N, typename F>
-__device__ __forceinline__ float choose(const float* y, u32 lanes, float power, const Tables& tables, bool& finite, F word_of) {
-    float of_units[N], lengths[N];
+// The sum of the squares of a row, of which `lanes` lanes have N units each.
+template <u32 N> __device__ __forceinline__ float square_of(const float* y, u32 lanes) {
+    float of_units[N];
 #pragma unroll
     for (u32 k = 0; k < N; k++) {
-        float all = __fmul_rn(y[k * UNIT], y[k * UNIT]);
+        of_units[k] = __fmul_rn(y[k * UNIT], y[k * UNIT]);
 #pragma unroll
-        for (u32 i = 1; i < UNIT; i++) all = __fmaf_rn(y[k * UNIT + i], y[k * UNIT + i], all);
-        of_units[k] = all;
+        for (u32 i = 1; i < UNIT; i++) of_units[k] = __fmaf_rn(y[k * UNIT + i], y[k * UNIT + i], of_units[k]);
     }
-    const float square = sum<N>(of_units, lanes);
+    return sum<N>(of_units, lanes);
+}
+
+// Transforms the elements that `load(down)` gives, with signs changed, divided before if need be, so that no square overflows: `most()` is
+// the largest magnitude then. The answers are what they were divided by, and the sum of their squares.
+template <u32 E, u32 N, typename Load, typename Most>
+__device__ __forceinline__ float2 transformed(float* y, u32 lane, u32 lanes, Load load, Most most) {
+    float power = 1.0f;
+    for (bool divided = false;; divided = true) {
+        load(divided, power_inverse(power));
+        transform<N * UNIT>(y, lane, lanes);
+        const float square = square_of<N>(y, lanes);
+        // All of a warp do it again, or none: those that need not divide by 1.
+        if (E == F16 || divided || __all_sync(0xffffffffu, near<E>(square))) return make_float2(power, square);
+        const float largest = most();
+        power = near<E>(square) ? 1.0f : power_below(largest);
+    }
+}
+
+// Chooses the codes of a row after its transform, which go to `take(unit, word)`. The answer is its factor, 0 if there is nothing to
+// store.
+template <u32 N, typename F>
+__device__ __forceinline__ float choose(const float* y, u32 lanes, float power, float square, const Tables& tables, F take) {
+    float dots[N], lengths[N];
     // Every element of the transform has every one of the row in it: what is not finite is in all squares.
-    finite = square <= finite_max<F32>();
-    const bool some = finite && square != 0.0f;
+    const bool some = square <= finite_max<F32>() && square != 0.0f;
     const u32 dim = lanes * N * UNIT;
     const float unit = __fmul_rn(near_inverse_root(square), share_of_places(dim));
 #pragma unroll
@@ -239,12 +249,12 @@ __device__ __forceinline__ float choose(const float* y, u32 lanes, float power, 
             const float c = tables.of_places[place_of(x, unit)];
             // The code enters at the top.
             word = __funnelshift_r(word, __float_as_uint(c), BITS);
-            of_units[k] = i == 0 ? __fmul_rn(x, c) : __fmaf_rn(x, c, of_units[k]);
+            dots[k] = i == 0 ? __fmul_rn(x, c) : __fmaf_rn(x, c, dots[k]);
             lengths[k] = i == 0 ? __fmul_rn(c, c) : __fmaf_rn(c, c, lengths[k]);
         }
-        word_of(k, some ? word >> (32 - UNIT * BITS) : 0);
+        take(k, some ? word >> (32 - UNIT * BITS) : 0);
     }
-    const float dot = sum<N>(of_units, lanes), length = sum<N>(lengths, lanes);
+    const float dot = sum<N>(dots, lanes), length = sum<N>(lengths, lanes);
     return some ? __fmul_rn(__fmul_rn(__fdiv_rn(dot, length), inverse_root(dim)), power) : 0.0f;
 }
 
@@ -260,41 +270,52 @@ __device__ __forceinline__ void store_rows(u64 to, const u8* codes, u32 row_byte
     }
 }
 
-// Rows that several threads share, `lanes` of them; or of one, if they are short.
+// Rows `first` to `end`, by a warp: `lanes` threads share one.
 template <u32 E>
-__device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, Tables& tables, u32 lanes) {
+__device__ __noinline__ void seal_rows(const Layout& L, const Convert& s, Tables& tables, u32 first, u32 end) {
     const Plane p(L, s.from, s.to, plane_of(L));
     const Centre centre(L, plane_of(L), s.index);
-    const u32 lane = threadIdx.x % lanes, warp = threadIdx.x / WARP, rows = WARP / lanes;
-    u8* codes = tables.codes[warp];
+    const u32 lanes = p.dim / PER_THREAD, rows = WARP / lanes, lane = threadIdx.x % lanes, in_warp = threadIdx.x % WARP / lanes;
+    u8* codes = tables.codes[threadIdx.x / WARP];
     // All lanes of a warp take every turn: shuffles need them.
-    for (u32 first = warp * rows; first < p.rows; first += WARPS * rows) {
-        const u32 in_warp = threadIdx.x % WARP / lanes, row = first + in_warp;
+    for (; first < end; first += rows) {
+        const u32 row = first + in_warp;
         const uint4* from = (const uint4*)(p.raw + (u64)min(row, p.rows - 1) * p.row_bytes);
+        const auto vector = [&](u32 k, u32 part) {
+            const u32 at = (k * lanes + lane) * VECTORS<E> + part;
+            const uint4 v = __ldcs(from + at);
+            return centre.on && row < end ? centre.shifted<E>(v, row, at * Vector<E>::N, -1.0f) : v;
+        };
         float y[PER_THREAD];
-        u32 most = 0;
+        const auto load = [&](bool divided, float down) {
 #pragma unroll
-        for (u32 k = 0; k < UNITS; k++) {
+            for (u32 k = 0; k < UNITS; k++) {
 #pragma unroll
-            for (u32 part = 0; part < VECTORS<E>; part++) {
-                const u32 vector = (k * lanes + lane) * VECTORS<E> + part;
-                uint4 w = __ldcs(from + vector);
-                if (centre.on && row < p.rows) w = centre.shifted<E>(w, row, vector * Vector<E>::N, -1.0f);
-                if (E != F16) most = max(most, abs_max_bits<E>(w));
-                unpack<E>(tables.flipped(w, vector), y + k * UNIT + part * Vector<E>::N);
+                for (u32 part = 0; part < VECTORS<E>; part++) {
+                    const u32 at = (k * lanes + lane) * VECTORS<E> + part;
+                    unpack<E>(tables.flipped(vector(k, part), at), y + k * UNIT + part * Vector<E>::N);
+                }
             }
-        }
-        for (u32 apart = 1; apart < lanes; apart *= 2) most = max(most, __shfl_xor_sync(0xffffffffu, most, apart));
-        const float power = scaled<E, PER_THREAD>(y, most);
-        transform<PER_THREAD>(y, lane, lanes);
-        bool finite;
-        const float factor = choose<E, UNITS>(y, lanes, power, tables, finite, [&](u32 k, u32 word) {
+            if (divided) {
+#pragma unroll
+                for (u32 i = 0; i < PER_THREAD; i++) y[i] = __fmul_rn(y[i], down);
+            }
+        };
+        const auto most = [&] {
+            u32 bits = 0;
+#pragma unroll 1
+            for (u32 i = 0; i < UNITS * VECTORS<E>; i++) bits = max(bits, abs_max_bits<E>(vector(i / VECTORS<E>, i % VECTORS<E>)));
+            for (u32 apart = 1; apart < lanes; apart *= 2) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, apart));
+            return from_bits<E>(bits);
+        };
+        const float2 done = transformed<E, UNITS>(y, lane, lanes, load, most);
+        const float factor = choose<UNITS>(y, lanes, done.x, done.y, tables, [&](u32 k, u32 word) {
             put_codes(codes + in_warp * p.code_bytes + (k * lanes + lane) * BITS, word);
         });
-        if (row < p.rows && lane == 0) write_factor(p.scales + (u64)row * 2, factor);
-        if (!finite) raise(s.flag);
+        if (row < end && lane == 0) write_factor(p.scales + (u64)row * 2, factor);
+        if (!(done.y <= finite_max<F32>())) raise(s.flag);
         __syncwarp();
-        store_rows(p.codes + (u64)first * p.code_bytes, codes, p.code_bytes, p.code_bytes, min(p.rows - first, rows));
+        store_rows(p.codes + (u64)first * p.code_bytes, codes, p.code_bytes, p.code_bytes, min(end - first, rows));
         __syncwarp();
     }
 }
@@ -342,30 +363,26 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
                 *vector = centre.shifted<E>(*vector, first + lane, k * UNIT, -1.0f);
             }
         }
-        u32 most = 0;
-        if (E != F16) {
-#pragma unroll 4
-            for (u32 k = 0; k < N; k++) most = max(most, abs_max_bits<E>(*(const uint4*)(rows + place(lane, k))));
-        }
-        const float power = E == F16 ? 1.0f : power_below(from_bits<E>(most));
         float y[N * UNIT];
 #pragma unroll
         for (u32 k = 0; k < N; k++) {
             unpack<E>(*(const uint4*)(rows + place(lane, k)), y + k * UNIT);
 #pragma unroll
             for (u32 i = 0; i < UNIT; i++) {
-                const bool flips = sign_word((k * UNIT + i) / 32) >> (k * UNIT + i) % 32 & 1;
-                if (E != F16) y[k * UNIT + i] = __fmul_rn(y[k * UNIT + i], power_inverse(power));
-                if (flips) y[k * UNIT + i] = -y[k * UNIT + i];
+                if (sign_word((k * UNIT + i) / 32) >> (k * UNIT + i) % 32 & 1) y[k * UNIT + i] = -y[k * UNIT + i];
             }
         }
         __syncwarp();
         at += gridDim.x * WARPS;
         if (at < all) fetch(at);
         transform<N * UNIT>(y, 0, 1);
-        bool finite;
+        const float square = square_of<N>(y, 1);
+        if (!__all_sync(0xffffffffu, near<E>(square) || first + lane >= p.rows)) {
+            seal_rows<E>(L, here, tables, first, min(first + WARP, p.rows));
+            continue;
+        }
         u32 before = 0;
-        const float factor = choose<E, N>(y, 1, power, tables, finite, [&](u32 k, u32 word) {
+        const float factor = choose<N>(y, 1, 1.0f, square, tables, [&](u32 k, u32 word) {
             u32* words = (u32*)(codes + lane * STRIDE);
             // Units of 2 and 3 bytes are put together.
             if (BITS == 4) words[k] = word;
@@ -374,7 +391,7 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
             before = word;
         });
         if (first + lane < p.rows) write_factor(to + p.scales + (u64)(first + lane) * 2, factor);
-        if (!finite) raise(here.flag);
+        if (!(square <= finite_max<F32>())) raise(here.flag);
         __syncwarp();
         store_rows(to + p.codes + (u64)first * CODES, codes, CODES, STRIDE, min(p.rows - first, WARP));
     }
@@ -479,18 +496,20 @@ __device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, 
         const u64 to = p.codes + (u64)row * p.code_bytes;
         if (threadIdx.x == 0) S.most = 0;
         __syncthreads();
-        for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
-            S.y[i] = load<E>(raw + i * L.element_bytes);
-            if (centre.on) S.y[i] = centre.shifted<E>(S.y[i], row, i, -1.0f);
-            atomicMax(&S.most, __float_as_uint(fabsf(S.y[i])));
+        float power = 1.0f, square;
+        for (bool divided = false;; divided = true) {
+            for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
+                float x = load<E>(raw + i * L.element_bytes);
+                if (centre.on) x = centre.shifted<E>(x, row, i, -1.0f);
+                atomicMax(&S.most, __float_as_uint(fabsf(x)));
+                S.y[i] = flipped(__fmul_rn(x, power_inverse(power)), sign_word(i / 32), i % 32);
+            }
+            plain_transform(S.y, p.dim);
+            square = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(S.y[i], S.y[i]); });
+            if (near<E>(square) || divided) break;
+            power = power_below(__uint_as_float(S.most));
         }
-        __syncthreads();
-        const bool finite = S.most < 0x7f800000u;
-        const float power = E == F16 ? 1.0f : power_below(__uint_as_float(S.most)), down = power_inverse(power);
-        for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) S.y[i] = flipped(__fmul_rn(S.y[i], down), sign_word(i / 32), i % 32);
-        plain_transform(S.y, p.dim);
-        const float square = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(S.y[i], S.y[i]); });
-        const bool some = finite && square != 0.0f;
+        const bool finite = S.most < 0x7f800000u, some = finite && square != 0.0f;
         const float unit = __fmul_rn(near_inverse_root(square), share_of_places(p.dim));
         for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) S.codes[i] = some ? code_of_place(place_of(S.y[i], unit)) : 0;
         __syncthreads();
@@ -562,7 +581,10 @@ __device__ __forceinline__ void seal_planes(const Layout& L, const Convert* s, u
         if (p.dim == 128) return seal_own_rows<E, 16>(L, s, count, S.tables);
         if (p.dim == 64) return seal_own_rows<E, 8>(L, s, count, S.tables);
     }
-    for (u32 block = blockIdx.x; block < count; block += gridDim.x) seal_rows<E>(L, s[block], S.tables, p.dim / PER_THREAD);
+    for (u32 block = blockIdx.x; block < count; block += gridDim.x) {
+        for (u32 first = threadIdx.x / WARP * WARP; first < p.rows; first += WARPS * WARP)
+            seal_rows<E>(L, s[block], S.tables, first, min(first + WARP, p.rows));
+    }
 }
 
 template <u32 E, typename F>
