@@ -146,9 +146,8 @@ template <u32 N> __device__ __forceinline__ void butterflies(float* y, u32 apart
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Rows of 32, 64, 128 or 256 elements. Of a row's `lanes`, lane `l` has units l, l + lanes,
-// l + 2 * lanes and so on, so that what they load and store lies side by side.
-
+// Rows of 32, 64, 128 or 256 elements. Of a row's `lanes`, lane `l` has units l, l + lanes, l + 2 * lanes and so on, so that what they load
+// and store lies side by side.
 
 // Vectors of a unit.
 template <u32 E> constexpr u32 VECTORS = UNIT / Vector<E>::N;
@@ -335,7 +334,8 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
     const auto fetch = [&](u32 at) {
         const u32 first = at % parts * WARP;
         const u64 from = s[at / parts].from + p.raw + (u64)first * ROW + lane * 16;
-        // The vectors of a turn are of rows 8 apart, or of a part of one, so the order is that of the first but for these bits.
+        // The rows of a turn are an even number of rows behind those of the first, fewer than which these are: their order is that of the
+        // first but for bits that it has not.
         const u32 to = (u32)__cvta_generic_to_shared(rows) + place(lane / N, lane % N);
         const u32 vectors = min(p.rows - first, WARP) * N;
 #pragma unroll
