@@ -414,7 +414,8 @@ impl CacheConfig {
         self.check_scores()?;
         let (format, tokens) = (self.sealed_format(), layout.block_tokens);
         self.check_ladder(&layout)?;
-        for keys in self.formats().formats().iter().map(|format| format.keys) {
+        let of_keys = self.formats().formats().iter().map(|format| format.keys).collect::<Vec<_>>();
+        for keys in of_keys.into_iter().chain(self.quantisation.colder_formats.iter().copied()) {
             if keys.is_grouped() && !tokens.is_multiple_of(GROUP) {
                 let fix =
                     format!("use a multiple of {GROUP}: {keys} has a scale for each channel of {GROUP} keys");
@@ -485,18 +486,25 @@ impl CacheConfig {
 
     /// The format that the quantisation settings stand for.
     pub fn sealed_format(&self) -> BlockFormat {
-        let Quantisation { enabled, format: keys, values_format, raw_first_layers, raw_last_layers, .. } =
+        if self.quantisation.enabled { self.format_if_enabled() } else { BlockFormat::RAW }
+    }
+
+    fn format_if_enabled(&self) -> BlockFormat {
+        let Quantisation { format: keys, values_format, raw_first_layers, raw_last_layers, .. } =
             self.quantisation;
         let values = values_format.unwrap_or(keys);
-        match enabled && (keys, values) != (Format::Raw, Format::Raw) {
-            true => BlockFormat { keys, values, raw_first_layers, raw_last_layers },
-            false => BlockFormat::RAW,
+        match (keys, values) {
+            (Format::Raw, Format::Raw) => BlockFormat::RAW,
+            _ => BlockFormat { keys, values, raw_first_layers, raw_last_layers },
         }
     }
 
     /// That format, and those that sealed blocks are re-encoded to.
     pub(crate) fn formats(&self) -> Ladder {
-        let sealed = self.sealed_format();
+        self.formats_behind(self.sealed_format())
+    }
+
+    fn formats_behind(&self, sealed: BlockFormat) -> Ladder {
         let colder = self.quantisation.colder_formats.iter().filter(|_| !sealed.is_raw());
         let colder = colder.map(|&format| BlockFormat { keys: format, values: format, ..sealed });
         let all = std::iter::once(sealed).chain(colder).collect::<Vec<_>>();
@@ -509,9 +517,11 @@ impl CacheConfig {
         self.formats().formats().iter().any(|format| format.keys != Format::Raw)
     }
 
-    /// Formats that blocks are re-encoded to are fewer bytes each, in keys and in values, and few.
+    /// Formats that blocks are re-encoded to are fewer bytes each, in keys and in values, and few. Also of settings that are turned off: a
+    /// cache that is opened today opens when they are turned on.
     fn check_ladder(&self, layout: &BlockLayout) -> Result<(), ConfigError> {
-        let Quantisation { enabled, ref colder_formats, .. } = self.quantisation;
+        let colder_formats = &self.quantisation.colder_formats;
+        let sealed = self.format_if_enabled();
         let refuse = |fix: String| {
             let names = colder_formats.iter().map(|format| format.name()).collect::<Vec<_>>();
             Err(ConfigError::invalid("quantisation.colder_formats", names.join(", "), fix))
@@ -519,12 +529,12 @@ impl CacheConfig {
         if colder_formats.len() >= Ladder::RUNGS_MAX {
             return refuse(format!("name at most {}", Ladder::RUNGS_MAX - 1));
         }
-        if enabled && !colder_formats.is_empty() && self.sealed_format().is_raw() {
+        if !colder_formats.is_empty() && sealed.is_raw() {
             return refuse("name none, or seal in a format that is not raw".into());
         }
         let bytes = |format: &BlockFormat| format.block_bytes(layout);
         let bits = |format: &BlockFormat| [format.keys, format.values].map(|of| of.code_bits(layout.element));
-        for pair in self.formats().formats().windows(2) {
+        for pair in self.formats_behind(sealed).formats().windows(2) {
             let [before, after] = [&pair[0], &pair[1]].map(bits);
             let grows = before.iter().zip(after).any(|(before, after)| after > *before);
             if bytes(&pair[1]) >= bytes(&pair[0]) || grows {
