@@ -47,6 +47,7 @@ on_every_setup!(
     what_was_re_encoded_moves_and_is_written_to_like_any_other,
     a_view_holds_still_while_its_block_is_re_encoded,
     whoever_writes_waits_for_others_to_shrink,
+    a_tenants_own_blocks_are_re_encoded_before_they_make_way_for_its_quota,
 );
 
 async fn rig<E: Number>(combo: &Combo, rungs: usize) -> Option<Rig<E>> {
@@ -228,6 +229,43 @@ async fn whoever_writes_waits_for_others_to_shrink<E: Number>(combo: Combo) {
         stages(&rig, sequence, model).await;
     }
     drop(sequences);
+    rig.finish().await;
+}
+
+async fn a_tenants_own_blocks_are_re_encoded_before_they_make_way_for_its_quota<E: Number>(combo: Combo) {
+    let Some(builder) = combo.builder() else { return };
+    let builder = builder.colder_formats(&LADDER[1..]).configure(|c| {
+        // What the tenant may use leaves more than that to others: memory is never short.
+        let quota = c.memory_bytes_per_device / 2;
+        c.memory_bytes_per_device *= 2;
+        c.tenants.insert("tenant".into(), TenantLimits { quota_bytes: Some(quota), reserve_bytes: 0 });
+    });
+    let rig = Rig::<E>::new(&combo, builder).await;
+    let others = rig.text(4 * 32 + 1);
+    let open = async || rig.cache.open("other", OpenOptions::default().prompt(&others.ids)).await.unwrap();
+    let sequence = open().await;
+    sequence.append(&others.ids, &others.keys, &others.values).await.unwrap();
+    sequence.close().await.unwrap();
+    rig.all_sealed().await;
+    let texts = press(&rig, |total| total.evictions > 0).await;
+    let stats = rig.stats().await;
+    assert_eq!((stats.total.seal_failures, stats.total.failed_launches), (0, 0));
+    let full = stats.shards.iter().map(|shard| shard.counters).find(|of| of.evictions > 0).unwrap();
+    let (cached, colder) = (full.blocks_cached, full.blocks_colder);
+    assert!(full.bytes_used * 2 < rig.cache.config().memory_bytes_per_device, "{full:?}: {combo}");
+    assert!(colder * 10 > cached * 8, "{colder} of {cached}: {combo}");
+    assert!(full.recodes * 10 > cached * 15, "{} for {cached}: {combo}", full.recodes);
+    // They are what they are, and those of others are left alone.
+    let mut found = 0;
+    for text in texts.iter().rev().step_by(3) {
+        let (sequence, model) = rig.prompted(text).await;
+        found += stages(&rig, &sequence, &model).await.iter().sum::<usize>();
+    }
+    assert!(found > 0, "{combo}");
+    let sequence = open().await;
+    let view = sequence.view(0).unwrap();
+    assert!(view.blocks().count() == 4 && view.blocks().all(|block| block.format() == LADDER[0]), "{combo}");
+    drop((view, sequence));
     rig.finish().await;
 }
 

@@ -358,6 +358,20 @@ impl BlockStore {
         }
     }
 
+    /// A flight takes the block: closing its sequences must not free the slot that is being read.
+    pub(super) fn take_off(&mut self, id: BlockId) {
+        self.retain(id);
+        let owner = self.get(id).tenant;
+        self.ledger.change_flights(owner, 1);
+    }
+
+    /// The flight has landed. See [`BlockStore::release_from`].
+    pub(super) fn land(&mut self, id: BlockId, is_unused: bool) {
+        let owner = self.get(id).tenant;
+        self.ledger.change_flights(owner, -1);
+        self.release_from(id, is_unused);
+    }
+
     /// Frees a block that nobody holds, and that is in no index: at once, or when nobody has it pinned any more.
     pub(super) fn free_unpinned(&mut self, id: BlockId) {
         match self.index.is_pinned(id) {
@@ -496,10 +510,9 @@ impl BlockStore {
                 return None;
             }
             let tenant = self.get(id).tenant;
-            // The flight holds the block: closing its sequences must not free the slot that is being read.
-            self.retain(id);
+            self.take_off(id);
             let Some(slot) = self.sealed_slot(tenant, counters) else {
-                self.release(id);
+                self.land(id, false);
                 self.seal_stalled = true;
                 counters.seal_stalls += 1;
                 return None;
@@ -541,8 +554,7 @@ impl BlockStore {
         let from_offset = self.offset(id);
         let to_offset = self.pool.layout().offset_bytes(class, slot.id());
         self.get_mut(id).moving_to = Some(class);
-        // The flight holds it, as a seal does.
-        self.retain(id);
+        self.take_off(id);
         let sealed_bytes = (class != SizeClass::Raw).then(|| self.stored_bytes(id));
         Some(MovePlan { block: id, slot, from_offset, to_offset, sealed_bytes })
     }
@@ -563,7 +575,7 @@ impl BlockStore {
             self.pool.spoil(slot.id());
             self.free_slot(class, slot);
         }
-        self.release(id);
+        self.land(id, false);
     }
 
     /// Takes back a seal: `Some(finite)` if the device carried it out.
@@ -606,7 +618,7 @@ impl BlockStore {
                 self.free_slot(SizeClass::Sealed, slot);
             }
         }
-        self.release(id);
+        self.land(id, false);
     }
 
     /// Where a block is, as published.

@@ -99,8 +99,7 @@ impl BlockStore {
         let begin = |(&block, slot)| {
             let class = self.class_in(block, tier);
             self.get_mut(block).moving_to = Some(class);
-            // The flight holds it: closing its sequences must not free the slot that is being read.
-            self.retain(block);
+            self.take_off(block);
             TierMove { block, slot, class }
         };
         Ok(blocks.iter().zip(slots).map(begin).collect())
@@ -194,6 +193,6 @@ impl BlockStore {
             self.pool.spoil(slot.id());
         }
         self.free_slot(class, slot);
-        self.release(id);
+        self.land(id, false);
     }
 }
