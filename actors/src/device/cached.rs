@@ -403,7 +403,7 @@ impl BlockStore {
             if self.start_draining_sealed() {
                 continue;
             }
-            if self.recode_for_room(counters) {
+            if self.recode_for_room(false, counters) {
                 return Room::Soon;
             }
             if !self.evict_one(counters) {
@@ -460,7 +460,7 @@ impl BlockStore {
         let kept_raw = self.pool.layout().raw_slots() / 32 + chunk;
         let spares_chunk = |pool: &Pool| pool.raw_available() >= kept_raw && pool.has_vacant_chunk();
         while !self.pool.has_vacancy(SizeClass::Sealed) && !spares_chunk(&self.pool) {
-            if self.recode_for_room(counters) {
+            if self.recode_for_room(false, counters) {
                 return None;
             }
             if !self.evict_one(counters) {

@@ -269,15 +269,16 @@ impl BlockStore {
     /// under way.
     ///
     /// Where blocks would go there may be no room either. Then a chunk is emptied for that, and some make way for it: fewer than it will hold.
-    pub(super) fn recode_for_room(&mut self, counters: &mut CoreCounters) -> bool {
+    ///
+    /// With `spares_held` those that sequences hold stay as they are.
+    pub(super) fn recode_for_room(&mut self, spares_held: bool, counters: &mut CoreCounters) -> bool {
         if !self.is_recoded() {
             return false;
         }
         loop {
             let mut lacks_slot = false;
-            let nothing_goes = self.evictor.unheld() == 0;
-            for (whose, rung) in
-                TURNS.into_iter().filter(|(whose, _)| *whose == Whose::Cached || nothing_goes)
+            let takes_held = !spares_held && self.evictor.unheld() == 0;
+            for (whose, rung) in TURNS.into_iter().filter(|(whose, _)| *whose == Whose::Cached || takes_held)
             {
                 let mut planned = Planned::One;
                 while planned == Planned::One {
