@@ -73,8 +73,8 @@ pub struct Quantisation {
     pub values_format: Option<Format>,
     /// Smaller formats that sealed blocks are re-encoded to when memory runs short, before any has to make way: `["r4", "r2"]` behind
     /// `int8`, at most two. Blocks that no sequence holds are, while less than an eighth of a device's memory is left; those of sequences, the ones
-    /// sealed longest ago first, while less than a sixteenth is and no others could make way. What is lost is not regained. Blocks that make way for a
-    /// tenant's quota, or in the host tier, are not re-encoded first.
+    /// sealed longest ago first, while less than a sixteenth is and no others could make way. What is lost is not regained. A
+    /// tenant's own that no sequence holds are too, before they make way for its quota. Blocks in the host tier are left as they are.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub colder_formats: Vec<Format>,
     /// So many of the first layers stay raw in sealed blocks too, and [so many](Quantisation::raw_last_layers) of the last.
@@ -182,7 +182,8 @@ pub struct CacheConfig {
     /// Where.
     #[serde(default)]
     pub devices: Devices,
-    /// Bytes of each device's slab, allocated at start.
+    /// Bytes of each device's slab, allocated at start. On GPUs where tokens may be dropped by their scores (unless the cache truncates, or has
+    /// `quantisation.key_means`) those of 8 raw blocks come on top, to gather tokens in.
     #[serde(default = "defaults::memory_bytes_per_device")]
     pub memory_bytes_per_device: u64,
     /// Bytes of each device's host tier, to which sealed blocks can be moved ([`Sequence::offload`](crate::Sequence::offload)).
