@@ -172,10 +172,24 @@ async fn what_was_re_encoded_moves_and_is_written_to_like_any_other<E: Number>(c
     // To the host and back, byte by byte.
     let read = async |sequence: &Sequence| sequence.read::<E>(1, 0..TEXT - 1).await.unwrap();
     let expected = read(&sequence).await;
+    let histories = |sequence: &Sequence| {
+        let view = sequence.view(0).unwrap();
+        view.blocks().map(|block| block.history().formats().to_vec()).collect::<Vec<_>>()
+    };
+    let told = histories(&sequence);
+    let down_to = |format| {
+        let until = LADDER.iter().position(|rung| format == *rung).unwrap();
+        LADDER[..=until].iter().map(|format| BlockFormat::from(*format)).collect::<Vec<_>>()
+    };
+    let view = sequence.view(0).unwrap();
+    assert!(view.blocks().map(|block| down_to(block.format())).eq(told.iter().cloned()), "{told:?}: {combo}");
+    drop(view);
     assert_eq!(sequence.offload().await.unwrap(), 8);
     assert!(read(&sequence).await == expected, "{combo}: in host memory");
+    assert_eq!(histories(&sequence), told, "{combo}: in host memory");
     assert_eq!(sequence.prefetch().await.unwrap(), 8);
     assert!(read(&sequence).await == expected, "{combo}: back again");
+    assert_eq!(histories(&sequence), told, "{combo}: back again");
     // A fork writes into the middle of one: what is behind is decoded, and sealed as any new block is.
     let fork = sequence.fork().await.unwrap();
     fork.truncate(2 * 32 + 7).await.unwrap();
@@ -183,6 +197,25 @@ async fn what_was_re_encoded_moves_and_is_written_to_like_any_other<E: Number>(c
     fork.append(&rest.ids, &rest.keys, &rest.values).await.unwrap();
     rig.sealed(&fork).await;
     assert!(read(&sequence).await == expected, "{combo}: a fork changes nothing");
+    // What was decoded for it, and sealed again as any new block is, has lost what it had lost before; what is new behind it has not.
+    let view = fork.view(0).unwrap();
+    let formats: Vec<_> = view.blocks().map(|block| block.format()).collect();
+    drop(view);
+    let of_fork = histories(&fork);
+    assert!(
+        of_fork[2].starts_with(&told[2]) && of_fork[..2] == histories(&sequence)[..2],
+        "{of_fork:?}: {combo}"
+    );
+    assert!(
+        formats[3..8].iter().zip(&of_fork[3..8]).all(|(format, told)| *told == down_to(*format)),
+        "{combo}"
+    );
+    let entries = rig.cache.block_table(&[&fork], 1).unwrap();
+    let in_table: Vec<_> =
+        entries.sequences[0].blocks.iter().map(|entry| entry.history.formats().to_vec()).collect();
+    assert_eq!(in_table[..8], of_fork[..8]);
+    assert!(entries.sequences[0].blocks.last().unwrap().history.is_exact(), "{combo}: one raw token");
+    drop(entries);
     let (keys, values) = fork.read::<E>(0, 0..64).await.unwrap();
     model.truncate(64);
     model.compare_down(0, 0..64, &keys, &values, &LADDER);

@@ -285,6 +285,7 @@ impl BlockStore {
             class: SizeClass::Raw,
             state: BlockState::Open,
             rung: 0,
+            past: 0,
             queued: 0,
             refs: 1,
             tenant,
@@ -445,6 +446,14 @@ impl BlockStore {
 
     pub(super) fn set_token_ids(&mut self, id: BlockId, at: usize, ids: &[u32]) {
         self.token_ids[id.0 as usize * self.layout.block_tokens + at..][..ids.len()].copy_from_slice(ids);
+    }
+
+    /// Tokens of `from` are copied to a block that is being made.
+    pub(super) fn inherit_past(&mut self, from: BlockId, to: BlockId) {
+        let past = self.get(from).been_through();
+        let block = self.get_mut(to);
+        block.past = block.past.max(past);
+        self.publish(to);
     }
 
     pub(super) fn copy_token_ids(&mut self, from: BlockId, to: BlockId) {
