@@ -73,8 +73,8 @@ pub struct Quantisation {
     pub values_format: Option<Format>,
     /// Smaller formats that sealed blocks are re-encoded to when memory runs short, before any has to make way: `["r4", "r2"]` behind
     /// `int8`, at most two. Blocks that no sequence holds are, while less than an eighth of a device's memory is left; those of sequences, the ones
-    /// sealed longest ago first, while less than a sixteenth is and no others could make way. What is lost is not regained. Blocks that make way for a
-    /// tenant's quota, or in the host tier, are not re-encoded first.
+    /// sealed longest ago first, while less than a sixteenth is and no others could make way. What is lost is not regained. A
+    /// tenant's own that no sequence holds are too, before they make way for its quota. Blocks in the host tier are left as they are.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub colder_formats: Vec<Format>,
     /// So many of the first layers stay raw in sealed blocks too, and [so many](Quantisation::raw_last_layers) of the last.
@@ -182,7 +182,8 @@ pub struct CacheConfig {
     /// Where.
     #[serde(default)]
     pub devices: Devices,
-    /// Bytes of each device's slab, allocated at start.
+    /// Bytes of each device's slab, allocated at start. On GPUs where tokens may be dropped by their scores (unless the cache truncates, or has
+    /// `quantisation.key_means`) those of 8 raw blocks come on top, to gather tokens in.
     #[serde(default = "defaults::memory_bytes_per_device")]
     pub memory_bytes_per_device: u64,
     /// Bytes of each device's host tier, to which sealed blocks can be moved ([`Sequence::offload`](crate::Sequence::offload)).
@@ -414,7 +415,8 @@ impl CacheConfig {
         self.check_scores()?;
         let (format, tokens) = (self.sealed_format(), layout.block_tokens);
         self.check_ladder(&layout)?;
-        for keys in self.formats().formats().iter().map(|format| format.keys) {
+        let of_keys = self.formats().formats().iter().map(|format| format.keys).collect::<Vec<_>>();
+        for keys in of_keys.into_iter().chain(self.quantisation.colder_formats.iter().copied()) {
             if keys.is_grouped() && !tokens.is_multiple_of(GROUP) {
                 let fix =
                     format!("use a multiple of {GROUP}: {keys} has a scale for each channel of {GROUP} keys");
@@ -485,18 +487,25 @@ impl CacheConfig {
 
     /// The format that the quantisation settings stand for.
     pub fn sealed_format(&self) -> BlockFormat {
-        let Quantisation { enabled, format: keys, values_format, raw_first_layers, raw_last_layers, .. } =
+        if self.quantisation.enabled { self.format_if_enabled() } else { BlockFormat::RAW }
+    }
+
+    fn format_if_enabled(&self) -> BlockFormat {
+        let Quantisation { format: keys, values_format, raw_first_layers, raw_last_layers, .. } =
             self.quantisation;
         let values = values_format.unwrap_or(keys);
-        match enabled && (keys, values) != (Format::Raw, Format::Raw) {
-            true => BlockFormat { keys, values, raw_first_layers, raw_last_layers },
-            false => BlockFormat::RAW,
+        match (keys, values) {
+            (Format::Raw, Format::Raw) => BlockFormat::RAW,
+            _ => BlockFormat { keys, values, raw_first_layers, raw_last_layers },
         }
     }
 
     /// That format, and those that sealed blocks are re-encoded to.
     pub(crate) fn formats(&self) -> Ladder {
-        let sealed = self.sealed_format();
+        self.formats_behind(self.sealed_format())
+    }
+
+    fn formats_behind(&self, sealed: BlockFormat) -> Ladder {
         let colder = self.quantisation.colder_formats.iter().filter(|_| !sealed.is_raw());
         let colder = colder.map(|&format| BlockFormat { keys: format, values: format, ..sealed });
         let all = std::iter::once(sealed).chain(colder).collect::<Vec<_>>();
@@ -509,9 +518,11 @@ impl CacheConfig {
         self.formats().formats().iter().any(|format| format.keys != Format::Raw)
     }
 
-    /// Formats that blocks are re-encoded to are fewer bytes each, in keys and in values, and few.
+    /// Formats that blocks are re-encoded to are fewer bytes each, in keys and in values, and few. Also of settings that are turned off: a
+    /// cache that is opened today opens when they are turned on.
     fn check_ladder(&self, layout: &BlockLayout) -> Result<(), ConfigError> {
-        let Quantisation { enabled, ref colder_formats, .. } = self.quantisation;
+        let colder_formats = &self.quantisation.colder_formats;
+        let sealed = self.format_if_enabled();
         let refuse = |fix: String| {
             let names = colder_formats.iter().map(|format| format.name()).collect::<Vec<_>>();
             Err(ConfigError::invalid("quantisation.colder_formats", names.join(", "), fix))
@@ -519,12 +530,12 @@ impl CacheConfig {
         if colder_formats.len() >= Ladder::RUNGS_MAX {
             return refuse(format!("name at most {}", Ladder::RUNGS_MAX - 1));
         }
-        if enabled && !colder_formats.is_empty() && self.sealed_format().is_raw() {
+        if !colder_formats.is_empty() && sealed.is_raw() {
             return refuse("name none, or seal in a format that is not raw".into());
         }
         let bytes = |format: &BlockFormat| format.block_bytes(layout);
         let bits = |format: &BlockFormat| [format.keys, format.values].map(|of| of.code_bits(layout.element));
-        for pair in self.formats().formats().windows(2) {
+        for pair in self.formats_behind(sealed).formats().windows(2) {
             let [before, after] = [&pair[0], &pair[1]].map(bits);
             let grows = before.iter().zip(after).any(|(before, after)| after > *before);
             if bytes(&pair[1]) >= bytes(&pair[0]) || grows {

@@ -74,7 +74,7 @@ pub use kv_cache_actors::block::{BlockKey, ExtraIdentity, HashSecret};
 pub use kv_cache_actors::dropping::{KeyScore, TokenScores};
 pub use kv_cache_actors::events::{BlockEvent, BlockEvents, Missed};
 pub use kv_cache_actors::eviction::EvictionPolicy;
-pub use kv_cache_actors::format::{BlockFormat, Format, FormatLayout, RowFormat};
+pub use kv_cache_actors::format::{BlockFormat, Format, FormatLayout, History, RowFormat};
 pub use kv_cache_actors::geometry::{
     BlockLayout, ElementType, Geometry, LayerGroup, Plane, Rope, RopeLayout,
 };

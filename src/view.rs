@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use kv_cache_actors::block::{BlockId, Place};
 use kv_cache_actors::device::ShardView;
 use kv_cache_actors::dropping::Compacted;
-use kv_cache_actors::format::{BlockFormat, FormatLayout, RowFormat};
+use kv_cache_actors::format::{BlockFormat, FormatLayout, History, RowFormat};
 use kv_cache_actors::sequence::{SequenceShared, SequenceState};
 use kv_cache_actors::slot::SlotPin;
 
@@ -96,6 +96,7 @@ struct Piece {
     inside: Range<usize>,
     offset: usize,
     format: BlockFormat,
+    history: History,
     /// The block's bytes, where the host cannot look into the device's memory; made at the first look.
     copy: OnceLock<Result<HostCopy, Error>>,
 }
@@ -132,8 +133,8 @@ impl Pinned {
                 let (place, pin) = found.ok_or(Error::ClosedSequence(shared.id()))?;
                 let offset = runtime.pool.offset_bytes(place.class, place.slot);
                 let copy = OnceLock::new();
-                let format = place.format;
-                pinned.pieces.push(Piece { stored, first_token, inside, offset, format, copy });
+                let (format, history) = (place.format, place.history);
+                pinned.pieces.push(Piece { stored, first_token, inside, offset, format, history, copy });
                 pinned._pins.push(shard, pin);
             }
         }
@@ -284,6 +285,12 @@ impl<'a> BlockView<'a> {
         self.piece.format
     }
 
+    /// What the block's tokens have been stored in so far, this format included: also where it was decoded since, into a copy that its
+    /// sequence could write to.
+    pub fn history(&self) -> History {
+        self.piece.history
+    }
+
     /// How the keys or the values of this layer are stored.
     pub fn format_of(&self, plane: Plane) -> Format {
         self.piece.format.of(&self.pinned.layout, self.layer, plane)
@@ -430,6 +437,8 @@ pub struct BlockEntry {
     pub first_token: u32,
     /// How it is stored.
     pub format: BlockFormat,
+    /// What its tokens have been stored in so far: see [`BlockView::history`].
+    pub history: History,
     /// Which memory it is in. Offsets of blocks in the host tier count on from the end of the slab: kernels reach them by
     /// [`BlockEntry::address`] alone.
     pub tier: Tier,
@@ -486,6 +495,7 @@ impl BlockTable {
                     address: memory.address_of(keys_offset_bytes),
                     first_token: state.position((at * layout.block_tokens) as u32),
                     format: place.format,
+                    history: place.history,
                     slot_offset_bytes,
                     keys_offset_bytes,
                     values_offset_bytes,

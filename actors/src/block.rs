@@ -4,12 +4,12 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use crate::dropping::Dropping;
-use crate::format::{BlockFormat, Ladder};
+use crate::format::{BlockFormat, History, Ladder};
 use crate::geometry::Geometry;
 use crate::pool::SizeClass;
 use crate::sequence::{OpenOptions, Prompt};
 use crate::slot::{FilledSlot, Generation, SlotId};
-use crate::sync::{Arc, AtomicU64, Ordering};
+use crate::sync::{Arc, AtomicU8, AtomicU64, Ordering};
 
 /// Version of the block key's definition; part of every key.
 const KEY_VERSION: u32 = 1;
@@ -187,6 +187,9 @@ pub(crate) struct Block {
     pub(crate) state: BlockState,
     /// How often it has been re-encoded since it was sealed: its format is that of this rung.
     pub(crate) rung: u8,
+    /// Formats of the ladder that its tokens, or some of them, have been through before they were copied here. Never changes but while the block
+    /// is made.
+    pub(crate) past: u8,
     /// In which queues for that it is, see [`super::device`].
     pub(crate) queued: u8,
     /// Sequences and flights that hold the block.
@@ -214,6 +217,11 @@ impl Block {
     pub(crate) fn format(&self, formats: &Ladder) -> BlockFormat {
         if self.state == BlockState::Sealed { formats.rung(self.rung) } else { BlockFormat::RAW }
     }
+
+    /// Formats of the ladder that its tokens, or some of them, have been through.
+    pub(crate) fn been_through(&self) -> u8 {
+        if self.state == BlockState::Sealed { self.past.max(self.rung + 1) } else { self.past }
+    }
 }
 
 /// Where a block's bytes are, as readers outside of the device thread see it.
@@ -227,6 +235,8 @@ pub struct Place {
     pub generation: Generation,
     /// How the bytes are stored.
     pub format: BlockFormat,
+    /// What they have been stored in so far.
+    pub history: History,
     /// Whether the block is sealed (into a format that may be `raw` itself).
     pub sealed: bool,
 }
@@ -239,6 +249,8 @@ pub struct Place {
 pub struct Places {
     // slot << 32 | generation << 4 | what is stored, as a number: one word, so that a reader never sees half a move.
     words: Arc<Vec<AtomicU64>>,
+    // What blocks have been through before they were made: written before their first place, and never while anybody may look.
+    pasts: Arc<Vec<AtomicU8>>,
     formats: Ladder,
 }
 
@@ -256,7 +268,11 @@ const STORED: [(SizeClass, bool, u8); 8] = [
 
 impl Places {
     pub(crate) fn new(blocks: usize, formats: Ladder) -> Self {
-        Places { words: Arc::new((0..blocks).map(|_| AtomicU64::new(u64::MAX)).collect()), formats }
+        Places {
+            words: Arc::new((0..blocks).map(|_| AtomicU64::new(u64::MAX)).collect()),
+            pasts: Arc::new((0..blocks).map(|_| AtomicU8::new(0)).collect()),
+            formats,
+        }
     }
 
     pub(crate) fn publish(&self, id: BlockId, block: &Block) {
@@ -270,6 +286,7 @@ impl Places {
         };
         let generation = u64::from(block.slot.generation().0);
         let word = u64::from(block.slot.id().0) << 32 | generation << 4 | stored;
+        self.pasts[id.0 as usize].store(block.past, Ordering::Relaxed);
         self.words[id.0 as usize].store(word, Ordering::Release);
     }
 
@@ -281,11 +298,14 @@ impl Places {
             return None;
         }
         let &(class, sealed, rung) = STORED.get((word & 15) as usize)?;
+        let past = self.pasts[block.0 as usize].load(Ordering::Relaxed);
+        let been_through = if sealed { past.max(rung + 1) } else { past };
         Some(Place {
             slot,
             class,
             generation: Generation((word >> 4) as u32 & ((1 << Generation::BITS) - 1)),
             format: if sealed { self.formats.rung(rung) } else { BlockFormat::RAW },
+            history: History::new(self.formats, been_through),
             sealed,
         })
     }

@@ -190,7 +190,7 @@ impl std::str::FromStr for BlockFormat {
 /// How a cache stores blocks that are not raw: as what they are sealed, and to what they are re-encoded, step by step, when memory runs short.
 ///
 /// A block's rung says what it has been through since it was sealed: it was encoded as each format down to its own, one from the other. What is
-/// decoded to be written to is a new block, and its sequence's alone.
+/// decoded to be written to is a new block, and its sequence's alone: it keeps the [`History`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ladder {
     formats: [BlockFormat; Self::RUNGS_MAX],
@@ -228,6 +228,40 @@ impl<T: Into<BlockFormat>> From<T> for Ladder {
     /// Sealed, and never re-encoded.
     fn from(format: T) -> Ladder {
         Ladder { formats: [format.into(), BlockFormat::RAW, BlockFormat::RAW], rungs: 1 }
+    }
+}
+
+/// What the tokens of a block have been stored in so far: what they have lost.
+///
+/// Nothing is regained by decoding. So a copy that was decoded to be written to has the history of what it was decoded from, and what it is
+/// sealed and re-encoded to comes on top. Tokens that were appended to such a copy have been through less than the block says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct History {
+    ladder: Ladder,
+    rungs: u8,
+}
+
+impl Default for History {
+    /// Of what has never been anything but raw.
+    fn default() -> Self {
+        History::new(BlockFormat::RAW.into(), 0)
+    }
+}
+
+impl History {
+    /// The first `rungs` formats of `ladder`, which is none that seals in `raw`.
+    pub(crate) fn new(ladder: Ladder, rungs: u8) -> Self {
+        History { ladder, rungs: if ladder.sealed().is_raw() { 0 } else { rungs.min(ladder.rungs) } }
+    }
+
+    /// The formats, one after the other: the least is the last. None for what has never been anything but raw.
+    pub fn formats(&self) -> &[BlockFormat] {
+        &self.ladder.formats()[..usize::from(self.rungs)]
+    }
+
+    /// Whether all is as it was written: no token was ever stored in a format that loses something.
+    pub fn is_exact(&self) -> bool {
+        self.rungs == 0
     }
 }
 

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TenantLimits {
-    /// The most that the tenant's blocks may take, cached ones included: beyond it his own cached blocks make way, and then his writes
-    /// are refused. None: no bound.
+    /// The most that the tenant's blocks may take, cached ones included: beyond it his own cached blocks are re-encoded to smaller formats,
+    /// if the cache has some, then they make way, and then his writes are refused. None: no bound.
     pub quota_bytes: Option<u64>,
     /// What others leave to the tenant: they do not write into what is missing of it, and while his blocks take no more than this his
     /// cached ones are not evicted for them.
@@ -19,6 +19,8 @@ struct Account {
     used_bytes: u64,
     /// Of those, what nobody holds.
     cached_bytes: u64,
+    /// Flights that seal, re-encode or move a block. They hold it, and leave it cached or smaller.
+    flights: u32,
     limits: TenantLimits,
 }
 
@@ -42,7 +44,7 @@ impl Account {
 impl Ledger {
     /// A new owner, with the next number.
     pub fn open(&mut self, limits: TenantLimits) {
-        let account = Account { used_bytes: 0, cached_bytes: 0, limits };
+        let account = Account { limits, ..Account::default() };
         self.unfilled_bytes += account.unfilled_bytes();
         self.accounts.push(account);
     }
@@ -67,6 +69,17 @@ impl Ledger {
         let account = &mut self.accounts[owner as usize];
         account.cached_bytes = account.cached_bytes.saturating_add_signed(bytes);
         self.cached_bytes = self.cached_bytes.saturating_add_signed(bytes);
+    }
+
+    /// A flight holds one of an owner's blocks (1), or no more (-1).
+    pub fn change_flights(&mut self, owner: u32, flights: i32) {
+        let account = &mut self.accounts[owner as usize];
+        account.flights = account.flights.saturating_add_signed(flights);
+    }
+
+    /// Flights that hold an owner's blocks.
+    pub fn flights_of(&self, owner: u32) -> u32 {
+        self.accounts[owner as usize].flights
     }
 
     /// Bytes of all owners that nobody holds.

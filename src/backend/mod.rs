@@ -246,11 +246,15 @@ pub(crate) fn add_shard(
         #[cfg(feature = "cuda")]
         Memory::Cuda(slab) => {
             let ring_bytes = (config.pinned_memory_bytes / cuda::RINGS) as usize;
+            // Anybody may ask for it where it is not refused.
+            let truncates = core.dropping.is_some_and(|dropping| dropping.truncation().is_some());
+            let gathers = core.no_scores.is_none() && !truncates;
             assembler.add_shard(
                 cuda::CudaBackend::new(
                     slab.clone(),
                     ring_bytes,
                     config.auto_tune && !config.deterministic,
+                    gathers,
                     centres.cloned(),
                 ),
                 core,

@@ -25,7 +25,7 @@ async fn refused(config: CacheConfig) -> ConfigError {
 async fn every_field_out_of_range() {
     assert_eq!(base().validate(), Ok(()));
     type Change = fn(&mut CacheConfig);
-    let wrong: [(&str, &str, Change); 36] = [
+    let wrong: [(&str, &str, Change); 39] = [
         ("devices", "cpu = 0", |c| c.devices = Devices::cpu(0)),
         ("devices", "cuda = 0", |c| c.devices = Devices::cuda(0)),
         ("pinned_memory_bytes", "1", |c| (c.devices, c.pinned_memory_bytes) = (Devices::Auto, 1)),
@@ -68,6 +68,19 @@ async fn every_field_out_of_range() {
         ("quantisation.colder_formats", "r4", |c| {
             (c.quantisation.format, c.quantisation.colder_formats) = (Format::Raw, vec![Format::R4])
         }),
+        // Turned off is no reason to say nonsense.
+        ("quantisation.colder_formats", "r2, r3", |c| {
+            c.quantisation.enabled = false;
+            c.quantisation.colder_formats = vec![Format::R2, Format::R3]
+        }),
+        ("quantisation.colder_formats", "r4", |c| {
+            c.quantisation.enabled = false;
+            (c.quantisation.format, c.quantisation.colder_formats) = (Format::Raw, vec![Format::R4])
+        }),
+        ("geometry.block_tokens", "40", |c| {
+            c.quantisation.enabled = false;
+            (c.quantisation.colder_formats, c.geometry.block_tokens) = (vec![Format::Int4], 40)
+        }),
         ("quantisation.raw_first_layers, raw_last_layers", "2 and 65535 of 2 layers", |c| {
             (c.quantisation.raw_first_layers, c.quantisation.raw_last_layers) = (2, u16::MAX)
         }),
@@ -91,6 +104,9 @@ async fn every_field_out_of_range() {
     config.geometry.groups[0].rope = rope(8, 4);
     config.compression = keep(1.0);
     assert_eq!(config.validate(), Ok(()));
+    config.quantisation.enabled = false;
+    config.quantisation.colder_formats = vec![Format::R4, Format::R2];
+    assert_eq!(config.validate(), Ok(()), "formats that would do are no error while they are turned off");
 }
 
 fn keep(ratio: f32) -> Compression {

@@ -47,6 +47,7 @@ on_every_setup!(
     what_was_re_encoded_moves_and_is_written_to_like_any_other,
     a_view_holds_still_while_its_block_is_re_encoded,
     whoever_writes_waits_for_others_to_shrink,
+    a_tenants_own_blocks_are_re_encoded_before_they_make_way_for_its_quota,
 );
 
 async fn rig<E: Number>(combo: &Combo, rungs: usize) -> Option<Rig<E>> {
@@ -171,10 +172,24 @@ async fn what_was_re_encoded_moves_and_is_written_to_like_any_other<E: Number>(c
     // To the host and back, byte by byte.
     let read = async |sequence: &Sequence| sequence.read::<E>(1, 0..TEXT - 1).await.unwrap();
     let expected = read(&sequence).await;
+    let histories = |sequence: &Sequence| {
+        let view = sequence.view(0).unwrap();
+        view.blocks().map(|block| block.history().formats().to_vec()).collect::<Vec<_>>()
+    };
+    let told = histories(&sequence);
+    let down_to = |format| {
+        let until = LADDER.iter().position(|rung| format == *rung).unwrap();
+        LADDER[..=until].iter().map(|format| BlockFormat::from(*format)).collect::<Vec<_>>()
+    };
+    let view = sequence.view(0).unwrap();
+    assert!(view.blocks().map(|block| down_to(block.format())).eq(told.iter().cloned()), "{told:?}: {combo}");
+    drop(view);
     assert_eq!(sequence.offload().await.unwrap(), 8);
     assert!(read(&sequence).await == expected, "{combo}: in host memory");
+    assert_eq!(histories(&sequence), told, "{combo}: in host memory");
     assert_eq!(sequence.prefetch().await.unwrap(), 8);
     assert!(read(&sequence).await == expected, "{combo}: back again");
+    assert_eq!(histories(&sequence), told, "{combo}: back again");
     // A fork writes into the middle of one: what is behind is decoded, and sealed as any new block is.
     let fork = sequence.fork().await.unwrap();
     fork.truncate(2 * 32 + 7).await.unwrap();
@@ -182,6 +197,25 @@ async fn what_was_re_encoded_moves_and_is_written_to_like_any_other<E: Number>(c
     fork.append(&rest.ids, &rest.keys, &rest.values).await.unwrap();
     rig.sealed(&fork).await;
     assert!(read(&sequence).await == expected, "{combo}: a fork changes nothing");
+    // What was decoded for it, and sealed again as any new block is, has lost what it had lost before; what is new behind it has not.
+    let view = fork.view(0).unwrap();
+    let formats: Vec<_> = view.blocks().map(|block| block.format()).collect();
+    drop(view);
+    let of_fork = histories(&fork);
+    assert!(
+        of_fork[2].starts_with(&told[2]) && of_fork[..2] == histories(&sequence)[..2],
+        "{of_fork:?}: {combo}"
+    );
+    assert!(
+        formats[3..8].iter().zip(&of_fork[3..8]).all(|(format, told)| *told == down_to(*format)),
+        "{combo}"
+    );
+    let entries = rig.cache.block_table(&[&fork], 1).unwrap();
+    let in_table: Vec<_> =
+        entries.sequences[0].blocks.iter().map(|entry| entry.history.formats().to_vec()).collect();
+    assert_eq!(in_table[..8], of_fork[..8]);
+    assert!(entries.sequences[0].blocks.last().unwrap().history.is_exact(), "{combo}: one raw token");
+    drop(entries);
     let (keys, values) = fork.read::<E>(0, 0..64).await.unwrap();
     model.truncate(64);
     model.compare_down(0, 0..64, &keys, &values, &LADDER);
@@ -228,6 +262,43 @@ async fn whoever_writes_waits_for_others_to_shrink<E: Number>(combo: Combo) {
         stages(&rig, sequence, model).await;
     }
     drop(sequences);
+    rig.finish().await;
+}
+
+async fn a_tenants_own_blocks_are_re_encoded_before_they_make_way_for_its_quota<E: Number>(combo: Combo) {
+    let Some(builder) = combo.builder() else { return };
+    let builder = builder.colder_formats(&LADDER[1..]).configure(|c| {
+        // What the tenant may use leaves more than that to others: memory is never short.
+        let quota = c.memory_bytes_per_device / 2;
+        c.memory_bytes_per_device *= 2;
+        c.tenants.insert("tenant".into(), TenantLimits { quota_bytes: Some(quota), reserve_bytes: 0 });
+    });
+    let rig = Rig::<E>::new(&combo, builder).await;
+    let others = rig.text(4 * 32 + 1);
+    let open = async || rig.cache.open("other", OpenOptions::default().prompt(&others.ids)).await.unwrap();
+    let sequence = open().await;
+    sequence.append(&others.ids, &others.keys, &others.values).await.unwrap();
+    sequence.close().await.unwrap();
+    rig.all_sealed().await;
+    let texts = press(&rig, |total| total.evictions > 0).await;
+    let stats = rig.stats().await;
+    assert_eq!((stats.total.seal_failures, stats.total.failed_launches), (0, 0));
+    let full = stats.shards.iter().map(|shard| shard.counters).find(|of| of.evictions > 0).unwrap();
+    let (cached, colder) = (full.blocks_cached, full.blocks_colder);
+    assert!(full.bytes_used * 2 < rig.cache.config().memory_bytes_per_device, "{full:?}: {combo}");
+    assert!(colder * 10 > cached * 8, "{colder} of {cached}: {combo}");
+    assert!(full.recodes * 10 > cached * 15, "{} for {cached}: {combo}", full.recodes);
+    // They are what they are, and those of others are left alone.
+    let mut found = 0;
+    for text in texts.iter().rev().step_by(3) {
+        let (sequence, model) = rig.prompted(text).await;
+        found += stages(&rig, &sequence, &model).await.iter().sum::<usize>();
+    }
+    assert!(found > 0, "{combo}");
+    let sequence = open().await;
+    let view = sequence.view(0).unwrap();
+    assert!(view.blocks().count() == 4 && view.blocks().all(|block| block.format() == LADDER[0]), "{combo}");
+    drop((view, sequence));
     rig.finish().await;
 }
 

@@ -111,6 +111,17 @@ impl DeviceCore {
                 self.blocks.ledger.cached_bytes()
             ));
         }
+        let mut flights: HashMap<u32, u32> = HashMap::new();
+        for (_, block) in self.blocks.iter() {
+            let flying = u32::from(block.state == BlockState::Sealing) + u32::from(block.moving_to.is_some());
+            *flights.entry(block.tenant).or_default() += flying;
+        }
+        for (owner, flying) in flights {
+            let kept = self.blocks.ledger.flights_of(owner);
+            if flying != kept {
+                return Err(format!("owner {owner}: {flying} flights counted, {kept} in the ledger"));
+            }
+        }
         for (owner, bytes) in charged {
             let kept = self.blocks.ledger.used_bytes(owner);
             if bytes != kept {

@@ -285,6 +285,7 @@ impl BlockStore {
             class: SizeClass::Raw,
             state: BlockState::Open,
             rung: 0,
+            past: 0,
             queued: 0,
             refs: 1,
             tenant,
@@ -356,6 +357,20 @@ impl BlockStore {
         } else {
             self.free_unpinned(id);
         }
+    }
+
+    /// A flight takes the block: closing its sequences must not free the slot that is being read.
+    pub(super) fn take_off(&mut self, id: BlockId) {
+        self.retain(id);
+        let owner = self.get(id).tenant;
+        self.ledger.change_flights(owner, 1);
+    }
+
+    /// The flight has landed. See [`BlockStore::release_from`].
+    pub(super) fn land(&mut self, id: BlockId, is_unused: bool) {
+        let owner = self.get(id).tenant;
+        self.ledger.change_flights(owner, -1);
+        self.release_from(id, is_unused);
     }
 
     /// Frees a block that nobody holds, and that is in no index: at once, or when nobody has it pinned any more.
@@ -433,6 +448,14 @@ impl BlockStore {
         self.token_ids[id.0 as usize * self.layout.block_tokens + at..][..ids.len()].copy_from_slice(ids);
     }
 
+    /// Tokens of `from` are copied to a block that is being made.
+    pub(super) fn inherit_past(&mut self, from: BlockId, to: BlockId) {
+        let past = self.get(from).been_through();
+        let block = self.get_mut(to);
+        block.past = block.past.max(past);
+        self.publish(to);
+    }
+
     pub(super) fn copy_token_ids(&mut self, from: BlockId, to: BlockId) {
         let from = from.0 as usize * self.layout.block_tokens;
         self.token_ids
@@ -496,10 +519,9 @@ impl BlockStore {
                 return None;
             }
             let tenant = self.get(id).tenant;
-            // The flight holds the block: closing its sequences must not free the slot that is being read.
-            self.retain(id);
+            self.take_off(id);
             let Some(slot) = self.sealed_slot(tenant, counters) else {
-                self.release(id);
+                self.land(id, false);
                 self.seal_stalled = true;
                 counters.seal_stalls += 1;
                 return None;
@@ -541,8 +563,7 @@ impl BlockStore {
         let from_offset = self.offset(id);
         let to_offset = self.pool.layout().offset_bytes(class, slot.id());
         self.get_mut(id).moving_to = Some(class);
-        // The flight holds it, as a seal does.
-        self.retain(id);
+        self.take_off(id);
         let sealed_bytes = (class != SizeClass::Raw).then(|| self.stored_bytes(id));
         Some(MovePlan { block: id, slot, from_offset, to_offset, sealed_bytes })
     }
@@ -563,7 +584,7 @@ impl BlockStore {
             self.pool.spoil(slot.id());
             self.free_slot(class, slot);
         }
-        self.release(id);
+        self.land(id, false);
     }
 
     /// Takes back a seal: `Some(finite)` if the device carried it out.
@@ -606,7 +627,7 @@ impl BlockStore {
                 self.free_slot(SizeClass::Sealed, slot);
             }
         }
-        self.release(id);
+        self.land(id, false);
     }
 
     /// Where a block is, as published.

@@ -314,6 +314,13 @@ impl BlockStore {
         }
     }
 
+    /// Bytes that an owner's blocks take too many for him to have so many raw slots more.
+    fn missing_of_quota_bytes(&self, owner: u32, wanted: usize) -> u64 {
+        let needed = (wanted * self.pool.layout().raw_slot_bytes) as u64;
+        let quota = self.ledger.quota_bytes(owner).unwrap_or(u64::MAX);
+        (self.ledger.used_bytes(owner) + needed).saturating_sub(quota)
+    }
+
     /// Why an owner may not have so many raw slots more, if it is his quota.
     pub(super) fn beyond_quota(&self, owner: u32, wanted: usize) -> Option<Error> {
         let needed_bytes = (wanted * self.pool.layout().raw_slot_bytes) as u64;
@@ -338,6 +345,8 @@ impl BlockStore {
 
     /// Sees to it that an owner can have `wanted` raw slots, at the cost of what nobody holds.
     ///
+    /// For his quota his own blocks are re-encoded, and then go.
+    ///
     /// Cached blocks mostly lie in sealed slots. Enough of them are re-encoded to a smaller format, or go, to empty a chunk, and what is left in
     /// the emptiest one moves over into the others: with [`Room::Soon`] it is for the caller to launch these moves ([`BlockStore::next_move`]).
     pub(super) fn make_room(&mut self, owner: u32, wanted: usize, counters: &mut CoreCounters) -> Room {
@@ -346,8 +355,14 @@ impl BlockStore {
         }
         // What cannot be done evicts nothing.
         let raw_slot = self.pool.layout().raw_slot_bytes as u64;
+        if let Some(left) = self.ledger.quota_left_bytes(owner)
+            && wanted as u64 * raw_slot > left + self.ledger.cached_bytes_of(owner)
+        {
+            // What flights hold may be cached when they have landed, and is smaller then.
+            let fits = self.ledger.quota_bytes(owner).is_none_or(|quota| wanted as u64 * raw_slot <= quota);
+            return if fits && self.ledger.flights_of(owner) > 0 { Room::Soon } else { Room::Never };
+        }
         let to_be_vacant = self.with_promises(owner, wanted);
-        let own = self.ledger.quota_left_bytes(owner).map(|left| left + self.ledger.cached_bytes_of(owner));
         // Of what sequences hold a part becomes free, at most all of it.
         let freeable = match self.may_make_room() {
             true => self.ledger.cached_bytes().max(self.pool.sealed_bytes()),
@@ -356,15 +371,16 @@ impl BlockStore {
         let nothing_goes = self.evictor.unheld() == 0
             && !self.may_make_room()
             && !self.pool.draining_class().is_some_and(SizeClass::is_sealed);
-        if nothing_goes
-            || to_be_vacant > self.pool.raw_available_without(freeable)
-            || own.is_some_and(|own| wanted as u64 * raw_slot > own)
-        {
+        if nothing_goes || to_be_vacant > self.pool.raw_available_without(freeable) {
             return Room::Never;
         }
         while self.beyond_quota(owner, wanted).is_some() {
+            if self.recode_for_quota(owner, self.missing_of_quota_bytes(owner, wanted)) {
+                return Room::Soon;
+            }
             match self.evictor.victim_of(owner, self.now_ms) {
                 Some(victim) => self.try_evict(victim, counters),
+                None if self.ledger.flights_of(owner) > 0 => return Room::Soon,
                 None => return Room::Never,
             };
         }
@@ -387,7 +403,7 @@ impl BlockStore {
             if self.start_draining_sealed() {
                 continue;
             }
-            if self.recode_for_room(counters) {
+            if self.recode_for_room(false, counters) {
                 return Room::Soon;
             }
             if !self.evict_one(counters) {
@@ -444,7 +460,7 @@ impl BlockStore {
         let kept_raw = self.pool.layout().raw_slots() / 32 + chunk;
         let spares_chunk = |pool: &Pool| pool.raw_available() >= kept_raw && pool.has_vacant_chunk();
         while !self.pool.has_vacancy(SizeClass::Sealed) && !spares_chunk(&self.pool) {
-            if self.recode_for_room(counters) {
+            if self.recode_for_room(false, counters) {
                 return None;
             }
             if !self.evict_one(counters) {

@@ -886,8 +886,7 @@ impl DeviceCore {
             if room != Room::Soon {
                 return room;
             }
-            self.recode_some();
-            if self.move_some() > 0 || self.blocks.draining_is_under_way() || self.blocks.is_recoding() {
+            if self.room_is_coming() || self.blocks.ledger.flights_of(owner) > 0 {
                 self.waiting_for_moves.push(op);
                 return Room::Soon;
             }
@@ -897,6 +896,12 @@ impl DeviceCore {
                 return if self.blocks.has_room(owner, wanted) { Room::Now } else { Room::Never };
             }
         }
+    }
+
+    /// Launches what was planned to make room. True if some will come of what is under way.
+    pub(super) fn room_is_coming(&mut self) -> bool {
+        self.recode_some();
+        self.move_some() > 0 || self.blocks.draining_is_under_way() || self.blocks.is_recoding()
     }
 
     /// Lets prompts find some blocks no more, and returns how many. Sequences that hold them keep them.

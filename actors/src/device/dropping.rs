@@ -178,6 +178,7 @@ impl DeviceCore {
             let source = state.blocks[from];
             // Sealing may move it meanwhile.
             launch.pins.extend(blocks.pin(source));
+            blocks.inherit_past(source, taken[to]);
             launch.steps.push(Step::Gather(GatherStep {
                 flight,
                 format: blocks.format(source),

@@ -463,6 +463,7 @@ fn prepare_blocks(
             Step::Reopen { format, position, from_offset: source, to_offset: new.offset }
         });
         blocks.copy_token_ids(from, new.id);
+        blocks.inherit_past(from, new.id);
         rest.replacing.push((at, new.id));
         after_private = private;
         prepared.pinned.push(from);

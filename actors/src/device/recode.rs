@@ -2,10 +2,11 @@
 //!
 //! Blocks that nobody holds come first, those let go of longest ago before others. Those that sequences hold, the ones sealed longest ago before
 //! others, come when memory is shorter still and nothing that nobody holds could make way: what is being read is worth more than what may be found.
+//! For a tenant's quota his own go down likewise, those that nobody holds alone, before they make way for it.
 //! A block that somebody looks at stays: its slot would be taken for as long, beside the new one. A block goes down one rung of the [`Ladder`](crate::format::Ladder) at a time, so its rung
 //! says what it has been through: it is decoded into a place kept for that and sealed from there, and moves when that has landed, as a seal does.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::blocks::BlockStore;
 use crate::block::{BlockId, BlockState};
@@ -35,16 +36,48 @@ const LOOKS: usize = 64;
 enum Whose {
     Cached = 1,
     Held = 2,
+    /// Cached, of one owner that has a quota.
+    Own = 16,
 }
 
 /// In which order they come: whose, and from which rung.
 const TURNS: [(Whose, u8); 4] = [(Whose::Cached, 0), (Whose::Cached, 1), (Whose::Held, 0), (Whose::Held, 1)];
 
-/// Blocks that may be re-encoded, by rung, in the order in which they are. Some may have changed since: who comes up is looked at.
+/// The least length at which a [`Line`] is looked through.
+const LINE_LEAST: usize = 256;
+
+/// Blocks in the order in which they come up. Some may have changed since: who comes up is looked at.
+#[derive(Debug, Default)]
+struct Line {
+    blocks: VecDeque<BlockId>,
+    /// Those that were left when it was last looked through.
+    left: usize,
+}
+
+impl Line {
+    /// Whether numbers of blocks that are gone may be so many that it is worth it to look through them.
+    fn is_long(&self) -> bool {
+        self.blocks.len() > LINE_LEAST.max(2 * self.left)
+    }
+}
+
+/// Of an owner that has a quota.
+#[derive(Debug, Default)]
+struct Own {
+    cached: [Line; 2],
+    /// What his blocks will take less once flights have landed.
+    saved_in_flight_bytes: u64,
+}
+
+/// For lines of all owners.
+const NOBODY: u32 = u32::MAX;
+
+/// Blocks that may be re-encoded, by rung.
 #[derive(Debug, Default)]
 pub(super) struct Recodable {
-    cached: [VecDeque<BlockId>; 2],
-    held: [VecDeque<BlockId>; 2],
+    cached: [Line; 2],
+    held: [Line; 2],
+    owners: HashMap<u32, Own>,
     planned: Vec<RecodePlan>,
     /// Flights, by the rung that they start from.
     in_flight: [usize; 2],
@@ -59,11 +92,19 @@ impl Recodable {
         Recodable { scratch: (0..pool.scratch_slots).collect(), ..Recodable::default() }
     }
 
-    fn queue(&mut self, whose: Whose, rung: u8) -> Option<&mut VecDeque<BlockId>> {
-        match whose {
-            Whose::Cached => self.cached.get_mut(usize::from(rung)),
-            Whose::Held => self.held.get_mut(usize::from(rung)),
-        }
+    /// The line of a rung; `owner` matters to [`Whose::Own`] alone.
+    fn line(&mut self, whose: Whose, owner: u32, rung: u8) -> Option<&mut Line> {
+        let lines = match whose {
+            Whose::Cached => &mut self.cached,
+            Whose::Held => &mut self.held,
+            Whose::Own => &mut self.owners.entry(owner).or_default().cached,
+        };
+        lines.get_mut(usize::from(rung))
+    }
+
+    /// What an owner's blocks will take less once flights have landed.
+    fn saved_in_flight_bytes(&self, owner: u32) -> u64 {
+        self.owners.get(&owner).map_or(0, |own| own.saved_in_flight_bytes)
     }
 }
 
@@ -138,29 +179,33 @@ impl BlockStore {
     /// Nobody holds a published block any more.
     pub(super) fn let_go(&mut self, id: BlockId) {
         self.enqueue(id, Whose::Cached);
+        if self.ledger.quota_bytes(self.get(id).tenant).is_some() {
+            self.enqueue(id, Whose::Own);
+        }
     }
 
     fn enqueue(&mut self, id: BlockId, whose: Whose) {
         let rungs = self.formats.formats().len();
-        let (capacity, keeps_first) = (self.blocks.capacity(), self.keep_raw.sinks_as_sealed);
+        let keeps_first = self.keep_raw.sinks_as_sealed;
         let block = self.get_mut(id);
         let has_next = block.state == BlockState::Sealed && usize::from(block.rung) + 1 < rungs;
         if !has_next || block.index == 0 && keeps_first || block.queued & (whose as u8 | FAILED) != 0 {
             return;
         }
         block.queued |= whose as u8;
-        let rung = block.rung;
-        let Some(queue) = self.recodable.queue(whose, rung) else { return };
-        queue.push_back(id);
-        // Numbers of blocks that are gone stay in the queue until they come up, or until they are many.
-        if queue.len() > 2 * capacity {
-            let all = std::mem::take(queue);
+        let (owner, rung) = (block.tenant, block.rung);
+        let Some(line) = self.recodable.line(whose, owner, rung) else { return };
+        line.blocks.push_back(id);
+        if line.is_long() {
+            // Numbers of blocks that are gone stay until they come up, or until they are many.
+            let all = std::mem::take(&mut line.blocks);
             let mut seen = HashSet::new();
             let first = all.into_iter().filter(|id| seen.insert(*id));
-            let (kept, gone): (Vec<_>, Vec<_>) = first.partition(|id| self.may_recode(*id, whose, rung));
+            let (kept, gone): (Vec<_>, Vec<_>) =
+                first.partition(|id| self.may_recode(*id, whose, owner, rung));
             gone.into_iter().for_each(|id| self.unqueue(id, whose));
-            if let Some(queue) = self.recodable.queue(whose, rung) {
-                *queue = kept.into();
+            if let Some(line) = self.recodable.line(whose, owner, rung) {
+                *line = Line { left: kept.len(), blocks: kept.into() };
             }
         }
     }
@@ -172,11 +217,13 @@ impl BlockStore {
         }
     }
 
-    fn may_recode(&self, id: BlockId, whose: Whose, rung: u8) -> bool {
+    fn may_recode(&self, id: BlockId, whose: Whose, owner: u32, rung: u8) -> bool {
         self.blocks.get(id.0 as usize).is_some_and(|block| {
+            let is_cached = block.refs == 0 && block.published;
             let is_whose = match whose {
-                Whose::Cached => block.refs == 0 && block.published,
+                Whose::Cached => is_cached,
                 Whose::Held => block.refs > 0,
+                Whose::Own => is_cached && block.tenant == owner,
             };
             is_whose
                 && block.state == BlockState::Sealed
@@ -191,7 +238,7 @@ impl BlockStore {
             return false;
         }
         let (left, slab) = (self.pool.available_bytes(), self.pool.layout().slab_bytes());
-        let any = |queues: &[VecDeque<BlockId>]| queues.iter().any(|queue| !queue.is_empty());
+        let any = |lines: &[Line]| lines.iter().any(|line| !line.blocks.is_empty());
         left < slab / CACHED_BELOW && any(&self.recodable.cached)
             || any(&self.recodable.held) && self.is_shorter()
     }
@@ -204,8 +251,8 @@ impl BlockStore {
 
     /// Whether re-encoding makes room, or may.
     pub(super) fn may_make_room(&self) -> bool {
-        let queues = self.recodable.cached.iter().chain(&self.recodable.held);
-        self.is_recoding() || queues.map(VecDeque::len).any(|len| len > 0)
+        let mut lines = self.recodable.cached.iter().chain(&self.recodable.held);
+        self.is_recoding() || lines.any(|line| !line.blocks.is_empty())
     }
 
     /// Plans to re-encode the next block, if memory is short.
@@ -215,26 +262,27 @@ impl BlockStore {
         }
         let is_shorter = self.is_shorter();
         let mut turns = TURNS.into_iter().filter(|(whose, _)| *whose == Whose::Cached || is_shorter);
-        turns.any(|(whose, rung)| self.plan(whose, rung) == Planned::One)
+        turns.any(|(whose, rung)| self.plan(whose, NOBODY, rung) == Planned::One)
     }
 
     /// Has blocks re-encoded for somebody who waits for room, and chunks emptied that this has left with few. True if room will come of what is
     /// under way.
     ///
     /// Where blocks would go there may be no room either. Then a chunk is emptied for that, and some make way for it: fewer than it will hold.
-    pub(super) fn recode_for_room(&mut self, counters: &mut CoreCounters) -> bool {
+    ///
+    /// With `spares_held` those that sequences hold stay as they are.
+    pub(super) fn recode_for_room(&mut self, spares_held: bool, counters: &mut CoreCounters) -> bool {
         if !self.is_recoded() {
             return false;
         }
         loop {
             let mut lacks_slot = false;
-            let nothing_goes = self.evictor.unheld() == 0;
-            for (whose, rung) in
-                TURNS.into_iter().filter(|(whose, _)| *whose == Whose::Cached || nothing_goes)
+            let takes_held = !spares_held && self.evictor.unheld() == 0;
+            for (whose, rung) in TURNS.into_iter().filter(|(whose, _)| *whose == Whose::Cached || takes_held)
             {
                 let mut planned = Planned::One;
                 while planned == Planned::One {
-                    planned = self.plan(whose, rung);
+                    planned = self.plan(whose, NOBODY, rung);
                 }
                 lacks_slot |= planned == Planned::NoSlot;
             }
@@ -261,6 +309,43 @@ impl BlockStore {
         }
     }
 
+    /// Has cached blocks of an owner re-encoded for his quota, as many as save `missing_bytes` or as there are. True if their flights have to land
+    /// first, or others that leave room for them.
+    pub(super) fn recode_for_quota(&mut self, owner: u32, missing_bytes: u64) -> bool {
+        if !self.is_recoded() {
+            return false;
+        }
+        loop {
+            let mut lacks_slot = false;
+            for rung in 0..2 {
+                let mut planned = Planned::One;
+                while planned == Planned::One && self.recodable.saved_in_flight_bytes(owner) < missing_bytes {
+                    planned = self.plan(Whose::Own, owner, rung);
+                }
+                lacks_slot |= planned == Planned::NoSlot;
+            }
+            if self.recodable.saved_in_flight_bytes(owner) > 0 || lacks_slot && self.is_recoding() {
+                return true;
+            }
+            if !lacks_slot {
+                return false;
+            }
+            // Without slots to go to, unless a chunk can be emptied for that, some have to make way.
+            if let Some(class) = self.pool.draining_class() {
+                let goes_on = class.is_sealed()
+                    && self.pool.has_vacancy(class)
+                    && !self.pool.draining_waits_for_readers();
+                return goes_on || self.draining_is_under_way();
+            }
+            if !self.start_draining_sealed() {
+                return false;
+            }
+            if self.pool.draining_class().is_some() {
+                return true;
+            }
+        }
+    }
+
     /// Has a chunk emptied if blocks that are to be re-encoded lack room, and if it can be without any making way.
     pub(super) fn drain_for_recodes(&mut self) {
         if self.recodable.stalled && self.pool.draining_class().is_none() && self.start_draining_sealed() {
@@ -273,14 +358,14 @@ impl BlockStore {
         SizeClass::SEALED.into_iter().any(|class| self.pool.start_draining(class))
     }
 
-    /// Plans to re-encode the next block of a queue.
-    fn plan(&mut self, whose: Whose, rung: u8) -> Planned {
+    /// Plans to re-encode the next block of a line.
+    fn plan(&mut self, whose: Whose, owner: u32, rung: u8) -> Planned {
         let mut looked_at = 0;
         while looked_at < LOOKS
-            && let Some(id) = self.recodable.queue(whose, rung).and_then(VecDeque::pop_front)
+            && let Some(id) = self.recodable.line(whose, owner, rung).and_then(|line| line.blocks.pop_front())
         {
             self.unqueue(id, whose);
-            if !self.may_recode(id, whose, rung) {
+            if !self.may_recode(id, whose, owner, rung) {
                 continue;
             }
             if self.is_pinned(id) {
@@ -295,8 +380,8 @@ impl BlockStore {
             let (Some(slot), Some(scratch)) = (slot, scratch) else {
                 self.recodable.scratch.extend(scratch);
                 self.get_mut(id).queued |= whose as u8;
-                if let Some(queue) = self.recodable.queue(whose, rung) {
-                    queue.push_front(id);
+                if let Some(line) = self.recodable.line(whose, owner, rung) {
+                    line.blocks.push_front(id);
                 }
                 self.recodable.stalled = true;
                 return Planned::NoSlot;
@@ -308,11 +393,14 @@ impl BlockStore {
             let block = self.get_mut(id);
             block.moving_to = Some(class);
             block.queued &= !USED;
-            // The flight holds it, as a seal does.
-            self.retain(id);
+            self.take_off(id);
+            let saved = self.saved_bytes(rung);
+            if let Some(own) = self.recodable.owners.get_mut(&tenant) {
+                own.saved_in_flight_bytes += saved;
+            }
             self.recodable.in_flight[usize::from(rung)] += 1;
             self.recodable.planned.push(RecodePlan {
-                recoded: Recoded { block: id, was_cached: whose == Whose::Cached, slot, scratch },
+                recoded: Recoded { block: id, was_cached: whose != Whose::Held, slot, scratch },
                 formats,
                 position,
                 from_offset,
@@ -323,6 +411,12 @@ impl BlockStore {
         }
         self.recodable.stalled |= looked_at > 0;
         Planned::Nothing
+    }
+
+    /// What the slot of a block of this rung has more bytes than that of the next.
+    fn saved_bytes(&self, rung: u8) -> u64 {
+        let slot = |rung: usize| self.pool.layout().slot_bytes(SizeClass::SEALED[rung]) as u64;
+        slot(usize::from(rung)).saturating_sub(slot(usize::from(rung) + 1))
     }
 
     /// What was planned since this was called last.
@@ -341,14 +435,18 @@ impl BlockStore {
         let block = self.get_mut(id);
         let is_unused = was_cached && block.queued & USED == 0;
         let (was, class) = (block.class, block.moving_to.take().unwrap_or(block.class));
-        self.recodable.in_flight[usize::from(self.get(id).rung)] -= 1;
+        let (rung, owner) = (self.get(id).rung, self.get(id).tenant);
+        self.recodable.in_flight[usize::from(rung)] -= 1;
+        let saved = self.saved_bytes(rung);
+        if let Some(own) = self.recodable.owners.get_mut(&owner) {
+            own.saved_in_flight_bytes = own.saved_in_flight_bytes.saturating_sub(saved);
+        }
         if carried_out {
             counters.recodes += 1;
             let block = self.get_mut(id);
             (block.class, block.rung) = (class, block.rung + 1);
             // Of queues of the rung that it has left.
             block.queued = 0;
-            let owner = block.tenant;
             let old = std::mem::replace(&mut block.slot, slot);
             self.publish(id);
             self.free_slot(was, old);
@@ -363,6 +461,6 @@ impl BlockStore {
         }
         self.recodable.scratch.push(scratch);
         self.recodable.stalled = false;
-        self.release_from(id, is_unused);
+        self.land(id, is_unused);
     }
 }

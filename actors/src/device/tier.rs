@@ -26,6 +26,13 @@ pub(super) struct TierMove {
     class: SizeClass,
 }
 
+/// Why blocks cannot move to a tier.
+struct NoRoom {
+    error: Error,
+    /// There may be room once what is under way has landed.
+    is_coming: bool,
+}
+
 impl DeviceCore {
     /// Launches the moves of a sequence's sealed blocks to a tier, all of them or none.
     pub(super) fn plan_move(&mut self, op: OpRef, index: usize, tier: Tier) -> Progress {
@@ -41,9 +48,17 @@ impl DeviceCore {
         if blocks.is_empty() {
             return Progress::Done(Ok(Outcome::Moved { blocks: 0 }));
         }
-        let moves = match self.blocks.begin_moves(&blocks, tier, &mut self.counters) {
-            Ok(moves) => moves,
-            Err(error) => return Progress::Done(Err(error)),
+        let moves = loop {
+            match self.blocks.begin_moves(&blocks, tier, &mut self.counters) {
+                Ok(moves) => break moves,
+                Err(NoRoom { is_coming: true, .. }) if self.room_is_coming() => {
+                    self.waiting_for_moves.push(op);
+                    return Progress::Flying;
+                }
+                // The vacancies that were to take blocks have been taken by others.
+                Err(NoRoom { is_coming: true, .. }) if self.blocks.evict_one(&mut self.counters) => {}
+                Err(NoRoom { error, .. }) => return Progress::Done(Err(error)),
+            }
         };
         let lane = match tier {
             Tier::Host => LaneKind::Download,
@@ -91,7 +106,7 @@ impl BlockStore {
         blocks: &[BlockId],
         tier: Tier,
         counters: &mut CoreCounters,
-    ) -> Result<Vec<TierMove>, Error> {
+    ) -> Result<Vec<TierMove>, NoRoom> {
         let slots = match tier {
             Tier::Host => self.take_host(blocks.len(), counters)?,
             Tier::Device => self.take_device(blocks, counters)?,
@@ -99,8 +114,7 @@ impl BlockStore {
         let begin = |(&block, slot)| {
             let class = self.class_in(block, tier);
             self.get_mut(block).moving_to = Some(class);
-            // The flight holds it: closing its sequences must not free the slot that is being read.
-            self.retain(block);
+            self.take_off(block);
             TierMove { block, slot, class }
         };
         Ok(blocks.iter().zip(slots).map(begin).collect())
@@ -117,30 +131,32 @@ impl BlockStore {
         }
     }
 
-    fn take_host(&mut self, count: usize, counters: &mut CoreCounters) -> Result<Vec<FilledSlot>, Error> {
+    fn take_host(&mut self, count: usize, counters: &mut CoreCounters) -> Result<Vec<FilledSlot>, NoRoom> {
         if self.pool.host_available() < count {
             self.reclaim();
             self.make_host_room(count, counters);
         }
-        let full = Error::TierFull {
+        let error = Error::TierFull {
             tier: Tier::Host,
             needed: count as u32,
             free: self.pool.host_available() as u32,
         };
-        self.pool.take_host(count).ok_or(full)
+        self.pool.take_host(count).ok_or(NoRoom { error, is_coming: false })
     }
 
+    /// Others that nobody holds are re-encoded to make room, and then make way.
     fn take_device(
         &mut self,
         blocks: &[BlockId],
         counters: &mut CoreCounters,
-    ) -> Result<Vec<FilledSlot>, Error> {
+    ) -> Result<Vec<FilledSlot>, NoRoom> {
         while !self.pool.layout().has_sealed_class
             && self.raw_available(blocks.len()) < blocks.len()
             && self.evict_one(counters)
         {}
         let free = self.raw_available(blocks.len());
         let mut slots = Vec::with_capacity(blocks.len());
+        let mut is_coming = false;
         for &block in blocks {
             let (tenant, class) = (self.get(block).tenant, self.class_in(block, Tier::Device));
             // The move overwrites the whole block, so there is nothing to zero.
@@ -149,7 +165,8 @@ impl BlockStore {
                 SizeClass::Raw => None,
                 class => loop {
                     let taken = self.pool.take_sealed_spare(class, tenant);
-                    if taken.is_some() || !self.evict_one(counters) {
+                    is_coming = taken.is_none() && self.recode_for_room(true, counters);
+                    if taken.is_some() || is_coming || !self.evict_one(counters) {
                         break taken;
                     }
                 },
@@ -160,13 +177,13 @@ impl BlockStore {
                     let had = slots.len() as u32;
                     for (slot, &block) in slots.into_iter().zip(blocks) {
                         let class = self.class_in(block, Tier::Device);
+                        // Nothing was written there: it may hold another tenant's bytes.
+                        self.pool.spoil(slot.id());
                         self.free_slot(class, slot);
                     }
-                    return Err(Error::TierFull {
-                        tier: Tier::Device,
-                        needed: blocks.len() as u32,
-                        free: had,
-                    });
+                    let needed = blocks.len() as u32;
+                    let error = Error::TierFull { tier: Tier::Device, needed, free: had };
+                    return Err(NoRoom { error, is_coming });
                 }
             }
         }
@@ -194,6 +211,6 @@ impl BlockStore {
             self.pool.spoil(slot.id());
         }
         self.free_slot(class, slot);
-        self.release(id);
+        self.land(id, false);
     }
 }

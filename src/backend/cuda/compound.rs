@@ -15,11 +15,22 @@ use crate::backend::cpu::codec::load_row;
 /// Blocks that are gathered at once.
 const STAGED_BLOCKS: usize = 8;
 
-/// Memory for the tokens of some blocks: allocated when tokens are gathered for the first time.
+/// Memory for the tokens of some blocks, of a lane that gathers. Allocated when the lane is opened: a launch that finds no memory would
+/// fail with all that others have in it.
 #[derive(Debug, Default)]
 pub(super) struct Staging(Option<DeviceMemory>);
 
 impl Staging {
+    /// For a lane that gathers.
+    ///
+    /// # Errors
+    /// The driver's, with the bytes that are missing.
+    pub(super) fn allocate(gpu: &Arc<Gpu>, layout: &BlockLayout) -> Result<Staging, DriverError> {
+        gpu.make_current()?;
+        DeviceMemory::uninitialised(gpu, STAGED_BLOCKS * layout.raw_bytes())
+            .map(|memory| Staging(Some(memory)))
+    }
+
     /// Whether a step appends what the steps before it have put here.
     pub(super) fn is_source_of(&self, step: &Step) -> bool {
         let Some(memory) = &self.0 else { return false };
@@ -27,15 +38,8 @@ impl Staging {
         matches!(step, Step::Append(append) if append.on_device && all.contains(&(append.keys_at as u64)))
     }
 
-    fn address(&mut self, gpu: &Arc<Gpu>, layout: &BlockLayout) -> Result<u64, DriverError> {
-        match &self.0 {
-            Some(memory) => Ok(memory.address()),
-            None => {
-                gpu.make_current()?;
-                let memory = DeviceMemory::uninitialised(gpu, STAGED_BLOCKS * layout.raw_bytes())?;
-                Ok(self.0.insert(memory).address())
-            }
-        }
+    fn address(&self) -> Option<u64> {
+        self.0.as_ref().map(DeviceMemory::address)
     }
 }
 
@@ -84,13 +88,12 @@ impl Scoring {
 /// Replaces the steps of a launch that no kernel knows. The reads for scores come in the order that [`Scoring`] wants.
 ///
 /// # Errors
-/// The driver's, if there is no memory for what is gathered.
+/// In words, if tokens are to be gathered on a lane that was opened without memory for that.
 pub(super) fn expand(
     layout: &BlockLayout,
-    gpu: &Arc<Gpu>,
-    staging: &mut Staging,
+    staging: &Staging,
     launch: &mut Launch,
-) -> Result<Vec<Scoring>, DriverError> {
+) -> Result<Vec<Scoring>, &'static str> {
     let mut scorings = Vec::new();
     if !launch.steps.iter().any(|step| matches!(step, Step::Score(_) | Step::Gather(_))) {
         return Ok(scorings);
@@ -103,7 +106,8 @@ pub(super) fn expand(
                 if appends.len() == STAGED_BLOCKS {
                     steps.append(&mut appends);
                 }
-                let at = staging.address(gpu, layout)? + (appends.len() * layout.raw_bytes()) as u64;
+                let memory = staging.address().ok_or("this lane has no memory to gather tokens in")?;
+                let at = memory + (appends.len() * layout.raw_bytes()) as u64;
                 appends.push(stage(layout, &gather, at, &mut steps));
             }
             other => {

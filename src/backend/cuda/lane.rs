@@ -70,7 +70,7 @@ struct Flying {
 }
 
 impl CudaLane {
-    /// Opens a lane with `ring_bytes` of page-locked memory.
+    /// Opens a lane with `ring_bytes` of page-locked memory. `gathers`: it may be told to gather tokens.
     pub(super) fn open(
         kind: LaneKind,
         slab: Arc<Slab>,
@@ -78,12 +78,14 @@ impl CudaLane {
         layout: BlockLayout,
         ring_bytes: usize,
         calibrate: bool,
+        gathers: bool,
     ) -> Result<CudaLane, DriverError> {
         let carrier = Carrier::open(kind, &slab, &kernels, calibrate)?;
         let gpu = slab.gpu().clone();
         let stream = Stream::new(&gpu)?;
         let fence = Fence::new(&stream, &kernels)?;
         let ring = Ring::new(PinnedMemory::zeroed(&gpu, ring_bytes)?);
+        let staging = if gathers { Staging::allocate(&gpu, &layout)? } else { Staging::default() };
         Ok(CudaLane {
             kind,
             stream,
@@ -95,7 +97,7 @@ impl CudaLane {
             waiter: Waiter::new(&gpu),
             launches: VecDeque::new(),
             scorings: VecDeque::new(),
-            staging: Staging::default(),
+            staging,
             enqueuing: 0,
             next_step: 0,
             units: VecDeque::new(),
@@ -266,7 +268,7 @@ impl Lane for CudaLane {
         if let Some(carrier) = &mut self.carrier {
             carrier.take(&self.slab, &mut launch);
         }
-        match expand(&self.layout, self.slab.gpu(), &mut self.staging, &mut launch) {
+        match expand(&self.layout, &self.staging, &mut launch) {
             Ok(scorings) => self.scorings.push_back(scorings),
             Err(error) => {
                 // Nothing of it has begun.

@@ -140,19 +140,22 @@ pub(crate) struct CudaBackend {
     slab: Arc<Slab>,
     ring_bytes: usize,
     calibrate: bool,
+    gathers: bool,
     centres: Option<Arc<Centres>>,
 }
 
 impl CudaBackend {
-    /// `ring_bytes` of page-locked memory go to each lane. `calibrate`: the ways over the bus are timed at start. Sealed keys are
+    /// `ring_bytes` of page-locked memory go to each lane. `calibrate`: the ways over the bus are timed at start. `gathers`: tokens may be
+    /// dropped by scores, for which the compute lane has memory of its own. Sealed keys are
     /// differences from `centres`, if there are any.
     pub(crate) fn new(
         slab: Arc<Slab>,
         ring_bytes: usize,
         calibrate: bool,
+        gathers: bool,
         centres: Option<Arc<Centres>>,
     ) -> Self {
-        CudaBackend { slab, ring_bytes, calibrate, centres }
+        CudaBackend { slab, ring_bytes, calibrate, gathers, centres }
     }
 }
 
@@ -171,6 +174,7 @@ impl Backend for CudaBackend {
                     *block,
                     self.ring_bytes,
                     self.calibrate,
+                    self.gathers && kind == LaneKind::Compute,
                 )
             };
             Ok(Lanes {

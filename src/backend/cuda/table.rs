@@ -317,7 +317,7 @@ impl Tables {
 #[cfg(test)]
 mod tests {
     use half::f16;
-    use kv_cache_actors::format::FormatLayout;
+    use kv_cache_actors::format::{FormatLayout, History};
 
     use super::*;
     use crate::view::{BlockEntry, SequenceRows};
@@ -337,6 +337,7 @@ mod tests {
         let block = |first_token, format, slot_offset_bytes, inside| BlockEntry {
             first_token,
             format: BlockFormat::from(format),
+            history: History::default(),
             tier: Tier::Device,
             slot_offset_bytes,
             keys_offset_bytes: slot_offset_bytes + inside,

@@ -56,6 +56,10 @@ impl Oracle {
                 let decoded = self.rig.device.is_decoded(place.class, offset);
                 assert!(!decoded, "{}: block {index} has a key, but was decoded", tracked.id);
             }
+            let offset = self.rig.config().pool.offset_bytes(place.class, place.slot);
+            let is_lossy =
+                !place.format.is_raw() || self.rig.device.is_decoded(place.class, offset) && is_full;
+            assert!(!is_lossy || !place.history.is_exact(), "{}: block {index} tells no history", tracked.id);
             if place.format.is_raw() {
                 // Also the rows that it never wrote: they may be its own old ones or zero, never another tenant's.
                 let start = self.rig.config().pool.offset_bytes(place.class, place.slot);

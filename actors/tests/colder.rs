@@ -1,0 +1,129 @@
+//! Re-encoding for those who need room, on a simulated device where nothing happens behind their backs.
+
+use kv_cache_actors::batch::{BatchCacheOperations, Outcome};
+use kv_cache_actors::error::Error;
+use kv_cache_actors::format::Format;
+use kv_cache_actors::pool::Tier;
+use kv_cache_actors::sequence::{OpenSequence, SequenceId};
+use kv_cache_actors::testing::rig::{Rig, Ticket};
+use kv_cache_actors::testing::scenario::{Setup, geometry};
+use kv_cache_actors::testing::sim::LANES;
+
+/// Tokens of a block.
+const BLOCK: u32 = 4;
+
+/// A cache whose blocks may be re-encoded twice.
+fn rig() -> Rig {
+    let geometry = geometry(8, 2, 8, 8).block_tokens(BLOCK);
+    Rig::new(&Setup { geometry, rungs_below: 2, max_tokens: 1024, ..Setup::small(Format::Int8) })
+}
+
+fn append(rig: &mut Rig, id: SequenceId, stamp: u64, blocks: u32) -> Ticket {
+    let mut batch = BatchCacheOperations::new();
+    rig.append(&mut batch, id, None, 1, stamp, blocks * BLOCK, None, None);
+    rig.submit(batch)
+}
+
+fn move_to(rig: &mut Rig, id: SequenceId, tier: Tier) -> Ticket {
+    let mut batch = BatchCacheOperations::new();
+    batch.move_to(id, tier);
+    rig.submit(batch)
+}
+
+/// Lets everything happen but for the seals, and re-encodings, of quiet moments.
+fn finish(rig: &mut Rig, ticket: Ticket) -> Result<Outcome, Error> {
+    loop {
+        rig.flush();
+        for lane in LANES {
+            while rig.device.advance(lane) {}
+            while rig.report(lane) {}
+        }
+        if let Some(results) = rig.take(ticket) {
+            return results.expect("it was answered").remove(0);
+        }
+    }
+}
+
+/// Texts that nobody holds, until raw room is left for fewer than `left` blocks. None of them is re-encoded.
+fn cache_texts(rig: &mut Rig, left: u64) {
+    for text in 1.. {
+        let stamps = text * 1000..text * 1000 + u64::from(2 * BLOCK);
+        let sequence = rig.open_prompt(1, stamps.clone());
+        append(rig, sequence.id(), stamps.start, 2);
+        rig.settle();
+        drop(sequence);
+        rig.settle();
+        if rig.core_mut().counters().blocks_free < left {
+            break;
+        }
+    }
+    let counters = *rig.core_mut().counters();
+    assert!(counters.recodes == 0 && counters.evictions == 0 && counters.blocks_cached > 32, "{counters:?}");
+}
+
+/// A sequence of raw blocks that takes all raw room.
+fn take_raw_room(rig: &mut Rig) -> OpenSequence {
+    let sequence = rig.open(1);
+    let free = rig.core_mut().counters().blocks_free as u32;
+    let ticket = append(rig, sequence.id(), 500_000, free);
+    let answer = finish(rig, ticket);
+    assert!(matches!(answer, Ok(Outcome::Appended { .. })), "{answer:?}");
+    sequence
+}
+
+#[test]
+fn what_comes_back_from_the_host_has_others_re_encoded_before_any_makes_way() {
+    let mut rig = rig();
+    let sequence = rig.open(1);
+    append(&mut rig, sequence.id(), 900_000, 16);
+    rig.settle();
+    let ticket = move_to(&mut rig, sequence.id(), Tier::Host);
+    rig.settle();
+    assert!(matches!(rig.take(ticket), Some(Ok(results)) if results.len() == 1));
+    assert_eq!(rig.core_mut().counters().blocks_host, 16);
+    cache_texts(&mut rig, 16);
+    let other = take_raw_room(&mut rig);
+    let before = *rig.core_mut().counters();
+    let ticket = move_to(&mut rig, sequence.id(), Tier::Device);
+    let answer = finish(&mut rig, ticket);
+    assert!(matches!(answer, Ok(Outcome::Moved { blocks: 16 })), "{answer:?}");
+    let after = *rig.core_mut().counters();
+    assert!(after.recodes > 0 && after.evictions == 0, "{after:?}");
+    assert_eq!((after.blocks_cached, after.blocks_host), (before.blocks_cached, 0));
+    rig.core().audit().expect("consistent");
+    drop((sequence, other));
+    rig.settle();
+}
+
+/// Slots that were taken for a move that then lacked others hold what they held.
+#[test]
+fn a_move_that_finds_too_little_room_leaves_no_bytes_of_others_behind() {
+    let setup = Setup { max_tokens: 1024, chunk_slots: Some(32), ..Setup::small(Format::Raw) };
+    let mut rig = Rig::new(&setup);
+    let sequence = rig.open(1);
+    append(&mut rig, sequence.id(), 900_000, 16);
+    rig.settle();
+    move_to(&mut rig, sequence.id(), Tier::Host);
+    rig.settle();
+    // Another tenant's bytes in every slot, of which all but a few are taken.
+    let mut others = Vec::new();
+    while rig.core_mut().counters().blocks_free > 0 {
+        let other = rig.open(2);
+        let mut batch = BatchCacheOperations::new();
+        rig.append(&mut batch, other.id(), None, 2, 1, BLOCK, None, None);
+        assert!(matches!(rig.run(batch).remove(0), Ok(Outcome::Appended { .. })));
+        others.push(other);
+    }
+    others.truncate(others.len() - 8);
+    rig.settle();
+    let ticket = move_to(&mut rig, sequence.id(), Tier::Device);
+    let answer = finish(&mut rig, ticket);
+    assert!(matches!(answer, Err(Error::TierFull { free: 8, .. })), "{answer:?}");
+    // One token, in a slot of its own.
+    let zeroed = rig.core_mut().counters().slots_zeroed;
+    let new = rig.open(1);
+    let mut batch = BatchCacheOperations::new();
+    rig.append(&mut batch, new.id(), None, 1, 5, 1, None, None);
+    assert!(matches!(rig.run(batch).remove(0), Ok(Outcome::Appended { .. })));
+    assert_eq!(rig.core_mut().counters().slots_zeroed, zeroed + 1, "another tenant's bytes are left in it");
+}
