@@ -93,11 +93,11 @@ async fn cached_blocks_are_re_encoded_before_any_makes_way<E: Number>(combo: Com
     let texts = press(&rig, |total| total.evictions > 0).await;
     let stats = rig.stats().await;
     assert_eq!((stats.total.seal_failures, stats.total.failed_launches), (0, 0));
-    // What makes way does so for want of room in a chunk of the right kind: nearly all has been re-encoded twice by then.
+    // What makes way does so for want of room in a chunk of the right kind: most has been re-encoded twice by then.
     let full = stats.shards.iter().map(|shard| shard.counters).find(|of| of.evictions > 0).unwrap();
     let (cached, colder) = (full.blocks_cached, full.blocks_colder);
     assert!(colder * 10 > cached * 8, "{colder} of {cached}: {combo}");
-    assert!(full.recodes * 10 > cached * 15, "{} for {cached}: {combo}", full.recodes);
+    assert!(full.recodes * 10 > cached * 13, "{} for {cached}: {combo}", full.recodes);
     let as_sealed = full.bytes_used / sealed_slot_bytes(&rig);
     assert!(cached > 2 * as_sealed, "{cached} blocks, {as_sealed} as they were sealed: {combo}");
     let (mut found, mut stages_all) = (0, vec![0; 4]);
@@ -287,7 +287,7 @@ async fn a_tenants_own_blocks_are_re_encoded_before_they_make_way_for_its_quota<
     let (cached, colder) = (full.blocks_cached, full.blocks_colder);
     assert!(full.bytes_used * 2 < rig.cache.config().memory_bytes_per_device, "{full:?}: {combo}");
     assert!(colder * 10 > cached * 8, "{colder} of {cached}: {combo}");
-    assert!(full.recodes * 10 > cached * 15, "{} for {cached}: {combo}", full.recodes);
+    assert!(full.recodes * 10 > cached * 13, "{} for {cached}: {combo}", full.recodes);
     // They are what they are, and those of others are left alone.
     let mut found = 0;
     for text in texts.iter().rev().step_by(3) {
