@@ -28,13 +28,13 @@ const LESSON: std::ops::RangeInclusive<u32> = 32..=2048;
 const KEEP: f32 = 0.9;
 
 /// Before anything is seen, a step of ages has this chance…
-const FIRST_CHANCE: f32 = 0.01;
+const FIRST_CHANCE: f32 = 0.005;
 /// …and a step has that of the step before it, as if seen so often.
-const STEP_PRIOR: f32 = 10.0;
+const STEP_PRIOR: f32 = 20.0;
 /// A class is like all others, as if it had been seen in so many uses.
 const CLASS_PRIOR: f32 = 3.0;
 /// A cell is as its class and its step say, as if seen in so many uses.
-const CELL_PRIOR: f32 = 20.0;
+const CELL_PRIOR: f32 = 12.0;
 
 /// Keeps chances away from certainty.
 const CHANCE_MAX: f32 = 0.97;

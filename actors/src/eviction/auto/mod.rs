@@ -5,7 +5,7 @@
 //! * [`rank`] turns chances into an order: the uses to expect per block and unit of time, if the block is kept as long as
 //!   that pays (the Gittins index). Where blocks come back after a pause, this evicts fresh blocks before those whose time is
 //!   about to come; where nothing is used again but what is used often, it keeps that.
-//! * [`cells`] keeps the candidates by class and age, so that an order of a few hundred cells orders all of them.
+//! * [`cells`] keeps the candidates by class and age, so that an order of a few thousand cells orders all of them.
 //! * [`ghosts`] remembers how often blocks were used that are not cached any more.
 //!
 //! Time is counted in uses of any block. So nothing depends on clocks, and an age says what it costs to wait that long.
