@@ -259,6 +259,7 @@ impl Places {
         Places { words: Arc::new((0..blocks).map(|_| AtomicU64::new(u64::MAX)).collect()), formats }
     }
 
+    #[inline]
     pub(crate) fn publish(&self, id: BlockId, block: &Block) {
         let sealed = block.state == BlockState::Sealed;
         let stored = match block.class {
