@@ -275,6 +275,7 @@ impl Places {
         }
     }
 
+    #[inline]
     pub(crate) fn publish(&self, id: BlockId, block: &Block) {
         let sealed = block.state == BlockState::Sealed;
         let stored = match block.class {

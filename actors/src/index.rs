@@ -117,8 +117,8 @@ fn zeroed<T>(count: usize, zero: impl Fn() -> T) -> Box<[T]> {
 impl Table {
     fn new(blocks: usize, hash_bits: u32) -> Self {
         let zero = || AtomicU64::new(0);
-        // Filled to two sevenths and up to four: most look-ups end in their first bucket.
-        let buckets = (blocks / 4).next_power_of_two();
+        // Filled to a fifth and up to three sevenths: hardly a look-up goes on beyond its first bucket.
+        let buckets = blocks.div_ceil(3).next_power_of_two();
         Table {
             blocks: zeroed(blocks, || Entry {
                 published: zero(),
@@ -132,6 +132,7 @@ impl Table {
     }
 
     /// The bucket where a key's look-up begins, and its fingerprint in place. The key is a keyed hash already.
+    #[inline]
     fn place(&self, words: &[u64; 4]) -> (usize, u64) {
         let bucket = (words[0] & self.hash_mask) as usize & (self.buckets.len() - 1);
         (bucket, (words[1] & self.hash_mask) << 32)
@@ -168,6 +169,7 @@ impl Table {
         &self.blocks[block.0 as usize]
     }
 
+    #[inline]
     fn has_key(&self, block: BlockId, key: &[u64; 4]) -> bool {
         self.blocks[block.0 as usize]
             .key
@@ -177,11 +179,13 @@ impl Table {
     }
 
     /// A block with this key, as things are.
+    #[inline]
     fn find(&self, key: &[u64; 4]) -> Option<BlockId> {
         self.search(key, |block| self.has_key(block, key).then_some(block))
     }
 
     /// False if no block has this key; true may be wrong, once in billions of times.
+    #[inline]
     fn may_have(&self, key: &[u64; 4]) -> bool {
         self.search(key, |_| Some(())).is_some()
     }
@@ -293,6 +297,7 @@ impl IndexWriter {
     }
 
     /// Gives a block its key. The block is not found, and nobody has it pinned.
+    #[inline]
     pub fn set_key(&mut self, block: BlockId, key: &BlockKey) {
         let entry = self.0.table.entry(block);
         debug_assert_eq!(entry.published.load(Ordering::Relaxed), 0);
@@ -306,6 +311,7 @@ impl IndexWriter {
         BlockKey(bytemuck::cast(self.key_words(block)))
     }
 
+    #[inline]
     fn key_words(&self, block: BlockId) -> [u64; 4] {
         let words = &self.0.table.entry(block).key;
         std::array::from_fn(|at| words[at].load(Ordering::Relaxed))
@@ -326,7 +332,7 @@ impl IndexWriter {
         let vacant_in =
             |bucket: usize| !(table.buckets[bucket].ways.load(Ordering::Relaxed) >> 32) & ALL_ENTRIES;
         let mut vacant = vacant_in(bucket);
-        // Twice as many places as blocks, so one is vacant.
+        // More than twice as many places as blocks, so one is vacant.
         while vacant == 0 {
             table.buckets[bucket].change_ways(|ways| ways + 1);
             bucket = table.after(bucket);
@@ -342,12 +348,14 @@ impl IndexWriter {
     }
 
     /// Whether somebody holds a lease on the block, which is not found any more or never was.
+    #[inline]
     pub fn is_pinned(&self, block: BlockId) -> bool {
         // In the order of all accesses, as everything here; and whoever let go of it has read what he wanted.
         self.0.table.entry(block).pins.load(Ordering::SeqCst) != 0 || self.0.stripes.have(block)
     }
 
     /// Removes a block that nobody has pinned. False, with nothing changed, if somebody has.
+    #[inline]
     pub fn try_remove(&mut self, block: BlockId) -> bool {
         self.withdraw(block);
         if self.is_pinned(block) {
@@ -365,12 +373,14 @@ impl IndexWriter {
     }
 
     /// Whoever has pinned the block before is seen from now on, and whoever pins it from now on sees that it is gone.
+    #[inline]
     fn withdraw(&self, block: BlockId) {
         self.0.table.entry(block).published.store(0, Ordering::SeqCst);
         loom_fence();
     }
 
     /// Loads what finding or inserting the key will need. For many keys in a row, so that the waits for memory are one.
+    #[inline]
     pub fn warm(&self, key: &BlockKey) {
         let table = &*self.0.table;
         let (bucket, _) = table.place(&words(key));
@@ -378,6 +388,7 @@ impl IndexWriter {
     }
 
     /// Loads what removing the blocks will need.
+    #[inline]
     pub fn warm_removals(&self, blocks: &[BlockId]) {
         let table = &*self.0.table;
         let place = |block: &BlockId| table.entry(*block).place.load(Ordering::Relaxed) as usize;

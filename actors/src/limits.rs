@@ -50,6 +50,7 @@ impl Ledger {
     }
 
     /// Changes what an owner uses, and returns whether his cached blocks are protected from now on, if that has changed.
+    #[inline]
     pub fn change(&mut self, owner: u32, bytes: i64) -> Option<bool> {
         let account = &mut self.accounts[owner as usize];
         if account.limits.reserve_bytes == 0 {
@@ -65,6 +66,7 @@ impl Ledger {
     }
 
     /// Changes how much of what an owner uses is held by nobody.
+    #[inline]
     pub fn change_cached(&mut self, owner: u32, bytes: i64) {
         let account = &mut self.accounts[owner as usize];
         account.cached_bytes = account.cached_bytes.saturating_add_signed(bytes);

@@ -193,6 +193,7 @@ impl PoolLayout {
     }
 
     /// Raw slots that are kept vacant, so that a raw chunk can always be emptied into the others.
+    #[inline]
     pub fn moving_room(&self) -> usize {
         if self.has_sealed_class { self.slots_per_chunk(SizeClass::Raw) } else { 0 }
     }
@@ -203,6 +204,7 @@ impl PoolLayout {
     }
 
     /// Slots of `class` in a chunk.
+    #[inline]
     pub fn slots_per_chunk(&self, class: SizeClass) -> usize {
         match class {
             SizeClass::Raw => self.chunk_bytes / self.raw_slot_bytes,
@@ -230,6 +232,7 @@ impl PoolLayout {
     }
 
     /// Where a slot of `class` begins in the slab, or, behind the slab's end, in the host tier.
+    #[inline]
     pub fn offset_bytes(&self, class: SizeClass, slot: SlotId) -> usize {
         if class == SizeClass::Host {
             return self.slab_bytes() + (slot.0 as usize - self.slot_ids()) * self.sealed_slot_bytes;
@@ -240,6 +243,7 @@ impl PoolLayout {
     }
 
     /// Bytes from one slot of `class` to the next.
+    #[inline]
     pub fn slot_bytes(&self, class: SizeClass) -> usize {
         match class {
             SizeClass::Raw => self.raw_slot_bytes,
@@ -354,6 +358,7 @@ impl Pool {
     }
 
     /// Raw slots that can be taken without touching reservations or the moving room.
+    #[inline]
     pub fn raw_available(&self) -> usize {
         self.raw_vacant().saturating_sub(self.reserved_raw + self.moving_room())
     }
@@ -389,6 +394,7 @@ impl Pool {
         if self.layout.has_sealed_class { self.slots_per_chunk(SizeClass::Raw) } else { 0 }
     }
 
+    #[inline]
     fn raw_vacant(&self) -> usize {
         self.vacancies[SizeClass::Raw as usize] + self.stock.len() * self.slots_per_chunk(SizeClass::Raw)
     }
@@ -434,6 +440,7 @@ impl Pool {
     }
 
     /// Takes a raw slot for `tenant`. The caller has looked at [`Pool::raw_available`] or gives back a reservation for it.
+    #[inline]
     pub(crate) fn take_raw(&mut self, tenant: u32) -> Option<Allocated> {
         self.take(SizeClass::Raw, tenant)
     }
@@ -481,6 +488,7 @@ impl Pool {
         self.take(class, tenant).map(|taken| taken.slot)
     }
 
+    #[inline]
     fn take(&mut self, class: SizeClass, tenant: u32) -> Option<Allocated> {
         if self.with_vacancy[class as usize].is_empty() {
             self.open_chunk(class);
@@ -515,6 +523,7 @@ impl Pool {
     }
 
     /// Gives a chunk of the stock to `class`.
+    #[inline]
     fn open_chunk(&mut self, class: SizeClass) {
         if let Some(index) = self.stock.pop() {
             self.assign(index, class);
@@ -522,6 +531,7 @@ impl Pool {
     }
 
     /// Makes a chunk whose slots are all vacant serve `class`.
+    #[inline]
     fn assign(&mut self, index: u32, class: SizeClass) {
         let slots = self.slots_per_chunk(class);
         let first = index as usize * self.slot_ids_per_chunk as usize;
@@ -655,6 +665,7 @@ impl Pool {
         (0..slots).filter(move |bit| taken >> bit & 1 == 1).map(move |bit| SlotId((first + bit) as u32))
     }
 
+    #[inline]
     fn list(&mut self, index: u32) {
         let chunk = &mut self.chunks[index as usize];
         let Some(class) = chunk.class else { return };
@@ -663,6 +674,7 @@ impl Pool {
         list.push(index);
     }
 
+    #[inline]
     fn unlist(&mut self, index: u32) {
         let chunk = &mut self.chunks[index as usize];
         let (Some(class), Some(at)) = (chunk.class, chunk.listed_at.take()) else { return };
@@ -682,6 +694,7 @@ impl Pool {
     }
 
     /// Takes a slot back: vacant at once, or quarantined while a pin holds it.
+    #[inline]
     pub(crate) fn free(&mut self, class: SizeClass, slot: FilledSlot) {
         match self.table.vacate(slot) {
             Ok(vacant) => self.put_back(class, vacant),
@@ -698,6 +711,7 @@ impl Pool {
         }
     }
 
+    #[inline]
     fn put_back(&mut self, class: SizeClass, vacant: VacantSlot) {
         let id = vacant.id().0 as usize;
         if class == SizeClass::Host {
@@ -741,6 +755,7 @@ impl Pool {
     }
 
     /// Makes a chunk with no block, that is in no list, serve no class.
+    #[inline]
     fn return_to_stock(&mut self, index: u32) {
         self.chunks[index as usize].class = None;
         self.chunks[index as usize].vacant = 0;

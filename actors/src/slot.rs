@@ -54,6 +54,7 @@ impl SlotState {
         assert!(before & PINS != 0, "a slot was unpinned more often than pinned");
     }
 
+    #[inline]
     fn try_claim(&self, generation: Generation) -> Option<Generation> {
         let next = generation.next();
         // Acquire pairs with the Release in `unpin`: the last reader is done before the slot is written again.
@@ -115,6 +116,7 @@ impl SlotTable {
     }
 
     /// Ends the ownership of `slot`: pins of its generation can no longer be taken. Hands it back while a pin is held.
+    #[inline]
     pub(crate) fn vacate(&self, slot: FilledSlot) -> Result<VacantSlot, FilledSlot> {
         match self.states[slot.id.0 as usize].try_claim(slot.generation) {
             Some(generation) => Ok(VacantSlot { id: slot.id, generation }),
@@ -159,6 +161,7 @@ impl VacantSlot {
     }
 
     /// Makes it a block's.
+    #[inline]
     pub(crate) fn fill(self) -> FilledSlot {
         FilledSlot { id: self.id, generation: self.generation }
     }

@@ -259,6 +259,7 @@ impl BlockStore {
     }
 
     /// Raw slots that can be had without touching reservations, after a look at what readers have let go.
+    #[inline]
     pub(super) fn raw_available(&mut self, wanted: usize) -> usize {
         if self.pool.raw_available() < wanted && self.waits_for_readers() {
             self.reclaim();
@@ -276,6 +277,7 @@ impl BlockStore {
     }
 
     /// A new raw block at place `index` of a sequence, held once. The caller has made sure that there is a slot for it.
+    #[inline]
     pub(super) fn create(&mut self, tenant: u32, index: usize, private: bool) -> NewBlock {
         let taken =
             self.pool.take_raw(tenant).expect("a raw slot is vacant: the operation counted them first");
@@ -304,6 +306,7 @@ impl BlockStore {
     }
 
     /// Lets readers outside of the device thread find the block where it is now.
+    #[inline]
     pub(super) fn publish(&mut self, id: BlockId) {
         let block = &self.blocks[id.0 as usize];
         self.owners[block.slot.id().0 as usize] = id;
@@ -316,6 +319,7 @@ impl BlockStore {
         (block.slot.id() == slot && block.class == class).then_some(block)
     }
 
+    #[inline]
     pub(super) fn retain(&mut self, id: BlockId) {
         let block = self.get_mut(id);
         block.refs += 1;
@@ -326,11 +330,13 @@ impl BlockStore {
     }
 
     /// Lets go of a block. The last holder frees its slot, unless a prompt may find it: then it stays until its slot is needed.
+    #[inline]
     pub(super) fn release(&mut self, id: BlockId) {
         self.release_from(id, false);
     }
 
     /// As [`BlockStore::release`], of a flight: `is_unused` if nobody has used the block meanwhile, so that it is not younger than before.
+    #[inline]
     pub(super) fn release_from(&mut self, id: BlockId, is_unused: bool) {
         if id == BlockId::DROPPED {
             return;
@@ -382,6 +388,7 @@ impl BlockStore {
     }
 
     /// Frees a block that nobody holds or has pinned, and that is in no index.
+    #[inline]
     pub(super) fn free(&mut self, id: BlockId) {
         let block = self.blocks.remove(id.0 as usize);
         if block.state == BlockState::Sealed {
@@ -397,12 +404,14 @@ impl BlockStore {
         self.pool.spoil(slot);
     }
 
+    #[inline]
     pub(super) fn free_slot(&mut self, class: SizeClass, slot: FilledSlot) {
         self.pool.free(class, slot);
         self.unstall();
     }
 
     /// Slots may be had where there were none.
+    #[inline]
     fn unstall(&mut self) {
         (self.seal_stalled, self.recodable.stalled) = (false, false);
     }
@@ -463,6 +472,7 @@ impl BlockStore {
     }
 
     /// Every token of the block is committed. It is sealed once it [leaves the window](Self::leaves_window) of its sequence.
+    #[inline]
     pub(super) fn complete(&mut self, id: BlockId, counters: &mut CoreCounters) {
         let raw_is_sealed = self.sealed_format().is_raw();
         let block = self.get_mut(id);

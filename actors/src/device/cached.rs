@@ -59,6 +59,7 @@ pub(super) enum Published {
 
 impl BlockStore {
     /// Gives a block its key that a sequence has just filled, and lets prompts find it.
+    #[inline]
     pub(super) fn publish_key(
         &mut self,
         id: BlockId,
@@ -113,6 +114,7 @@ impl BlockStore {
     }
 
     /// A prompt has found the block, or goes on where its lease ended: its sequence holds it from now on.
+    #[inline]
     pub(super) fn hold_found(&mut self, id: BlockId, touch: (u32, u32)) {
         let touch = self.touched(touch);
         self.evictor.touch(id, touch);
@@ -231,6 +233,7 @@ impl BlockStore {
     }
 
     /// Frees the block that is worth least to the device. False if none can go.
+    #[inline]
     pub(super) fn evict_one(&mut self, counters: &mut CoreCounters) -> bool {
         let mut in_host = None;
         while let Some(victim) = self.evictor.victim(self.now_ms) {
@@ -246,6 +249,7 @@ impl BlockStore {
     }
 
     /// Counts the bytes of a block that nobody holds as evictable (1), or no more (-1).
+    #[inline]
     pub(super) fn count_cached(&mut self, id: BlockId, sign: i64) {
         let block = self.get(id);
         if block.class != SizeClass::Host {
@@ -262,9 +266,13 @@ impl BlockStore {
     /// Loads what evicting this block and those that come after it will need, all of it at once. They mostly come one after the other, and
     /// each waits for what it needs, since others see what becomes of it in a certain order.
     fn warm_victims(&mut self, victim: BlockId) {
-        let after = self.evictor.likely_after(victim).take(WARM_VICTIMS - 1);
-        let victims: SmallVec<[BlockId; WARM_VICTIMS]> = std::iter::once(victim).chain(after).collect();
-        self.index.warm_removals(&victims);
+        let (mut victims, mut count) = ([victim; WARM_VICTIMS], 1);
+        for (place, after) in victims[1..].iter_mut().zip(self.evictor.likely_after(victim)) {
+            *place = after;
+            count += 1;
+        }
+        let victims = &victims[..count];
+        self.index.warm_removals(victims);
         let slot = |block: &BlockId| self.blocks.get(block.0 as usize).map(|block| block.slot.id());
         let of_slots = victims.iter().filter_map(slot).map(|slot| self.pool.warm(slot));
         std::hint::black_box(of_slots.fold(0, |all, slot| all | slot));
@@ -275,6 +283,7 @@ impl BlockStore {
     }
 
     /// Evicts a victim, unless somebody has just pinned it.
+    #[inline]
     fn try_evict(&mut self, victim: BlockId, counters: &mut CoreCounters) -> bool {
         if self.victims_warmed == 0 {
             self.warm_victims(victim);
@@ -304,6 +313,7 @@ impl BlockStore {
     }
 
     /// Counts `slots` more slots of this class as its owner's. What lies in host memory counts as nothing.
+    #[inline]
     pub(super) fn charge(&mut self, owner: u32, class: SizeClass, slots: i64) {
         if class == SizeClass::Host || slots == 0 {
             return;

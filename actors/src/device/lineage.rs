@@ -37,6 +37,7 @@ impl Lineage {
     }
 
     /// Where the list of a block's siblings begins.
+    #[inline]
     fn siblings(&mut self, parent: BlockId, root: u32) -> &mut BlockId {
         if parent != NONE {
             return &mut self.links[parent.0 as usize].first_child;

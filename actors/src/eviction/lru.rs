@@ -8,14 +8,17 @@ use super::queue::Queue;
 pub(super) struct Lru(Queue);
 
 impl Lru {
+    #[inline]
     pub(super) fn enter(&mut self, nodes: &mut [Node], block: u32) {
         self.0.push(nodes, block);
     }
 
+    #[inline]
     pub(super) fn leave(&mut self, nodes: &mut [Node], block: u32) {
         self.0.remove(nodes, block);
     }
 
+    #[inline]
     pub(super) fn first(&self, nodes: &[Node]) -> Option<u32> {
         self.0.first(nodes)
     }

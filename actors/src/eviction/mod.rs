@@ -167,6 +167,7 @@ impl Evictor {
     }
 
     /// A request has matched the block.
+    #[inline]
     pub fn touch(&mut self, block: BlockId, touch: Touch) {
         debug_assert!(self.contains(block));
         self.advance(touch.now_ms);
@@ -174,6 +175,7 @@ impl Evictor {
     }
 
     /// Nobody held the block, now somebody does.
+    #[inline]
     pub fn hold(&mut self, block: BlockId) {
         debug_assert!(self.contains(block) && !self.nodes[block.0 as usize].is(HELD));
         self.leave(block.0);
@@ -248,6 +250,7 @@ impl Evictor {
 
     /// Blocks that will most often come up as victims when this one has gone, one after the other: its parent, if nothing else continues
     /// that, or else the candidate behind it.
+    #[inline]
     pub fn likely_after(&self, victim: BlockId) -> impl Iterator<Item = BlockId> {
         // Some orders are taken from their end.
         let is_last = self.nodes[victim.0 as usize].next == NONE;
@@ -398,6 +401,7 @@ impl Evictor {
     }
 
     /// The first to go that is not of a protected tenant; parks those that are.
+    #[inline]
     fn unprotected(&mut self) -> Option<u32> {
         loop {
             let block = match self.kept.first() {
@@ -414,6 +418,7 @@ impl Evictor {
     }
 
     /// Ranks a parked block again. False if there is none that may go.
+    #[inline]
     fn unpark(&mut self) -> bool {
         let Some(block) = self.tenants.returning(&mut self.nodes) else { return false };
         self.nodes[block as usize].flags &= !PARKED;
@@ -422,6 +427,7 @@ impl Evictor {
     }
 
     /// Ranks the block that was passed longest ago again. False if there is none.
+    #[inline]
     fn recall(&mut self) -> bool {
         let Some(block) = self.passed.pop_front(&mut self.nodes) else { return false };
         self.nodes[block as usize].flags &= !PASSED;

@@ -45,15 +45,18 @@ impl List {
         (next != NONE).then_some(next)
     }
 
+    #[inline]
     pub(super) fn push_back<N: Links>(&mut self, nodes: &mut [N], block: u32) {
         self.insert(nodes, block, None);
     }
 
+    #[inline]
     pub(super) fn push_front<N: Links>(&mut self, nodes: &mut [N], block: u32) {
         self.insert(nodes, block, self.front());
     }
 
     /// Puts a block before another, or at the end.
+    #[inline]
     pub(super) fn insert<N: Links>(&mut self, nodes: &mut [N], block: u32, before: Option<u32>) {
         let next = before.unwrap_or(NONE);
         let prev = match next {
@@ -80,6 +83,7 @@ impl List {
         }
     }
 
+    #[inline]
     pub(super) fn pop_front<N: Links>(&mut self, nodes: &mut [N]) -> Option<u32> {
         let block = self.front()?;
         self.remove(nodes, block);

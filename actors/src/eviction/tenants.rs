@@ -72,6 +72,7 @@ impl Tenants {
         size_of_val(&self.members[..]) + size_of_val(&self.tenants[..])
     }
 
+    #[inline]
     fn index(&mut self, number: u32) -> u32 {
         // Most often there are few, and the first is asked for.
         if let Some(tenant) = self.tenants.first()
@@ -104,6 +105,7 @@ impl Tenants {
         self.forget(index);
     }
 
+    #[inline]
     fn forget(&mut self, index: u32) {
         let tenant = &self.tenants[index as usize];
         let is_needed = tenant.blocks > 0 || tenant.is_protected || tenant.is_ordered;
@@ -193,6 +195,7 @@ impl Tenants {
     }
 
     /// A parked block that need not be so any more.
+    #[inline]
     pub(super) fn returning(&mut self, nodes: &mut [Node]) -> Option<u32> {
         while let Some(&index) = self.returning.last() {
             let tenant = &mut self.tenants[index as usize];

@@ -57,6 +57,7 @@ impl Stripes {
     }
 
     /// Whether a block that is hidden is noted anywhere.
+    #[inline]
     pub(super) fn have(&self, block: BlockId) -> bool {
         let mut left = self.used.load(Ordering::SeqCst);
         while left != 0 {
