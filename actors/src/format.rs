@@ -24,7 +24,7 @@ pub enum Format {
     /// One e4m3 float per element and one scale per (token, head), `s = max|x| / 448`. Coarser than `int8` in the middle of a row's
     /// range and finer near zero; the same warning holds.
     Fp8,
-    /// 4 bits per element: the row is rotated (a seeded Hadamard transform), and each element becomes the nearest of the 16 values
+    /// 4 bits per element: the row is rotated (a seeded Hadamard transform), and each element becomes the nearest, or nearly, of the 16 values
     /// that suit a normal distribution best. One factor per (token, head).
     ///
     /// **Useless for keys with large constant channels** (a bias on `k_proj`): without centring, the constant takes all the codes.
@@ -234,7 +234,7 @@ impl<T: Into<BlockFormat>> From<T> for Ladder {
 /// What the tokens of a block have been stored in so far: what they have lost.
 ///
 /// Nothing is regained by decoding. So a copy that was decoded to be written to has the history of what it was decoded from, and what it is
-/// sealed and re-encoded to comes on top. Tokens that were appended to such a copy have been through less than the block says.
+/// sealed and re-encoded to comes on top; a format that comes again is told once. Tokens that were appended to such a copy have been through less than the block says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct History {
     ladder: Ladder,

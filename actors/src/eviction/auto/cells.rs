@@ -6,7 +6,7 @@ use super::{Info, Node};
 use crate::eviction::queue::List;
 
 /// Cells that are looked at for blocks that have got older, per victim: their times alone, many at once. Blocks get older slowly.
-const LOOKS: usize = 224;
+const LOOKS: usize = 112;
 /// Of these, so many in one comparison or two of vectors.
 const AT_ONCE: usize = 16;
 const _: () = assert!(CELLS.is_multiple_of(LOOKS) && LOOKS.is_multiple_of(AT_ONCE));

@@ -205,6 +205,41 @@ fn a_single_element_comes_back_whole() {
     }
 }
 
+/// The squares of a row of one element add up to a power of two: on both sides of where rows begin to be scaled.
+#[test]
+fn rows_at_the_border_of_being_scaled() {
+    for (format, element) in ROTATED
+        .into_iter()
+        .flat_map(|format| [ElementType::Bf16, ElementType::F32].map(|element| (format, element)))
+    {
+        for border in [2f32.powi(-43), 2f32.powi(47)] {
+            for x in [border.next_down(), border, border.next_up(), border * 0.996, border * 1.008] {
+                let mut row = [0.0f32; 2 * 64];
+                (row[5], row[64 + 63]) = (x, -x);
+                let bytes = bytes_of(element, &row);
+                let expected = encode(Kernels::scalar(), format, element, 64, &bytes);
+                let back = values_of(
+                    element,
+                    &decode(Kernels::scalar(), format, element, 64, &expected.1, &expected.2),
+                );
+                assert!(
+                    (back[5] / f64::from(x) - 1.0).abs() < 0.01,
+                    "{format} {element:?} {x:e}: {:e}",
+                    back[5]
+                );
+                for kernels in Kernels::candidates() {
+                    assert_eq!(
+                        encode(kernels, format, element, 64, &bytes),
+                        expected,
+                        "{} {x:e}",
+                        kernels.name()
+                    );
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn zeros_stay_zeros_and_bad_rows_are_told() {
     for kernels in Kernels::candidates() {

@@ -40,10 +40,12 @@
 //!   of the second half, and so on until one is left; groups one after the other.
 //! - Rows of bf16 and f32 whose `Σy²` is not between 2^-80 and 2^100 (it overflows, or what it is made of is lost) are divided by the power of two
 //!   at or below `max|x|`, between 2^-126 and 2^126, and rotated again.
-//! - Unit: `u = y · √(dim / Σy²)`, where one over the root comes from two steps of Newton's method.
-//! - Place: numbers are told apart by places of equal width, an odd number of them with zero where two meet: 111 of 0.0437, 51 of 0.07 or 3 of
-//!   0.9816. `y · (1 / (places · width)) · √(dim / Σy²) + ½`, fused and kept between 0 and 1, is the share of all places that is below; times their
-//!   number, rounded to the nearest integer, it is the place.
+//! - Unit: what makes of `y` a share of all places is `√dim / (places · width)`, rounded, times one over the root of `Σy²`: two steps of Newton's
+//!   method, `r · (1.5 - (Σy² / 2 · r) · r)` with one rounding for what is in brackets, from the number whose bits are `0x5F375A86` less half of
+//!   those of `Σy²`.
+//! - Place: places are of equal width: 111 of 0.0437, 51 of 0.07 or 3 of 0.9816 standard deviations, and one more, since the two outermost are cut in
+//!   half. Two meet at zero. `y · unit + ½`, fused and kept between 0 and 1, is the share of all places that is below; times their number (111, 51, 3),
+//!   rounded to the nearest integer (even if there are two), it is the place, counted from 0.
 //! - Code: each value of the codebook has some places, so that it is the nearest to all that lies there but for a part of the outermost of
 //!   them. Its lower bits count magnitudes from the smallest, its highest bit is set below zero. Element `i` has the bits from `i · bits` of the row's bytes,
 //!   least significant first. (Looking a place up is one multiplication and one load; with ends of values that fall between places it would be twice as

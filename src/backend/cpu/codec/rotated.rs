@@ -27,7 +27,7 @@ pub(super) const fn flips(i: usize) -> bool {
 /// The positive half of a codebook, and where its values end.
 pub(super) struct Book {
     magnitudes: &'static [f32],
-    /// Places of a whole codebook, an odd number: they begin and end at zero.
+    /// Places of a whole codebook, an odd number, the two outermost counted as half a place each: two meet at zero.
     pub(super) places: i32,
     /// How wide a place is, in units of the standard deviation.
     width: f32,

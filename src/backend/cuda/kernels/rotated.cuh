@@ -45,7 +45,8 @@ __device__ __forceinline__ float marked_value_of(u32 code) {
     return __uint_as_float(__float_as_uint(value_of(code)) & ~(2 * MAGNITUDES - 1) | code);
 }
 
-// Numbers are told apart by places of equal width, half of them below zero; what is beyond them belongs to the outermost.
+// Numbers are told apart by places of equal width, two of which meet at zero; the two outermost, which have what is beyond them, count for
+// half a place each.
 constexpr u32 PLACES = BITS == 4 ? 111 : BITS == 3 ? 51 : 3;
 constexpr float PLACE_WIDTH = BITS == 4 ? 0.0437f : BITS == 3 ? 0.07f : 0.9816f;
 
