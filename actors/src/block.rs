@@ -220,8 +220,13 @@ impl Block {
 
     /// Formats of the ladder that its tokens, or some of them, have been through.
     pub(crate) fn been_through(&self) -> u8 {
-        if self.state == BlockState::Sealed { self.past.max(self.rung + 1) } else { self.past }
+        been_through(self.past, (self.state == BlockState::Sealed).then_some(self.rung))
     }
+}
+
+/// Formats of the ladder down to which tokens have been that came through `past` of them, and are sealed on a rung now, or not.
+fn been_through(past: u8, sealed: Option<u8>) -> u8 {
+    sealed.map_or(past, |rung| past.max(rung + 1))
 }
 
 /// Where a block's bytes are, as readers outside of the device thread see it.
@@ -300,13 +305,12 @@ impl Places {
         }
         let &(class, sealed, rung) = STORED.get((word & 15) as usize)?;
         let past = self.pasts[block.0 as usize].load(Ordering::Relaxed);
-        let been_through = if sealed { past.max(rung + 1) } else { past };
         Some(Place {
             slot,
             class,
             generation: Generation((word >> 4) as u32 & ((1 << Generation::BITS) - 1)),
             format: if sealed { self.formats.rung(rung) } else { BlockFormat::RAW },
-            history: History::new(self.formats, been_through),
+            history: History::new(self.formats, been_through(past, sealed.then_some(rung))),
             sealed,
         })
     }

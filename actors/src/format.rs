@@ -234,7 +234,8 @@ impl<T: Into<BlockFormat>> From<T> for Ladder {
 /// What the tokens of a block have been stored in so far: what they have lost.
 ///
 /// Nothing is regained by decoding. So a copy that was decoded to be written to has the history of what it was decoded from, and what it is
-/// sealed and re-encoded to comes on top; a format that comes again is told once. Tokens that were appended to such a copy have been through less than the block says.
+/// sealed and re-encoded to comes on top; a format that comes again is told once. Tokens that were appended to such a copy have been through
+/// less than the block says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct History {
     ladder: Ladder,

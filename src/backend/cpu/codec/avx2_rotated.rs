@@ -86,14 +86,14 @@ fn encode_rows<const BITS: usize, const E: u8>(
         let rows = factors.len() / 2;
         let row = std::array::from_fn(|lane| &src[lane.min(rows - 1) * row_bytes..][..row_bytes]);
         let one = _mm256_set1_ps(1.0);
-        let max = load_rows::<E>(row, one, &mut y);
+        let max = load_rows::<E, false>(row, one, &mut y);
         y.chunks_exact_mut(group(dim)).for_each(|y| transform(y));
         let mut square = square_of(&y, &mut units);
         let (mut power, near) = (one, near(square));
         if E != F16 && _mm256_movemask_ps(near) != 0xFF {
             // All go again, those that are near as they are.
             power = _mm256_blendv_ps(power_below(max), one, near);
-            load_rows::<E>(row, _mm256_div_ps(one, power), &mut y);
+            load_rows::<E, true>(row, _mm256_div_ps(one, power), &mut y);
             y.chunks_exact_mut(group(dim)).for_each(|y| transform(y));
             square = square_of(&y, &mut units);
         }
@@ -114,17 +114,23 @@ fn encode_rows<const BITS: usize, const E: u8>(
     finite
 }
 
-/// Loads 8 rows times `scale`, signs changed, one in each lane of `y`; the lanes' largest magnitudes, without the scale, as integers.
+/// Loads 8 rows, signs changed, one in each lane of `y`, times `scale` if they are `SCALED`; the lanes' largest magnitudes, without the
+/// scale, as integers.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn load_rows<const E: u8>(rows: [&[u8]; LANES], scale: __m256, y: &mut [__m256]) -> __m256i {
+fn load_rows<const E: u8, const SCALED: bool>(
+    rows: [&[u8]; LANES],
+    scale: __m256,
+    y: &mut [__m256],
+) -> __m256i {
     let magnitude = _mm256_set1_epi32(0x7FFF_FFFF);
     let mut max = _mm256_setzero_si256();
     for (eighth, y) in y.chunks_exact_mut(8).enumerate() {
         let loaded = std::array::from_fn(|lane| load_8::<E>(rows[lane], eighth));
         for (i, x) in transposed(loaded).into_iter().enumerate() {
             max = _mm256_max_epu32(max, _mm256_and_si256(_mm256_castps_si256(x), magnitude));
-            y[i] = flip_if(_mm256_mul_ps(x, scale), flips(8 * eighth + i));
+            let x = if SCALED { _mm256_mul_ps(x, scale) } else { x };
+            y[i] = flip_if(x, flips(8 * eighth + i));
         }
     }
     max
@@ -254,28 +260,16 @@ fn nearest<const BITS: usize>(y: __m256, unit: __m256) -> (__m256i, __m256) {
     };
     let sign = 1 << (BITS - 1);
     let code = _mm256_or_si256(magnitude, bit(negative, sign));
-    (code, looked_up(const { values::<BITS>(true) }, magnitude, bit(negative, i32::MIN | sign)))
+    (code, looked_up(const { rotated::book(BITS).values(true) }, magnitude, bit(negative, i32::MIN | sign)))
 }
 
-/// The values of magnitudes, with more bits set.
+/// Of the values of codes, those of magnitudes, with more bits set.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 fn looked_up(values: [f32; 8], magnitude: __m256i, bits: __m256i) -> __m256 {
     let [a, b, c, d, e, f, g, h] = values;
     let values = _mm256_setr_ps(a, b, c, d, e, f, g, h);
     _mm256_or_ps(_mm256_permutevar8x32_ps(values, magnitude), _mm256_castsi256_ps(bits))
-}
-
-/// The values of magnitudes, over and over.
-const fn values<const BITS: usize>(marked: bool) -> [f32; 8] {
-    let (book, half) = (rotated::book(BITS), 1 << (BITS - 1));
-    let mut values = [0.0; 8];
-    let mut i = 0;
-    while i < values.len() {
-        values[i] = if marked { book.marked(i % half) } else { book.value(i % half) };
-        i += 1;
-    }
-    values
 }
 
 /// The sum of the definition, of the sums of units of 8.
@@ -360,7 +354,7 @@ fn decode_rows<const BITS: usize, const E: u8>(
                 let sign = _mm256_sllv_epi32(code, _mm256_set1_epi32(32 - BITS as i32));
                 let sign = _mm256_and_si256(sign, _mm256_set1_epi32(i32::MIN));
                 let magnitude = _mm256_and_si256(code, _mm256_set1_epi32((1 << (BITS - 1)) - 1));
-                *y = looked_up(const { values::<BITS>(false) }, magnitude, sign);
+                *y = looked_up(const { rotated::book(BITS).values(false) }, magnitude, sign);
             }
         }
         y.chunks_exact_mut(group).for_each(|y| transform(y));

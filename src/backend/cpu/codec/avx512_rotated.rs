@@ -322,7 +322,7 @@ const fn codes_of_places(book: &rotated::Book) -> [[u8; 64]; 2] {
 fn nearest<const BITS: usize>() -> impl Fn(__m512, __m512) -> (__m512i, __m512) {
     let codes = const { &codes_of_places(rotated::book(BITS)) };
     let (near, far) = (load(&codes[0]), load(&codes[1]));
-    let book = load_floats(const { &values(rotated::book(BITS), true) });
+    let book = load_floats(const { &rotated::book(BITS).values(true) });
     let (places, zero) = (rotated::book(BITS).places, rotated::book(BITS).zero());
     move |y, unit| {
         let share = _mm512_fmadd_ps(y, unit, _mm512_set1_ps(0.5));
@@ -342,17 +342,7 @@ fn nearest<const BITS: usize>() -> impl Fn(__m512, __m512) -> (__m512i, __m512) 
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn book<const BITS: usize>() -> __m512 {
-    load_floats(const { &values(rotated::book(BITS), false) })
-}
-
-const fn values(book: &rotated::Book, marked: bool) -> [f32; 16] {
-    let mut values = [0.0; 16];
-    let mut i = 0;
-    while i < 16 {
-        values[i] = if marked { book.marked(i) } else { book.value(i) };
-        i += 1;
-    }
-    values
+    load_floats(const { &rotated::book(BITS).values(false) })
 }
 
 /// Writes the codes of the `step`th 32 elements of 16 rows, of which each word has 8.

@@ -76,6 +76,17 @@ impl Book {
         f32::from_bits(self.value(code).to_bits() & !mask | code as u32 & mask)
     }
 
+    /// The values of codes, over and over if there is room for more, marked or as they are.
+    pub(super) const fn values<const N: usize>(&self, marked: bool) -> [f32; N] {
+        let mut values = [0.0; N];
+        let mut code = 0;
+        while code < N {
+            values[code] = if marked { self.marked(code) } else { self.value(code) };
+            code += 1;
+        }
+        values
+    }
+
     /// The largest value, or a little more.
     pub(super) const fn largest(&self) -> f32 {
         self.magnitudes[self.half() - 1] * 1.01
