@@ -71,15 +71,18 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The fused kernels over 256k tokens of one layer of 8 heads × 128, beside the device's own copies.
+/// The fused kernels over a GiB of tokens of 8 heads × 128, in one layer and in as many as models have, beside the device's own copies.
 fn kernels(table: &mut Table) -> anyhow::Result<()> {
-    for element in [ElementType::F16, ElementType::Bf16] {
-        let geometry = Geometry::new(1, 8, 128, element);
-        let figures = kv_cache::cuda::kernel_figures(0, &geometry, 1 << 18, 31)?;
+    for (element, layers) in
+        [(ElementType::F16, 1), (ElementType::Bf16, 1), (ElementType::F16, 32), (ElementType::Bf16, 80)]
+    {
+        let geometry = Geometry::new(layers, 8, 128, element);
+        let tokens = ((1 << 18) / layers as usize).next_multiple_of(32);
+        let figures = kv_cache::cuda::kernel_figures(0, &geometry, tokens, 31)?;
         let copy = figures[0].gb_per_s;
         // Keys and values of 2 bytes an element.
-        let raw_bytes = f64::from(1 << 18) * 8.0 * 128.0 * 2.0 * 2.0;
-        table.group(&format!("kernels, {element:?}, 262,144 tokens × 8 heads × 128"));
+        let raw_bytes = (tokens * layers as usize) as f64 * 8.0 * 128.0 * 2.0 * 2.0;
+        table.group(&format!("kernels, {element:?}, {tokens} tokens × {layers} layers × 8 heads × 128"));
         for figure in &figures {
             let share = figure.gb_per_s / copy;
             let rotated = ["r4", "r3", "r2"].iter().any(|format| figure.what.contains(format));

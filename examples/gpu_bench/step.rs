@@ -1,4 +1,4 @@
-//! A decode step through the public API: 256 sequences append one token each (8 heads × 128, f16, one layer) as one batch.
+//! A decode step through the public API: 256 sequences append one token each (8 heads × 128, f16) as one batch.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -16,12 +16,14 @@ const HEADS: usize = 8;
 const DIM: usize = 128;
 /// Elements of one token's keys, or values.
 const TOKEN: usize = HEADS * DIM;
-/// Elements of the keys, or values, of a step.
+/// Elements of the keys, or values, of a step of one layer.
 const HALF: usize = SEQUENCES * TOKEN;
 const TOKEN_IDS: [u32; SEQUENCES] = [1; SEQUENCES];
 const BLOCK: usize = 32;
-/// Rounds of 32 steps; the first one warms up.
+/// Rounds of 32 steps, of one layer and of as many as models have; the first one warms up.
 const ROUNDS: usize = 33;
+const LAYERS: usize = 32;
+const ROUNDS_OF_LAYERS: usize = 9;
 
 pub(crate) fn measure(table: &mut Table) -> anyhow::Result<()> {
     let tokio = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -48,15 +50,19 @@ pub(crate) fn measure(table: &mut Table) -> anyhow::Result<()> {
         let what = format!("from lent pinned memory, {format}, seals included, a step");
         table.row(&what, whole, "µs", Some((whole / raw, "of raw, reach 1.10")));
     }
-    let steps = tokio.block_on(async { tokio::spawn(from_device(0)).await })??;
+    let steps = tokio.block_on(async { tokio::spawn(from_device(1, 0)).await })??;
     steps.print(table, "from device memory, each awaited until done", 40.0);
-    let steps = tokio.block_on(async { tokio::spawn(from_device(2)).await })??;
+    let steps = tokio.block_on(async { tokio::spawn(from_device(1, 2)).await })??;
+    steps.print(table, "from device memory, back to back", 40.0);
+    table.group("the same, 32 layers");
+    let steps = tokio.block_on(async { tokio::spawn(from_device(LAYERS, 2)).await })??;
     steps.print(table, "from device memory, back to back", 40.0);
     Ok(())
 }
 
 /// Times of rounds of 32 steps.
 struct Steps {
+    rounds: usize,
     started: Instant,
     done: usize,
     times: Vec<f64>,
@@ -71,15 +77,15 @@ struct Steps {
 }
 
 impl Steps {
-    fn new() -> Self {
+    fn new(rounds: usize) -> Self {
         let [times, mean_us, filling_us, sealed_us, whole_us] = [const { Vec::new() }; 5];
-        Steps { started: Instant::now(), done: 0, times, mean_us, filling_us, sealed_us, whole_us }
+        Steps { rounds, started: Instant::now(), done: 0, times, mean_us, filling_us, sealed_us, whole_us }
     }
 
     /// Begins a step, or says that there were enough.
     fn next(&mut self) -> bool {
         self.started = Instant::now();
-        self.done < ROUNDS * BLOCK
+        self.done < self.rounds * BLOCK
     }
 
     /// Whether the step that has begun is the last before all blocks seal.
@@ -133,10 +139,10 @@ impl Steps {
     }
 }
 
-async fn open(format: Format) -> anyhow::Result<(Cache, Vec<Sequence>)> {
-    let cache = Cache::builder(Geometry::new(1, HEADS as u32, DIM as u32, ElementType::F16))
+async fn open(layers: usize, format: Format) -> anyhow::Result<(Cache, Vec<Sequence>)> {
+    let cache = Cache::builder(Geometry::new(layers as u32, HEADS as u32, DIM as u32, ElementType::F16))
         .devices(Devices::cuda(1))
-        .memory_bytes_per_device(4 << 30)
+        .memory_bytes_per_device(if layers == 1 { 4 << 30 } else { 12 << 30 })
         .sealed_format(format)
         // Every block, whatever its format.
         .configure(|c| (c.quantisation.raw_sinks, c.quantisation.raw_window_blocks) = (Some(false), Some(0)))
@@ -150,15 +156,15 @@ async fn open(format: Format) -> anyhow::Result<(Cache, Vec<Sequence>)> {
     Ok((cache, sequences))
 }
 
-/// Keys and behind them values, `[sequences, kv_heads, dim]`.
-fn rows() -> Vec<f16> {
-    (0..2 * SEQUENCES * TOKEN).map(|i| f16::from_f32((i % 251) as f32 * 0.01 - 1.0)).collect()
+/// Keys and behind them values, `[layers, sequences, kv_heads, dim]`.
+fn rows(layers: usize) -> Vec<f16> {
+    (0..2 * layers * HALF).map(|i| f16::from_f32((i % 251) as f32 * 0.01 - 1.0)).collect()
 }
 
 async fn from_host() -> anyhow::Result<Steps> {
-    let (cache, sequences) = open(Format::Int8).await?;
-    let (rows, all) = (rows(), sequences.iter().collect::<Vec<_>>());
-    let mut steps = Steps::new();
+    let (cache, sequences) = open(1, Format::Int8).await?;
+    let (rows, all) = (rows(1), sequences.iter().collect::<Vec<_>>());
+    let mut steps = Steps::new(ROUNDS);
     while steps.next() {
         let batch = cache.batch(2 * rows.len()).append_each(&all, &TOKEN_IDS, &rows[..HALF], &rows[HALF..]);
         submit(&cache, batch).await?;
@@ -169,9 +175,9 @@ async fn from_host() -> anyhow::Result<Steps> {
 
 /// The model has left its rows in memory that the cache lends: filling it is not the cache's time.
 async fn from_lent(format: Format) -> anyhow::Result<Steps> {
-    let (cache, sequences) = open(format).await?;
-    let (rows, all) = (rows(), sequences.iter().collect::<Vec<_>>());
-    let mut steps = Steps::new();
+    let (cache, sequences) = open(1, format).await?;
+    let (rows, all) = (rows(1), sequences.iter().collect::<Vec<_>>());
+    let mut steps = Steps::new(ROUNDS);
     loop {
         let mut batch = cache.batch(2 * rows.len());
         let region = batch.region::<f16>(rows.len())?;
@@ -197,17 +203,18 @@ async fn submit(cache: &Cache, batch: BatchCacheOperations) -> anyhow::Result<()
 ///
 /// `ahead`: so many steps are submitted before the first of them is known to be on the queue, as a server does that enqueues
 /// its model's kernels ahead of the device.
-async fn from_device(ahead: usize) -> anyhow::Result<Steps> {
-    let (cache, sequences) = open(Format::Int8).await?;
+async fn from_device(layers: usize, ahead: usize) -> anyhow::Result<Steps> {
+    let (cache, sequences) = open(layers, Format::Int8).await?;
     let stream = cudarc::driver::CudaContext::new(0)?.new_stream()?;
-    let bits: Vec<u16> = rows().iter().map(|x| x.to_bits()).collect();
+    let bits: Vec<u16> = rows(layers).iter().map(|x| x.to_bits()).collect();
     let memory = stream.clone_htod(&bits)?;
     stream.synchronize()?;
     let (address, _guard) = memory.device_ptr(&stream);
     // SAFETY: `memory` outlives the cache, and nobody writes to it.
     let tensor = unsafe { DeviceTensor::from_raw::<f16>(address, bits.len())? };
-    let mut steps = Steps::new();
-    let (keys, values) = (tensor.slice(0..HALF), tensor.slice(HALF..2 * HALF));
+    let mut steps = Steps::new(if layers == 1 { ROUNDS } else { ROUNDS_OF_LAYERS });
+    let half = bits.len() / 2;
+    let (keys, values) = (tensor.slice(0..half), tensor.slice(half..2 * half));
     let all: Vec<_> = sequences.iter().collect();
     let mut outstanding = VecDeque::new();
     while steps.next() {

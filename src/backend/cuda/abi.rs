@@ -21,7 +21,8 @@ pub(super) struct Layout {
     /// Planes are counted keys, values, keys of the next layer, ….
     first_plane: u32,
     plane_step: u32,
-    padding: u32,
+    /// Those that are coded.
+    planes: u32,
     plane_bytes: [u64; 2],
     layer_bytes: u64,
     /// Codes of layer 0, were it coded (maybe before the block's first byte), and from a layer to the next. Scales likewise.
@@ -75,7 +76,7 @@ impl Layout {
             scale_bytes: of(&|plane| rows(plane).scale_bytes()).map(|n| n as u32),
             first_plane: (2 * first + usize::from(planes == [Plane::Value])) as u32,
             plane_step: (3 - planes.len()) as u32,
-            padding: 0,
+            planes: (planes.len() * sealed.coded_layers(block).len()) as u32,
             plane_bytes: of(&|plane| block.plane_bytes(plane)).map(|n| n as u64),
             layer_bytes: block.layer_bytes() as u64,
             codes_at: of(&|plane| sealed.codes_at(block, first, plane))

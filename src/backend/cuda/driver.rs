@@ -635,6 +635,17 @@ impl Function {
         })
     }
 
+    /// How many blocks of `threads` threads a multiprocessor has room for at once.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub(super) fn resident_blocks(self, threads: u32) -> Result<u32, DriverError> {
+        let threads = threads.cast_signed();
+        // SAFETY: the function's module lives (1).
+        let count = unsafe { result::occupancy::max_active_block_per_multiprocessor(self.0, threads, 0) };
+        Ok(check("cuOccupancyMaxActiveBlocksPerMultiprocessor", count)?.cast_unsigned())
+    }
+
     /// Launches it.
     ///
     /// # Safety

@@ -18,7 +18,7 @@ use super::Slab;
 use super::compound::{Scoring, Staging, expand};
 use super::driver::{DriverError, Event, PinnedMemory, Stream};
 use super::fence::{Fence, Waiter};
-use super::kernels::Kernels;
+use super::kernels::{Kernels, NearDescriptors};
 use super::ring::Ring;
 use super::transfer::Carrier;
 use super::unit::{Plan, ReadBack, Unit, split_large};
@@ -42,6 +42,7 @@ pub(crate) struct CudaLane {
     /// Scores that they are to bring, of each launch.
     scorings: VecDeque<Vec<Scoring>>,
     staging: Staging,
+    near: NearDescriptors,
     /// The launch that is being enqueued, and the first of its steps that is not.
     enqueuing: usize,
     next_step: usize,
@@ -85,6 +86,7 @@ impl CudaLane {
         let stream = Stream::new(&gpu)?;
         let fence = Fence::new(&stream, &kernels)?;
         let ring = Ring::new(PinnedMemory::zeroed(&gpu, ring_bytes)?);
+        let near = NearDescriptors::new(&gpu)?;
         let staging = if gathers { Staging::allocate(&gpu, &layout)? } else { Staging::default() };
         Ok(CudaLane {
             kind,
@@ -98,6 +100,7 @@ impl CudaLane {
             launches: VecDeque::new(),
             scorings: VecDeque::new(),
             staging,
+            near,
             enqueuing: 0,
             next_step: 0,
             units: VecDeque::new(),
@@ -172,7 +175,7 @@ impl CudaLane {
         match written {
             // SAFETY: the ring keeps the range until the ticket is reached (5), the launch its payloads and pins until it
             // comes back, and the core's steps keep to the rest.
-            Ok(()) => unsafe { unit.launch(&self.stream, &self.kernels) }?,
+            Ok(()) => unsafe { unit.launch(&self.stream, &self.kernels, &self.near) }?,
             Err(error) => self.launches[self.enqueuing].error = Some(error),
         }
         self.fence.issue(&self.stream, &self.kernels)?;

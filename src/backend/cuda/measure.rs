@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::abi;
 use super::driver::{DeviceMemory, DriverError, Gpu, PinnedMemory, Stream, check};
-use super::kernels::{Descriptors, Kernels};
+use super::kernels::{Descriptors, Kernels, NearDescriptors};
 use crate::error::BuildError;
 use crate::{BlockFormat, Format};
 
@@ -74,7 +74,8 @@ impl Drop for Clock {
 
 /// Seals, decodes and gathers `tokens` tokens of `geometry` on GPU `ordinal`, `rounds` times each, beside copies of 512 MiB.
 ///
-/// The data is random and larger than the GPU's caches if `tokens` is; every round goes over all of it.
+/// The data is random and larger than the GPU's caches if `tokens` is; every round goes over all of it. Descriptors lie in page-locked host
+/// memory, as those of a cache do.
 ///
 /// # Errors
 /// [`BuildError::Device`]: there is no such GPU, or not enough memory on it.
@@ -118,13 +119,14 @@ fn measure(
     let raw = random(&gpu, layout.element, blocks * raw_bytes)?;
     let decoded = DeviceMemory::zeroed(&gpu, blocks * raw_bytes)?;
     let flag = PinnedMemory::zeroed(&gpu, 64)?;
+    let near = NearDescriptors::new(&gpu)?;
     let at = |memory: &DeviceMemory, block: usize, bytes: usize| memory.address() + (block * bytes) as u64;
     for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
         let block_format = BlockFormat::from(format);
         let kernels = Kernels::load(&gpu, layout, block_format, None)?;
         let sealed_bytes = block_format.block_bytes(layout).next_multiple_of(128);
         let sealed = DeviceMemory::zeroed(&gpu, blocks * sealed_bytes)?;
-        let converts = |from: (&DeviceMemory, usize), to: (&DeviceMemory, usize), flag| {
+        let steps = |from: (&DeviceMemory, usize), to: (&DeviceMemory, usize), flag| {
             let steps: Vec<abi::Convert> = (0..blocks)
                 .map(|block| abi::Convert {
                     from: at(from.0, block, from.1),
@@ -133,10 +135,10 @@ fn measure(
                     flag,
                 })
                 .collect();
-            upload(&gpu, &steps)
+            in_host_memory(&gpu, &steps)
         };
-        let seals = converts((&raw, raw_bytes), (&sealed, sealed_bytes), flag.address())?;
-        let reopens = converts((&sealed, sealed_bytes), (&decoded, raw_bytes), 0)?;
+        let seals = steps((&raw, raw_bytes), (&sealed, sealed_bytes), flag.address())?;
+        let reopens = steps((&sealed, sealed_bytes), (&decoded, raw_bytes), 0)?;
         let reads: Vec<abi::Read> = (0..blocks * layout.layers)
             .map(|at_layer| {
                 let (block, layer) = (at_layer / layout.layers, at_layer % layout.layers);
@@ -152,14 +154,19 @@ fn measure(
                 }
             })
             .collect();
-        let reads = upload(&gpu, &reads)?;
-        let of = |memory: &DeviceMemory, count| Descriptors { address: memory.address(), count };
+        let reads = in_host_memory(&gpu, &reads)?;
+        let of = |memory: &PinnedMemory, count| Descriptors { address: memory.address(), count };
+        let converts = |memory: &PinnedMemory| {
+            // SAFETY: host memory that outlives the kernels; all of them are on this stream.
+            let by = unsafe { near.bring(&stream, memory.address(), memory.bytes(), layout.layers) }?;
+            Ok::<_, DriverError>(of(memory, blocks).moved(by))
+        };
         let moved = (blocks * (raw_bytes + block_format.block_bytes(layout))) as u64;
         // SAFETY: descriptors of allocations that outlive the kernels, as sized above (3).
-        let seal = || unsafe { kernels.seal(&stream, 0, of(&seals, blocks)) };
+        let seal = || unsafe { kernels.seal(&stream, 0, converts(&seals)?) };
         figures.push(repeat(format!("seal {format}"), moved, &seal)?);
         // SAFETY: as above.
-        let reopen = || unsafe { kernels.reopen(&stream, 0, of(&reopens, blocks)) };
+        let reopen = || unsafe { kernels.reopen(&stream, 0, converts(&reopens)?) };
         figures.push(repeat(format!("decode {format}, whole blocks"), moved, &reopen)?);
         if layout.key_dim == layout.value_dim {
             let count = blocks * layout.layers;
@@ -265,5 +272,13 @@ pub(super) fn upload<T: bytemuck::Pod>(gpu: &Arc<Gpu>, values: &[T]) -> Result<D
     let bytes: &[u8] = bytemuck::cast_slice(values);
     let memory = DeviceMemory::zeroed(gpu, bytes.len())?;
     memory.write(0, bytes)?;
+    Ok(memory)
+}
+
+fn in_host_memory<T: bytemuck::Pod>(gpu: &Arc<Gpu>, values: &[T]) -> Result<PinnedMemory, DriverError> {
+    let bytes: &[u8] = bytemuck::cast_slice(values);
+    let memory = PinnedMemory::zeroed(gpu, bytes.len())?;
+    // SAFETY: new memory of that many bytes, which the device does not know yet (4).
+    unsafe { memory.base().as_ptr().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     Ok(memory)
 }

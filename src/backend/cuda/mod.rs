@@ -4,7 +4,7 @@
 //! |---|---|
 //! | slab | one `cuMemAlloc`, addressed from its first byte |
 //! | lane | a stream, a ring of page-locked staging memory, a fence word that the stream counts up |
-//! | launch | at most one kernel of each kind, however many steps; payloads and descriptors are read by the kernels where they lie |
+//! | launch | at most one kernel of each kind, however many steps; payloads, and descriptors of few layers, are read by the kernels where they lie |
 //! | launch done | the fence word has reached the launch's ticket |
 //!
 //! Nothing here needs a CUDA toolkit: the driver is loaded at run time, and the kernels come as PTX with the crate.

@@ -13,7 +13,7 @@ use kv_cache_actors::geometry::{BlockLayout, Plane};
 use kv_cache_actors::memory::{AppendRows, AppendStep, Launch, ReadStep, Step};
 
 use super::driver::{DriverError, Stream};
-use super::kernels::{Descriptors, Kernels, Sealed};
+use super::kernels::{Descriptors, Kernels, NearDescriptors, Sealed};
 use super::{Slab, abi};
 
 /// Payloads and outputs begin at multiples of this: what a thread loads or stores at once.
@@ -508,11 +508,19 @@ impl<'a> Unit<'a> {
     /// # Safety
     /// The unit's bytes stay as they are until the device is done with them, and so do slab and payloads; the steps keep to
     /// invariants 3 and 4.
-    pub(super) unsafe fn launch(&self, stream: &Stream, kernels: &Kernels) -> Result<(), DriverError> {
+    pub(super) unsafe fn launch(
+        &self,
+        stream: &Stream,
+        kernels: &Kernels,
+        near: &NearDescriptors,
+    ) -> Result<(), DriverError> {
         let (layers, append_tokens, read_tokens, move_bytes, seal_move_bytes) = self.most;
-        let some = |descriptors: Descriptors| (descriptors.count > 0).then_some(descriptors);
-        // SAFETY: the descriptors are those of the kernels (7); the caller vouches for what they name.
+        // All but those of reads, which are for one layer each.
+        let (first, end) = (self.moves.at.address, self.reads[0].at.address);
+        // SAFETY: the descriptors are those of the kernels (7); the caller vouches for what they name, and that they stay.
         unsafe {
+            let by = near.bring(stream, first, (end - first) as usize, self.layout.layers)?;
+            let some = |descriptors: Descriptors| (descriptors.count > 0).then(|| descriptors.moved(by));
             if let Some(moves) = some(self.moves.at) {
                 kernels.move_blocks(stream, moves, move_bytes)?;
             }
@@ -533,8 +541,8 @@ impl<'a> Unit<'a> {
                 }
             }
             for (rung, reads) in self.reads.iter().enumerate() {
-                if let Some(reads) = some(reads.at) {
-                    kernels.read(stream, rung, reads, read_tokens)?;
+                if reads.at.count > 0 {
+                    kernels.read(stream, rung, reads.at, read_tokens)?;
                 }
             }
         }

@@ -48,11 +48,11 @@ __device__ __forceinline__ void append_block(const Layout& L, const Append& a, b
     else append_rows<u16>(L, a, source, target, plane);
 }
 
-extern "C" __global__ void append(const __grid_constant__ Layout L, const Append* steps) { append_block(L, steps[blockIdx.x], false); }
-extern "C" __global__ void plain_append(const __grid_constant__ Layout L, const Append* steps) { append_block(L, steps[blockIdx.x], true); }
+extern "C" __global__ void append(const __grid_constant__ Layout L, const Append* steps) { append_block(L, fetched(steps + blockIdx.x), false); }
+extern "C" __global__ void plain_append(const __grid_constant__ Layout L, const Append* steps) { append_block(L, fetched(steps + blockIdx.x), true); }
 
-extern "C" __global__ void read_raw(const __grid_constant__ Layout L, const Read* steps) { gather_raw(L, steps[blockIdx.x], false); }
-extern "C" __global__ void plain_read_raw(const __grid_constant__ Layout L, const Read* steps) { gather_raw(L, steps[blockIdx.x], true); }
+extern "C" __global__ void read_raw(const __grid_constant__ Layout L, const Read* steps) { gather_raw(L, fetched(steps + blockIdx.x), false); }
+extern "C" __global__ void plain_read_raw(const __grid_constant__ Layout L, const Read* steps) { gather_raw(L, fetched(steps + blockIdx.x), true); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Moves: whole blocks between slots, and between device memory and page-locked host memory. Zeroing is a move from nowhere.
@@ -85,7 +85,7 @@ __device__ __forceinline__ void move_bytes(const Move& m, u64 start, u32 part, u
 }
 
 extern "C" __global__ void move_blocks(const Move* moves) {
-    const Move m = moves[blockIdx.x];
+    const Move m = fetched(moves + blockIdx.x);
     if (aligned16(m.from, m.to)) {
         move_vectors(m, blockIdx.y, gridDim.y);
         move_bytes(m, m.bytes / 16 * 16, blockIdx.y, gridDim.y);
@@ -94,7 +94,7 @@ extern "C" __global__ void move_blocks(const Move* moves) {
     }
 }
 
-extern "C" __global__ void plain_move_blocks(const Move* moves) { move_bytes(moves[blockIdx.x], 0, blockIdx.y, gridDim.y); }
+extern "C" __global__ void plain_move_blocks(const Move* moves) { move_bytes(fetched(moves + blockIdx.x), 0, blockIdx.y, gridDim.y); }
 
 // Bytes that a warp of `carry_blocks` has in flight. Mirrored in kernels.rs.
 #define CARRY_BYTES 4096

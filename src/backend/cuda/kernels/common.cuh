@@ -1,7 +1,7 @@
 // What all kernels share: descriptors, elements, vectors of 16 bytes, and reads of raw rows.
 //
 // One launch carries out any number of steps of one kind: each step is a descriptor, each thread block takes one descriptor and
-// one plane (keys or values of one layer) of it. Descriptors, payloads and outputs may lie in device memory or in page-locked host
+// one plane (keys or values of one layer) of it, neighbours those that lie beside each other. Descriptors, payloads and outputs may lie in device memory or in page-locked host
 // memory: kernels see addresses only. All arithmetic is IEEE f32 without contraction (compiled with --fmad=false), so the bytes
 // are those of the CPU codecs. Kernels named `plain_*` make no assumption on sizes or alignment; the others need rows
 // of whole 16-byte vectors and fall back per descriptor where an address is not aligned.
@@ -26,12 +26,12 @@ struct CentreTables {
 
 // Mirrors `abi::Layout`. A raw block is [layer][K|V][kv_head][token][dim], `row_bytes` a row; a sealed one has `code_bytes` a row in
 // the same order, and behind them all scales in the order of the rows: `scale_bytes` for a row, or for KEY_SCALE_ROWS rows of keys.
-// Planes are counted keys, values, keys of the next layer, …: a launch takes those from `first_plane` on, `plane_step` apart.
+// Planes are counted keys, values, keys of the next layer, …: a launch takes `planes` of them from `first_plane` on, `plane_step` apart.
 // Those of a layer have their codes at `codes_at` and their scales at `scales_at`, by kind, as if all layers were coded.
 struct Layout {
     u32 layers, kv_heads, block_tokens, element;
     u32 dim[2], row_bytes[2], code_bytes[2];
-    u32 element_bytes, scale_bytes[2], first_plane, plane_step, padding;
+    u32 element_bytes, scale_bytes[2], first_plane, plane_step, planes;
     u64 plane_bytes[2];
     u64 layer_bytes;
     u64 codes_at[2], codes_layer;
@@ -39,8 +39,9 @@ struct Layout {
     CentreTables centres;
 };
 
-// The plane of a thread block, over all layers; and of a read, which has one layer.
-__device__ __forceinline__ u32 plane_of(const Layout& L) { return L.first_plane + blockIdx.y * L.plane_step; }
+// The step of a thread block that converts, and its plane, over all layers; and that of a read, which has one layer.
+__device__ __forceinline__ u32 step_of() { return blockIdx.y; }
+__device__ __forceinline__ u32 plane_of(const Layout& L) { return L.first_plane + blockIdx.x * L.plane_step; }
 __device__ __forceinline__ u32 plane_of_read(const Layout& L) { return L.first_plane % 2 + blockIdx.y; }
 
 // Mirrors `abi::Append`: tokens of payload tensors [layers, source_tokens, kv_heads, dim] go to one raw slot.
@@ -68,6 +69,16 @@ struct Read {
 struct Move {
     u64 from, to, bytes;
 };
+
+// The descriptor of a thread block, once for all of its threads: it may lie in host memory, which has other things to do than to tell each
+// warp the same.
+template <typename Step> __device__ __forceinline__ const Step& fetched(const Step* step) {
+    __shared__ Step here;
+    static_assert(sizeof(Step) % sizeof(u64) == 0 && sizeof(Step) / sizeof(u64) <= 32, "a word for each thread of a warp");
+    if (threadIdx.x < sizeof(Step) / sizeof(u64)) ((u64*)&here)[threadIdx.x] = ((const u64*)step)[threadIdx.x];
+    __syncthreads();
+    return here;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Finiteness by exponent: adding one to an exponent of all ones carries into the (masked out) sign bit.
@@ -346,26 +357,33 @@ __device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool 
     }
 }
 
-// What a format asks of the registers of its seal, and how it seals `count` blocks: with a block of threads for each plane of each, or with
+// What a format asks of the registers of its kernels, and how it seals `count` blocks: with a block of threads for each plane of each, or with
 // fewer that go on to others.
+#ifndef DECODE_BOUNDS
+#define DECODE_BOUNDS
+#endif
 #ifndef SEAL_BOUNDS
 #define SEAL_BOUNDS
-#define SEAL(E, PLAIN) seal_plane<E>(L, s[blockIdx.x], PLAIN)
+#define SEAL(E, PLAIN) seal_plane<E>(L, fetched(s + step_of()), PLAIN)
 #endif
 
 // The kernels of a format, over functions that take the element type: `plain` says to do without vectors.
-#define FORMAT_KERNELS(E, NAME)                                                                                                  \
-    extern "C" __global__ void SEAL_BOUNDS seal_##NAME(const __grid_constant__ Layout L, const Convert* s, u32 count) { SEAL(E, false); }               \
-    extern "C" __global__ void plain_seal_##NAME(const __grid_constant__ Layout L, const Convert* s, u32 count) { SEAL(E, true); }          \
-    extern "C" __global__ void reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { reopen_plane<E>(L, s[blockIdx.x], false); }           \
-    extern "C" __global__ void plain_reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { reopen_plane<E>(L, s[blockIdx.x], true); }      \
-    extern "C" __global__ void read_##NAME(const __grid_constant__ Layout L, const Read* steps) {                                                        \
-        const Read& r = steps[blockIdx.x];                                                                                       \
-        if (r.raw >> plane_of_read(L) & 1) gather_raw(L, r, false);                                                                              \
-        else read_plane<E>(L, r, false);                                                                                         \
-    }                                                                                                                            \
-    extern "C" __global__ void plain_read_##NAME(const __grid_constant__ Layout L, const Read* steps) {                                                  \
-        const Read& r = steps[blockIdx.x];                                                                                       \
-        if (r.raw >> plane_of_read(L) & 1) gather_raw(L, r, true);                                                                               \
-        else read_plane<E>(L, r, true);                                                                                          \
+#define FORMAT_KERNELS(E, NAME) \
+    extern "C" __global__ void SEAL_BOUNDS seal_##NAME(const __grid_constant__ Layout L, const Convert* s, u32 count) { SEAL(E, false); } \
+    extern "C" __global__ void plain_seal_##NAME(const __grid_constant__ Layout L, const Convert* s, u32 count) { SEAL(E, true); } \
+    extern "C" __global__ void DECODE_BOUNDS reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { \
+        reopen_plane<E>(L, fetched(s + step_of()), false); \
+    } \
+    extern "C" __global__ void plain_reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { \
+        reopen_plane<E>(L, fetched(s + step_of()), true); \
+    } \
+    extern "C" __global__ void DECODE_BOUNDS read_##NAME(const __grid_constant__ Layout L, const Read* steps) { \
+        const Read& r = fetched(steps + blockIdx.x); \
+        if (r.raw >> plane_of_read(L) & 1) gather_raw(L, r, false); \
+        else read_plane<E>(L, r, false); \
+    } \
+    extern "C" __global__ void plain_read_##NAME(const __grid_constant__ Layout L, const Read* steps) { \
+        const Read& r = fetched(steps + blockIdx.x); \
+        if (r.raw >> plane_of_read(L) & 1) gather_raw(L, r, true); \
+        else read_plane<E>(L, r, true); \
     }

@@ -37,9 +37,11 @@ struct Group {
         Group g;
         g.finite = fabsf(low) <= finite_max<F32>() && fabsf(high) <= finite_max<F32>();
         // One zero, whichever of the two the least element was.
-        g.least = g.finite ? __fadd_rn(low, 0.0f) : 0.0f;
-        // Halves: what a group spans may be too much for a number.
-        g.half_least = __fmul_rn(0.5f, g.least);
+        low = __fadd_rn(low, 0.0f);
+        g.least = g.finite ? low : 0.0f;
+        // Halves: what a group spans may be too much for a number. Also of what is not finite, so that no element lies below it: codes
+        // that count for nothing must fit into their places like others.
+        g.half_least = __fmul_rn(0.5f, low);
         const float span = g.finite ? __fmaf_rn(0.5f, high, -g.half_least) : 0.0f;
         // Two steps of fused arithmetic round to the quotient (Markstein 1990): compared for all significands (see kernels.rs).
         const float near = __fmul_rn(span, 2.0f / MOST);

@@ -5,6 +5,10 @@
 // multiprocessor's registers are enough for it.
 #define SEAL_BOUNDS __launch_bounds__(SEAL_THREADS, 3)
 #define SEAL_THREADS 128
+#ifndef CENTRED
+// As few registers as there is room for five blocks with; the call of what is centred would not fit in.
+#define DECODE_BOUNDS __launch_bounds__(256, 5)
+#endif
 #define SEAL(E, PLAIN) seal_planes<E>(L, s, count, PLAIN)
 #include "common.cuh"
 
@@ -65,16 +69,9 @@ __device__ __forceinline__ u32 place_of(float y, float unit) {
     return __float_as_uint(__fmul_rn(__saturatef(__fmaf_rn(y, unit, 0.5f)), __uint_as_float(PLACES)));
 }
 
-struct Tables {
-    // The value of each code, and the marked one of each place. Places that share a bank are seldom met at once.
-    float values[1 << BITS];
-    float of_places[PLACES + 1];
-    // The signs of a row of elements of the type: a bit for each in the place of its sign.
+// The signs of a row of elements of the type: a bit for each in the place of its sign.
+struct Signs {
     alignas(16) u32 signs[256];
-    // Codes of the rows that a warp seals at once: memory wants whole sectors, not what a lane has of one.
-    alignas(16) u8 codes[WARPS][WARP * 80];
-    // The rows themselves, if a thread has one of its own.
-    alignas(128) u8 rows[WARPS][WARP * 256];
 
     template <u32 E> __device__ __forceinline__ void fill() {
         constexpr u32 PER_WORD = E == F32 ? 1 : 2;
@@ -87,10 +84,8 @@ struct Tables {
             }
             signs[word] = mask;
         }
-        for (u32 code = threadIdx.x; code < 1u << BITS; code += blockDim.x) values[code] = value_of(code);
-        for (u32 place = threadIdx.x; place <= PLACES; place += blockDim.x) of_places[place] = marked_value_of(code_of_place(place));
-        __syncthreads();
     }
+
     // A vector with signs changed, the `at`th of a row. The masks are read when they are needed: the compiler would rather keep them all.
     __device__ __forceinline__ uint4 flipped(const uint4& v, u32 at) const {
         uint4 m;
@@ -99,7 +94,41 @@ struct Tables {
                      : "r"((u32)__cvta_generic_to_shared(signs + 4 * at)));
         return make_uint4(v.x ^ m.x, v.y ^ m.y, v.z ^ m.z, v.w ^ m.w);
     }
+};
+
+struct DecodeTables : Signs {
+    // Of each code.
+    float values[1 << BITS];
+
+    template <u32 E> __device__ __forceinline__ void fill() {
+        Signs::fill<E>();
+        for (u32 code = threadIdx.x; code < 1u << BITS; code += blockDim.x) values[code] = value_of(code);
+        __syncthreads();
+    }
     __device__ __forceinline__ float value(u32 offset) const { return *(const float*)((const u8*)values + offset); }
+};
+
+struct SealTables : Signs {
+    // The marked value of each place. Places that share a bank are seldom met at once.
+    float of_places[PLACES + 1];
+    // The blocks that a warp is at, and goes on to. Descriptors may lie in host memory: each is read once.
+    Convert steps[WARPS][2];
+    // Codes of the rows that a warp seals at once: memory wants whole sectors, not what a lane has of one.
+    alignas(16) u8 codes[WARPS][WARP * 80];
+    // The rows themselves, if a thread has one of its own.
+    alignas(128) u8 rows[WARPS][WARP * 256];
+
+    template <u32 E> __device__ __forceinline__ void fill() {
+        Signs::fill<E>();
+        for (u32 place = threadIdx.x; place <= PLACES; place += blockDim.x) of_places[place] = marked_value_of(code_of_place(place));
+        __syncthreads();
+    }
+    __device__ __forceinline__ const Convert& step(u32 block) const { return steps[threadIdx.x / WARP][block % 2]; }
+    __device__ __forceinline__ void fetch(const Convert* s, u32 block) {
+        const u32 lane = threadIdx.x % WARP;
+        if (lane < sizeof(Convert) / sizeof(u64)) ((u64*)&steps[threadIdx.x / WARP][block % 2])[lane] = ((const u64*)(s + block))[lane];
+        __syncwarp();
+    }
 };
 
 __device__ __forceinline__ float inverse_root(u32 group) { return __frcp_rn(__fsqrt_rn((float)group)); }
@@ -234,7 +263,7 @@ __device__ __forceinline__ float2 transformed(float* y, u32 lane, u32 lanes, Loa
 // Chooses the codes of a row after its transform, which go to `take(unit, word)`. The answer is its factor, 0 if there is nothing to
 // store.
 template <u32 N, typename F>
-__device__ __forceinline__ float choose(const float* y, u32 lanes, float power, float square, const Tables& tables, F take) {
+__device__ __forceinline__ float choose(const float* y, u32 lanes, float power, float square, const SealTables& tables, F take) {
     float dots[N], lengths[N];
     // Every element of the transform has every one of the row in it: what is not finite is in all squares.
     const bool some = square <= finite_max<F32>() && square != 0.0f;
@@ -270,11 +299,27 @@ __device__ __forceinline__ void store_rows(u64 to, const u8* codes, u32 row_byte
     }
 }
 
-// Rows `first` to `end`, by a warp: `lanes` threads share one.
+// What is left to do for a warp: 32 rows at a time of a plane of a block, consecutive ones of all that a launch seals.
+struct Share {
+    u32 planes, per_plane, at, end;
+    __device__ __forceinline__ Share(const Layout& L, u32 count) : planes(L.planes) {
+        per_plane = (L.kv_heads * L.block_tokens + WARP - 1) / WARP;
+        const u64 all = (u64)count * planes * per_plane;
+        const u32 warps = gridDim.x * WARPS, warp = blockIdx.x * WARPS + threadIdx.x / WARP;
+        at = all * warp / warps, end = all * (warp + 1) / warps;
+    }
+    __device__ __forceinline__ u32 block() const { return at / (planes * per_plane); }
+    __device__ __forceinline__ u32 plane(const Layout& L) const { return L.first_plane + at / per_plane % planes * L.plane_step; }
+    __device__ __forceinline__ u32 row() const { return at % per_plane * WARP; }
+    // Whether it is the first of its block.
+    __device__ __forceinline__ bool begins() const { return at % (planes * per_plane) == 0; }
+};
+
+// Rows `first` to `end` of a plane, by a warp: `lanes` threads share one.
 template <u32 E>
-__device__ __noinline__ void seal_rows(const Layout& L, const Convert& s, Tables& tables, u32 first, u32 end) {
-    const Plane p(L, s.from, s.to, plane_of(L));
-    const Centre centre(L, plane_of(L), s.index);
+__device__ __noinline__ void seal_rows(const Layout& L, const Convert& s, SealTables& tables, u32 plane, u32 first, u32 end) {
+    const Plane p(L, s.from, s.to, plane);
+    const Centre centre(L, plane, s.index);
     const u32 lanes = p.dim / PER_THREAD, rows = WARP / lanes, lane = threadIdx.x % lanes, in_warp = threadIdx.x % WARP / lanes;
     u8* codes = tables.codes[threadIdx.x / WARP];
     // All lanes of a warp take every turn: shuffles need them.
@@ -323,22 +368,21 @@ __device__ __noinline__ void seal_rows(const Layout& L, const Convert& s, Tables
 // Rows of N units of 16-bit elements, one to each thread. A warp takes 32 at a time, of any of the blocks, and while it is at them the next
 // are on their way to shared memory.
 template <u32 E, u32 N>
-__device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s, u32 count, Tables& tables) {
+__device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s, u32 count, SealTables& tables) {
     constexpr u32 ROW = N * 16, CODES = N * BITS, STRIDE = CODES % 32 == 0 ? CODES + 16 : CODES;
-    // Where the plane is in a slot.
-    const Plane p(L, 0, 0, plane_of(L));
-    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const u32 parts = (p.rows + WARP - 1) / WARP;
+    const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, of_plane = L.kv_heads * L.block_tokens;
     u8 *const rows = tables.rows[warp], *const codes = tables.codes[warp];
     // Vectors of rows lie in an order of each row's own, so that those that threads read at once are in different banks.
     const auto place = [](u32 row, u32 vector) { return row * ROW + (vector ^ row % 8) * 16; };
-    const auto fetch = [&](u32 at) {
-        const u32 first = at % parts * WARP;
-        const u64 from = s[at / parts].from + p.raw + (u64)first * ROW + lane * 16;
+    Share share(L, count);
+    const auto fetch = [&](bool first) {
+        if (first || share.begins()) tables.fetch(s, share.block());
+        const Plane p(L, tables.step(share.block()).from, 0, share.plane(L));
+        const u64 from = p.raw + (u64)share.row() * ROW + lane * 16;
         // The rows of a turn are an even number of rows behind those of the first, fewer than which these are: their order is that of the
         // first but for bits that it has not.
         const u32 to = (u32)__cvta_generic_to_shared(rows) + place(lane / N, lane % N);
-        const u32 vectors = min(p.rows - first, WARP) * N;
+        const u32 vectors = min(of_plane - share.row(), WARP) * N;
 #pragma unroll
         for (u32 turn = 0; turn < N; turn++) {
             // Beyond the rows, zeros.
@@ -347,17 +391,15 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
                          "l"(from + turn * WARP * 16), "r"(some ? 16u : 0u) : "memory");
         }
     };
-    const u32 all = count * parts;
-    u32 at = blockIdx.x * WARPS + warp;
-    if (at < all) fetch(at);
-    while (at < all) {
-        const Convert& here = s[at / parts];
-        const u32 first = at % parts * WARP;
-        const u64 to = here.to;
+    if (share.at < share.end) fetch(true);
+    while (share.at < share.end) {
+        const Convert& here = tables.step(share.block());
+        const u32 plane = share.plane(L), first = share.row(), end = min(first + WARP, of_plane);
+        const bool some = first + lane < end;
         asm volatile("cp.async.wait_all;" ::: "memory");
         __syncwarp();
-        const Centre centre(L, plane_of(L), CENTRED ? here.index : 0);
-        if (centre.on && first + lane < p.rows) {
+        const Centre centre(L, plane, CENTRED ? here.index : 0);
+        if (centre.on && some) {
 #pragma unroll 1
             for (u32 k = 0; k < N; k++) {
                 uint4* vector = (uint4*)(rows + place(lane, k));
@@ -374,12 +416,12 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
             }
         }
         __syncwarp();
-        at += gridDim.x * WARPS;
-        if (at < all) fetch(at);
+        share.at++;
+        if (share.at < share.end) fetch(false);
         transform<N * UNIT>(y, 0, 1);
         const float square = square_of<N>(y, 1);
-        if (!__all_sync(0xffffffffu, near<E>(square) || first + lane >= p.rows)) {
-            seal_rows<E>(L, here, tables, first, min(first + WARP, p.rows));
+        if (!__all_sync(0xffffffffu, near<E>(square) || !some)) {
+            seal_rows<E>(L, here, tables, plane, first, end);
             continue;
         }
         u32 before = 0;
@@ -391,16 +433,27 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
             else if (BITS == 3 && k % 4 != 0) words[k / 4 * 3 + k % 4 - 1] = before >> (8 * (k % 4) - 8) | word << (32 - 8 * (k % 4));
             before = word;
         });
-        if (first + lane < p.rows) write_factor(to + p.scales + (u64)(first + lane) * 2, factor);
+        const Plane p(L, 0, here.to, plane);
+        if (some) write_factor(p.scales + (u64)(first + lane) * 2, factor);
         if (!(square <= finite_max<F32>())) raise(here.flag);
         __syncwarp();
-        store_rows(to + p.codes + (u64)first * CODES, codes, CODES, STRIDE, min(p.rows - first, WARP));
+        store_rows(p.codes + (u64)first * CODES, codes, CODES, STRIDE, end - first);
+    }
+}
+
+// A row whose factor is no number, which no seal writes: the largest number, whatever the signs.
+template <u32 E> __device__ __noinline__ void put_largest(uint4* to, const Centre& centre, u32 row, u32 lane, u32 lanes) {
+    float x[Vector<E>::N];
+    for (u32 i = 0; i < Vector<E>::N; i++) x[i] = finite_max<E>();
+    for (u32 vector = lane; vector < lanes * UNITS * VECTORS<E>; vector += lanes) {
+        const uint4 v = pack<E>(x);
+        to[vector] = centre.on ? centre.shifted<E>(v, row, vector * Vector<E>::N, 1.0f) : v;
     }
 }
 
 // Decodes `rows` rows; `place` says of each where it is in the block and where it goes.
 template <u32 E, typename F>
-__device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre, const Tables& tables, u32 lanes, u64 output, u32 rows, u32 part, u32 parts, F place) {
+__device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre, const DecodeTables& tables, u32 lanes, u64 output, u32 rows, u32 part, u32 parts, F place) {
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     const float shorten = inverse_root(lanes * PER_THREAD);
     // The transform of a row of codes is below 2.75 times its length.
@@ -423,6 +476,10 @@ __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre
         }
         if (first + group >= rows) continue;
         uint4* to = (uint4*)(output + (u64)at.y * p.row_bytes);
+        if (scale != scale) {
+            put_largest<E>(to, centre, at.x, lane, lanes);
+            continue;
+        }
 #pragma unroll
         for (u32 k = 0; k < UNITS; k++) {
 #pragma unroll
@@ -489,9 +546,9 @@ template <typename F> __device__ __forceinline__ float plain_sum(float* t, u32 d
 }
 
 template <u32 E>
-__device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, Scratch& S) {
-    const Plane p(L, s.from, s.to, plane_of(L));
-    const Centre centre(L, plane_of(L), s.index);
+__device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, Scratch& S, u32 plane) {
+    const Plane p(L, s.from, s.to, plane);
+    const Centre centre(L, plane, s.index);
     for (u32 row = 0; row < p.rows; row++) {
         const u8* raw = (const u8*)p.raw + (u64)row * p.row_bytes;
         const u64 to = p.codes + (u64)row * p.code_bytes;
@@ -532,7 +589,7 @@ __device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, 
 }
 
 template <u32 E, typename F>
-__device__ __forceinline__ void plain_decode_rows(const Layout& L, const Plane& p, const Centre& centre, Scratch& S, u64 output, u32 rows, u32 part, u32 parts, F place) {
+__device__ __forceinline__ void plain_decode_rows(const Layout& L, const Plane& p, const Centre& centre, float* y, u64 output, u32 rows, u32 part, u32 parts, F place) {
     for (u32 row = part; row < rows; row += parts) {
         const uint2 at = place(row);
         const u8* codes = (const u8*)p.codes + (u64)at.x * p.code_bytes;
@@ -540,15 +597,15 @@ __device__ __forceinline__ void plain_decode_rows(const Layout& L, const Plane& 
         for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
             const u32 bit = i * BITS, first = codes[bit / 8];
             const u32 code = (bit % 8 + BITS > 8 ? first | codes[bit / 8 + 1] << 8 : first) >> bit % 8;
-            S.y[i] = value_of(code);
+            y[i] = value_of(code);
         }
-        plain_transform(S.y, p.dim);
+        plain_transform(y, p.dim);
         const float scale = __fmul_rn(read_factor(p.scales + (u64)at.x * 2), inverse_root(group_of(p.dim)));
         u8* to = (u8*)output + (u64)at.y * p.row_bytes;
         for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
-            const float x = flipped(__fmul_rn(S.y[i], scale), sign_word(i / 32), i % 32);
-            const float near = rounded<E>(saturated<E>(x));
-            store<E>(to + i * L.element_bytes, centre.on ? centre.shifted<E>(near, at.x, i, 1.0f) : near);
+            const float x = flipped(__fmul_rn(y[i], scale), sign_word(i / 32), i % 32);
+            const float kept = rounded<E>(saturated<E>(x));
+            store<E>(to + i * L.element_bytes, centre.on ? centre.shifted<E>(kept, at.x, i, 1.0f) : kept);
         }
     }
 }
@@ -556,42 +613,50 @@ __device__ __forceinline__ void plain_decode_rows(const Layout& L, const Plane& 
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Whether rows are for the fast kernels.
-__device__ __forceinline__ bool is_fast(const Plane& p, u64 raw, bool plain) {
+__device__ __forceinline__ bool is_fast(const Plane& p, u64 raw) {
     const bool fits = p.dim == 32 || p.dim == 64 || p.dim == 128 || p.dim == 256;
-    return fits && !plain && aligned16(raw, p.codes);
+    return fits && aligned16(raw, p.codes);
 }
 
-// Either the one or the other: a row is in registers, or it is here.
-union Shared {
-    Tables tables;
-    Scratch scratch;
-};
+// The same for all planes that a launch seals, whose dims are alike. Slots begin at multiples of 128 bytes.
+__device__ __forceinline__ bool are_fast(const Layout& L) {
+    const Plane first(L, 0, 0, L.first_plane), second(L, 0, 0, L.first_plane + L.plane_step);
+    return is_fast(first, first.raw) && (L.planes == 1 || is_fast(second, second.raw)) && aligned16(L.layer_bytes, L.codes_layer);
+}
 
 template <u32 E>
 __device__ __forceinline__ void seal_planes(const Layout& L, const Convert* s, u32 count, bool plain) {
-    __shared__ Shared S;
-    // Slots are aligned alike.
-    const u32 plane = plane_of(L);
-    const Plane p(L, s->from, s->to, plane);
-    if (!is_fast(p, p.raw, plain)) {
-        for (u32 block = blockIdx.x; block < count; block += gridDim.x) plain_seal_rows<E>(L, s[block], S.scratch);
+    // Either the one or the other: a row is in registers, or it is here.
+    __shared__ union Shared {
+        SealTables tables;
+        Scratch scratch;
+    } S;
+    if (plain || !are_fast(L)) {
+        for (u32 i = blockIdx.x; i < count * L.planes; i += gridDim.x)
+            plain_seal_rows<E>(L, s[i / L.planes], S.scratch, L.first_plane + i % L.planes * L.plane_step);
         return;
     }
     S.tables.fill<E>();
+    const u32 dim = L.dim[L.first_plane % 2], rows = L.kv_heads * L.block_tokens;
     if constexpr (E != F32) {
-        if (p.dim == 128) return seal_own_rows<E, 16>(L, s, count, S.tables);
-        if (p.dim == 64) return seal_own_rows<E, 8>(L, s, count, S.tables);
+        if (dim == 128) return seal_own_rows<E, 16>(L, s, count, S.tables);
+        if (dim == 64) return seal_own_rows<E, 8>(L, s, count, S.tables);
     }
-    for (u32 block = blockIdx.x; block < count; block += gridDim.x) {
-        for (u32 first = threadIdx.x / WARP * WARP; first < p.rows; first += WARPS * WARP)
-            seal_rows<E>(L, s[block], S.tables, first, min(first + WARP, p.rows));
+    bool first = true;
+    for (Share share(L, count); share.at < share.end; share.at++, first = false) {
+        if (first || share.begins()) S.tables.fetch(s, share.block());
+        const Convert& here = S.tables.step(share.block());
+        seal_rows<E>(L, here, S.tables, share.plane(L), share.row(), min(share.row() + WARP, rows));
     }
 }
 
 template <u32 E, typename F>
 __device__ __forceinline__ void decode_plane(const Layout& L, const Plane& p, const Centre& centre, u64 output, u32 rows, u32 part, u32 parts, bool plain, F place) {
-    __shared__ Shared S;
-    if (!is_fast(p, output, plain)) return plain_decode_rows<E>(L, p, centre, S.scratch, output, rows, part, parts, place);
+    __shared__ union Shared {
+        DecodeTables tables;
+        float y[DIM_MAX];
+    } S;
+    if (plain || !is_fast(p, output)) return plain_decode_rows<E>(L, p, centre, S.y, output, rows, part, parts, place);
     S.tables.fill<E>();
     const u32 lanes = p.dim / PER_THREAD;
     if (lanes == 4) decode_rows<E>(p, centre, S.tables, 4, output, rows, part, parts, place);
