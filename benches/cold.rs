@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use half::{bf16, f16};
 use kv::Kv;
+use kv_cache::History;
 use kv_cache::cold::{self, Codec, ColdError, Element, KeyBasis, KeyBasisBuilder, LowRank, Shape};
 use kv_cache::{ElementType, Geometry, Rope, RopeLayout};
 
@@ -69,9 +70,10 @@ impl Way<'_> {
         frame: &mut Vec<u8>,
     ) -> Result<(), ColdError> {
         match self {
-            Way::Codec(codec) => cold::encode(codec, element, shape, block, frame),
+            Way::Codec(codec) => cold::encode(codec, element, shape, &History::default(), block, frame),
             Way::LowRank(low_rank) => {
-                low_rank.encode(element, shape, (at * kv::BLOCK_TOKENS) as u32, block, frame)
+                let at = (at * kv::BLOCK_TOKENS) as u32;
+                low_rank.encode(element, shape, at, &History::default(), block, frame)
             }
         }
     }

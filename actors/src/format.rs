@@ -236,11 +236,20 @@ impl<T: Into<BlockFormat>> From<T> for Ladder {
 /// Nothing is regained by decoding. So a copy that was decoded to be written to has the history of what it was decoded from, and what it is
 /// sealed and re-encoded to comes on top; a format that comes again is told once. Tokens that were appended to such a copy have been through
 /// less than the block says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub struct History {
     ladder: Ladder,
     rungs: u8,
 }
+
+impl PartialEq for History {
+    /// Whether the formats are the same.
+    fn eq(&self, other: &Self) -> bool {
+        self.formats() == other.formats()
+    }
+}
+
+impl Eq for History {}
 
 impl Default for History {
     /// Of what has never been anything but raw.
@@ -253,6 +262,16 @@ impl History {
     /// The first `rungs` formats of `ladder`, which is none that seals in `raw`.
     pub(crate) fn new(ladder: Ladder, rungs: u8) -> Self {
         History { ladder, rungs: if ladder.sealed().is_raw() { 0 } else { rungs.min(ladder.rungs) } }
+    }
+
+    /// Of what has been in these formats, one after the other. None for more than [`Ladder::RUNGS_MAX`], or if `raw` is among them.
+    pub fn of(formats: &[BlockFormat]) -> Option<History> {
+        match Ladder::new(formats) {
+            None if formats.is_empty() => Some(History::default()),
+            ladder => ladder
+                .filter(|ladder| ladder.formats().iter().all(|format| !format.is_raw()))
+                .map(|ladder| History { ladder, rungs: ladder.rungs }),
+        }
     }
 
     /// The formats, one after the other: the least is the last. None for what has never been anything but raw.

@@ -2,7 +2,7 @@
 
 use kv_cache::cold::{self, Codec, KeyBasis, LowRank, Shape};
 use kv_cache::half::f16;
-use kv_cache::{BlockLayout, Element as _, Sequence};
+use kv_cache::{BlockLayout, Element as _, History, Sequence};
 
 /// How frames are made: keys and values in a codec, or keys in few directions and values in the codec.
 #[derive(Debug, Clone, Copy)]
@@ -32,14 +32,15 @@ pub(crate) async fn recode(
     let mut frame = Vec::new();
     let mut bytes = bytes_of(&block);
     let (element, shape, values) = (f16::TYPE.into(), Shape::from(layout), frames.codec);
+    let raw = History::default();
     match frames.basis {
         None => {
-            cold::encode(values, element, &shape, &bytes, &mut frame)?;
+            cold::encode(values, element, &shape, &raw, &bytes, &mut frame)?;
             cold::decode(&frame, &mut bytes)?;
         }
         Some(basis) => {
             let low_rank = LowRank { basis, values };
-            low_rank.encode(element, &shape, first, &bytes, &mut frame)?;
+            low_rank.encode(element, &shape, first, &raw, &bytes, &mut frame)?;
             low_rank.decode(&frame, first, &mut bytes)?;
         }
     }

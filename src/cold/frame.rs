@@ -1,13 +1,20 @@
 //! Header and checksum.
 
+use std::ops::Range;
+
 use xxhash_rust::xxh3::xxh3_64;
+
+use kv_cache_actors::format::{BlockFormat, Format, History};
 
 use super::input::Input;
 use super::{Codec, ColdError, Element, LowRankInfo, Shape};
 
 pub(super) const MAGIC: [u8; 4] = *b"kvcf";
 const VERSION: u16 = 1;
-pub(super) const HEADER_BYTES: usize = 44;
+pub(super) const HEADER_BYTES: usize = 64;
+/// Of the header: how many formats a block has been through, and of each keys', values', first and last raw layers.
+const HISTORY: Range<usize> = 44..HEADER_BYTES;
+const PAST_BYTES: usize = 6;
 const CHECKSUM_BYTES: usize = 8;
 /// Of the payload of keys of low rank: rank and position, 4 bytes each, 8 of the hash of the basis, and the number of the values' codec.
 pub(super) const LOW_RANK_HEAD_BYTES: usize = 17;
@@ -32,6 +39,9 @@ pub struct FrameInfo {
     pub element: Element,
     /// How that lies.
     pub shape: Shape,
+    /// What the block had been through before it was encoded. What a lossy [`FrameInfo::codec`] takes from it comes on top, and is for who decodes
+    /// it to remember.
+    pub history: History,
     /// Bytes of the block.
     pub block_bytes: usize,
 }
@@ -42,7 +52,7 @@ impl FrameInfo {
     /// # Errors
     /// What is wrong with the frame, but for its payload: [`ColdError::FrameBytes`], [`Magic`](ColdError::Magic),
     /// [`Version`](ColdError::Version), [`UnknownCodec`](ColdError::UnknownCodec), [`UnknownElement`](ColdError::UnknownElement),
-    /// [`Checksum`](ColdError::Checksum), [`Shape`](ColdError::Shape), [`BlockBytes`](ColdError::BlockBytes),
+    /// [`UnknownHistory`](ColdError::UnknownHistory), [`Checksum`](ColdError::Checksum), [`Shape`](ColdError::Shape), [`BlockBytes`](ColdError::BlockBytes),
     /// [`Unsupported`](ColdError::Unsupported), [`CodesAsKeys`](ColdError::CodesAsKeys), and [`PayloadEnds`](ColdError::PayloadEnds) for keys
     /// of low rank without their head.
     pub fn read(frame: &[u8]) -> Result<FrameInfo, ColdError> {
@@ -96,7 +106,8 @@ impl FrameInfo {
             let given_bytes = usize::try_from(claimed).unwrap_or(usize::MAX);
             return Err(ColdError::BlockBytes { shape_bytes: block_bytes, given_bytes });
         }
-        Ok(FrameInfo { codec, element, shape, block_bytes })
+        let history = history(&body[HISTORY])?;
+        Ok(FrameInfo { codec, element, shape, history, block_bytes })
     }
 
     /// The payload of the frame that this was read from.
@@ -135,6 +146,51 @@ const fn number_of_element(element: Element) -> u8 {
     }
 }
 
+const fn number_of_format(format: Format) -> u8 {
+    match format {
+        Format::Raw => 0,
+        Format::Int8 => 1,
+        Format::Fp8 => 2,
+        Format::R4 => 3,
+        Format::R3 => 4,
+        Format::R2 => 5,
+        Format::Int4 => 6,
+        Format::Int2 => 7,
+        // Of a newer core: nothing knows it, and nothing takes it for another.
+        _ => u8::MAX,
+    }
+}
+
+fn put_history(history: &History, out: &mut Vec<u8>) {
+    let end = out.len() + HISTORY.len();
+    out.push(history.formats().len() as u8);
+    for BlockFormat { keys, values, raw_first_layers, raw_last_layers } in history.formats() {
+        out.extend([*keys, *values].map(number_of_format));
+        out.extend([*raw_first_layers, *raw_last_layers].map(u16::to_le_bytes).as_flattened());
+    }
+    out.resize(end, 0);
+}
+
+fn history(bytes: &[u8]) -> Result<History, ColdError> {
+    let unknown = |found| ColdError::UnknownHistory { found };
+    let format = |number: u8| {
+        let known = Format::ALL.into_iter().find(|format| number_of_format(*format) == number);
+        known.ok_or(unknown(number))
+    };
+    let past = bytes[1..].chunks_exact(PAST_BYTES).take(usize::from(bytes[0])).map(|past| {
+        let [raw_first_layers, raw_last_layers] = [2, 4].map(|at| u16::from_le_bytes(field(past, at)));
+        Ok(BlockFormat {
+            keys: format(past[0])?,
+            values: format(past[1])?,
+            raw_first_layers,
+            raw_last_layers,
+        })
+    });
+    let past = past.collect::<Result<Vec<_>, ColdError>>()?;
+    let whole = past.len() == usize::from(bytes[0]);
+    History::of(&past).filter(|_| whole).ok_or(unknown(bytes[0]))
+}
+
 /// Of bytes that are long enough.
 fn field<const N: usize>(body: &[u8], at: usize) -> [u8; N] {
     let mut field = [0; N];
@@ -147,6 +203,7 @@ pub(super) fn begin(
     codec: FrameCodec,
     element: Element,
     shape: &Shape,
+    history: &History,
     block_bytes: usize,
     out: &mut Vec<u8>,
 ) -> usize {
@@ -163,6 +220,7 @@ pub(super) fn begin(
     }
     out.extend((block_bytes as u64).to_le_bytes());
     out.extend(0u64.to_le_bytes());
+    put_history(history, out);
     if let FrameCodec::LowRank(info) = codec {
         out.extend(info.rank.to_le_bytes());
         out.extend(info.position.to_le_bytes());
@@ -175,7 +233,7 @@ pub(super) fn begin(
 /// Ends the frame that [`begin`] has begun at `first`.
 pub(super) fn end(first: usize, out: &mut Vec<u8>) {
     let payload_bytes = (out.len() - first - HEADER_BYTES) as u64;
-    out[first + 36..first + HEADER_BYTES].copy_from_slice(&payload_bytes.to_le_bytes());
+    out[first + 36..first + HISTORY.start].copy_from_slice(&payload_bytes.to_le_bytes());
     let checksum = xxh3_64(&out[first..]);
     out.extend(checksum.to_le_bytes());
 }

@@ -4,6 +4,7 @@
 //! layer, the coded levels of all coefficients, and the payload of the values: that of a block without keys.
 
 use half::bf16;
+use kv_cache_actors::format::History;
 use kv_cache_actors::geometry::RopeLayout;
 
 use super::basis::OfLayer;
@@ -32,7 +33,7 @@ const COEFFICIENT_MAX: f32 = f32::from_bits((127 + 100) << 23);
 ///
 /// ```
 /// use kv_cache::cold::{Codec, Element, FrameInfo, KeyBasisBuilder, LowRank, Shape};
-/// use kv_cache::{ElementType, Geometry};
+/// use kv_cache::{ElementType, Geometry, History};
 ///
 /// let geometry = Geometry::new(1, 2, 4, ElementType::F32).block_tokens(2);
 /// // Keys that lie in one direction: `[tokens, kv_heads, key_dim]`, and the same as in a block, `[kv_heads, tokens, key_dim]`.
@@ -48,7 +49,7 @@ const COEFFICIENT_MAX: f32 = f32::from_bits((127 + 100) << 23);
 /// let block: Vec<u8> = in_block.iter().chain(&values).flat_map(|x: &f32| x.to_le_bytes()).collect();
 /// let low_rank = LowRank { basis: &basis, values: Codec::Lossless };
 /// let mut frame = Vec::new();
-/// low_rank.encode(Element::F32, &shape, 64, &block, &mut frame)?;
+/// low_rank.encode(Element::F32, &shape, 64, &History::default(), &block, &mut frame)?;
 ///
 /// let mut decoded = vec![0; FrameInfo::read(&frame)?.block_bytes];
 /// low_rank.decode(&frame, 64, &mut decoded)?;
@@ -83,7 +84,7 @@ pub struct LowRankInfo {
 }
 
 impl LowRank<'_> {
-    /// Appends the frame of a block whose first token is at `position` to `out`.
+    /// Appends the frame of a block whose first token is at `position`, and which has been through `history`, to `out`.
     ///
     /// # Errors
     /// [`ColdError::Shape`] or [`ColdError::BlockBytes`] if `block` is none of that shape; [`ColdError::BasisShape`] if the basis is another
@@ -94,6 +95,7 @@ impl LowRank<'_> {
         element: Element,
         shape: &Shape,
         position: u32,
+        history: &History,
         block: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<(), ColdError> {
@@ -102,7 +104,7 @@ impl LowRank<'_> {
         let first = out.len();
         let (rank, basis) = (self.basis.rank(), self.basis.name());
         let info = LowRankInfo { rank, position, basis, values: self.values };
-        frame::begin(FrameCodec::LowRank(info), element, shape, bytes, out);
+        frame::begin(FrameCodec::LowRank(info), element, shape, history, bytes, out);
         let written = self.encode_keys(element, shape, position, block, out).and_then(|()| {
             let values = without_keys(element, shape, block);
             encode_payload(self.values, element, &Shape { key_dim: 0, ..*shape }, &values, out)

@@ -1,22 +1,24 @@
 //! Blocks for tiers where bytes are dear and a millisecond is not: host memory, disk, the network.
 //!
 //! Pure functions between the bytes of a block, as they lie in a slot, and a *frame*: a header that says what it is, a payload, and a
-//! checksum over both. [`Codec::Lossless`] gives back every bit. The lossy ones keep a few levels an element and are for copies whose
-//! lossy history their owner records: what they give back is never the first-hand content of a block.
+//! checksum over both. [`Codec::Lossless`] gives back every bit. The lossy ones keep a few levels an element: what they give back is never the first-hand
+//! content of a block. A header also says what the block had been through before ([`History`]), so that no copy passes for more than it is.
 //!
 //! ```
 //! use kv_cache::cold::{self, Codec, Element, Shape};
-//! use kv_cache::half::bf16;
+//! use kv_cache::{Format, History, half::bf16};
 //!
 //! let shape = Shape { layers: 2, kv_heads: 1, tokens: 32, key_dim: 64, value_dim: 64 };
 //! let elements = (0..2 * 2 * 32 * 64).map(|x| bf16::from_f32((x as f32).sin()));
 //! let block: Vec<u8> = elements.flat_map(bf16::to_le_bytes).collect();
 //!
+//! // It was sealed once, and decoded.
+//! let history = History::of(&[Format::Int8.into()]).unwrap_or_default();
 //! let mut frame = Vec::new();
-//! cold::encode(Codec::Lossless, Element::Bf16, &shape, &block, &mut frame)?;
+//! cold::encode(Codec::Lossless, Element::Bf16, &shape, &history, &block, &mut frame)?;
 //! let mut decoded = vec![0; block.len()];
 //! let info = cold::decode(&frame, &mut decoded)?;
-//! assert_eq!((info.shape, decoded), (shape, block));
+//! assert_eq!((info.shape, info.history, decoded), (shape, history, block));
 //! # Ok::<(), cold::ColdError>(())
 //! ```
 //!
@@ -41,8 +43,9 @@
 //! | 7 | element: 1 f16, 2 bf16, 3 f32, 4 `int8` codes |
 //! | 8–27 | layers, KV heads, tokens, key dim, value dim, 4 bytes each |
 //! | 28–35 | bytes of the block |
-//! | 36–43 | bytes of the payload, which follows at 44 |
-//! | 44–60, of codec 4 | rank and position of the first token, 4 bytes each; the first 8 bytes of the hash of the basis; the values' codec, 1 to 3 |
+//! | 36–43 | bytes of the payload, which follows at 64 |
+//! | 44–63 | history: how many formats, 0 to 3; of each those of keys and of values, a byte each (0 raw, 1 `int8`, 2 `fp8`, 3 `r4`, 4 `r3`, 5 `r2`, 6 `int4`, 7 `int2`), and first and last raw layers, 2 bytes each; zeros |
+//! | 64–80, of codec 4 | rank and position of the first token, 4 bytes each; the first 8 bytes of the hash of the basis; the values' codec, 1 to 3 |
 //! | the last 8 | XXH3 (64 bits, no seed) of all bytes before |
 //!
 //! The checksum is for accidents: it has no key, and tells nothing about who wrote a frame. Decoding trusts nothing in a frame all the
@@ -58,6 +61,7 @@ mod lossy;
 mod low_rank;
 mod tables;
 
+use kv_cache_actors::format::History;
 use kv_cache_actors::geometry::{BlockLayout, ElementType};
 
 pub use basis::{BasisError, KeyBasis, KeyBasisBuilder};
@@ -229,9 +233,9 @@ impl From<&BlockLayout> for Shape {
     }
 }
 
-/// Appends the frame of a block to `out`.
+/// Appends the frame of a block that has been through `history` to `out`.
 ///
-/// A lossless frame is never longer than the block by more than 53 bytes.
+/// A lossless frame is never longer than the block by more than 73 bytes.
 ///
 /// # Errors
 /// [`ColdError::Shape`] or [`ColdError::BlockBytes`] if `block` is none of that shape; [`ColdError::Unsupported`] for a lossy codec on codes;
@@ -240,11 +244,12 @@ pub fn encode(
     codec: Codec,
     element: Element,
     shape: &Shape,
+    history: &History,
     block: &[u8],
     out: &mut Vec<u8>,
 ) -> Result<(), ColdError> {
     let bytes = shape.bytes_of(element, block)?;
-    let first = frame::begin(FrameCodec::Block(codec), element, shape, bytes, out);
+    let first = frame::begin(FrameCodec::Block(codec), element, shape, history, bytes, out);
     let written = encode_payload(codec, element, shape, block, out);
     match written {
         Ok(()) => frame::end(first, out),
@@ -383,6 +388,12 @@ pub enum ColdError {
     /// An element of no known number.
     #[error("there is no element type {found}")]
     UnknownElement {
+        /// The number.
+        found: u8,
+    },
+    /// A format of no known number, or more of them than there is room for.
+    #[error("a history of the format {found}, or of so many, is not known")]
+    UnknownHistory {
         /// The number.
         found: u8,
     },

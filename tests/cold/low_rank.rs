@@ -10,7 +10,7 @@ use kv_cache::{ElementType, Geometry, Rope, RopeLayout};
 use proptest::prelude::*;
 
 use crate::kv::{BLOCK_TOKENS, Kv};
-use crate::{bytes, cases, checked, shape, singles};
+use crate::{bytes, cases, checked, past, shape, singles};
 
 /// SmolLM2-135M's.
 fn rope(dim: usize) -> Rope {
@@ -58,7 +58,7 @@ fn small() -> KeyBasis {
 
 fn encoded(low_rank: LowRank<'_>, element: Element, shape: &Shape, position: u32, block: &[u8]) -> Vec<u8> {
     let mut frame = b"before".to_vec();
-    low_rank.encode(element, shape, position, block, &mut frame).unwrap();
+    low_rank.encode(element, shape, position, &past(), block, &mut frame).unwrap();
     frame.split_off(6)
 }
 
@@ -195,12 +195,12 @@ fn what_is_of_another_basis_position_or_shape_is_told() {
     let small_room = low_rank.decode(&frame, 64, &mut room[1..]);
     assert_eq!(small_room, Err(ColdError::Room { block_bytes: block.len(), room_bytes: block.len() - 1 }));
     let mut without = Vec::new();
-    cold::encode(Codec::Lossless, Element::F16, &of, &block, &mut without).unwrap();
+    cold::encode(Codec::Lossless, Element::F16, &of, &past(), &block, &mut without).unwrap();
     assert_eq!(low_rank.decode(&without, 64, &mut room), Err(ColdError::NoLowRank));
 
     let mut out = vec![7];
     let mut refused = |element, shape: &Shape, block: &[u8], values| {
-        LowRank { basis: &basis, values }.encode(element, shape, 0, block, &mut out).unwrap_err()
+        LowRank { basis: &basis, values }.encode(element, shape, 0, &past(), block, &mut out).unwrap_err()
     };
     for other in [Shape { layers: 1, ..of }, Shape { kv_heads: 4, key_dim: 3, ..of }] {
         let block = vec![0; 2 * other.elements().unwrap()];
@@ -271,7 +271,7 @@ fn a_known_basis_and_frame() {
     assert_eq!(singles(Element::F32, &decoded), [1.0, 2.0, 0.0, 0.0, -0.5, 3.0, 0.0, 0.0]);
 }
 
-const KNOWN: &str = "6b766366010004030100000001000000020000000400000000000000200000000000000063000000000000000200000002010000a4acf902ed139f6d01003f003f01000000000000000000000000000000402a000000000000000000000000000000c140c140c140c1400000000000021000001c1000000001000000010000000100000001000000010000000100002976df27a74d9d2b";
+const KNOWN: &str = "6b7663660100040301000000010000000200000004000000000000002000000000000000630000000000000002010100000000030602000201000000000000000200000002010000a4acf902ed139f6d01003f003f01000000000000000000000000000000402a000000000000000000000000000000c140c140c140c1400000000000021000001c100000000100000001000000010000000100000001000000010000f4d9d01df9c02ecc";
 
 #[test]
 fn files_come_back_as_they_were_and_wrong_ones_are_told() {
@@ -339,11 +339,11 @@ proptest! {
         let block = bytes(element, shape.elements().unwrap(), 3, true);
         let mut frame = encoded(low_rank, element, &shape, 32, &block);
         for (at, byte) in cuts {
-            let at = 44 + at.index(frame.len() - 52);
+            let at = 64 + at.index(frame.len() - 72);
             frame[at] = byte;
         }
         if cut {
-            frame.truncate(52 + end.index(frame.len() - 52));
+            frame.truncate(72 + end.index(frame.len() - 72));
         }
         checked(&mut frame);
         let mut room = vec![0; block.len()];
@@ -364,7 +364,7 @@ proptest! {
     /// Steps and levels of any value, and shapes of any size: bounded by the room that the caller has made.
     #[test]
     fn frames_of_any_bytes_never_panic(
-        head in proptest::collection::vec(any::<u8>(), 61..62),
+        head in proptest::collection::vec(any::<u8>(), 81..82),
         rest in proptest::collection::vec(any::<u8>(), 8..400),
         fitting: bool,
     ) {
@@ -373,7 +373,7 @@ proptest! {
         let shape = shape(2, 2, 9, 6, 10);
         let block = bytes(Element::F32, shape.elements().unwrap(), 3, true);
         let good = encoded(low_rank, Element::F32, &shape, 0, &block);
-        let head = if fitting { &good[..61] } else { &[&good[..8], &head[8..]].concat()[..] };
+        let head = if fitting { &good[..81] } else { &[&good[..8], &head[8..]].concat()[..] };
         let mut frame = [head, &rest].concat();
         checked(&mut frame);
         prop_assert!(low_rank.decode(&frame, 0, &mut vec![0; block.len()]).is_err());

@@ -7,6 +7,7 @@ mod low_rank;
 use half::{bf16, f16};
 use kv::Kv;
 use kv_cache::cold::{self, Codec, ColdError, Element, FrameCodec, FrameInfo, Shape};
+use kv_cache::{BlockFormat, Format, History};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
@@ -16,8 +17,15 @@ fn shape(layers: u32, kv_heads: u32, tokens: u32, key_dim: u32, value_dim: u32) 
 
 fn encoded(codec: Codec, element: Element, shape: &Shape, block: &[u8]) -> Vec<u8> {
     let mut frame = b"before".to_vec();
-    cold::encode(codec, element, shape, block, &mut frame).unwrap();
+    cold::encode(codec, element, shape, &past(), block, &mut frame).unwrap();
     frame.split_off(6)
+}
+
+/// What blocks have been through: sealed, and re-encoded to a format with all that one may have.
+fn past() -> History {
+    let colder =
+        BlockFormat { values: Format::Int4, raw_first_layers: 2, raw_last_layers: 258, ..Format::R4.into() };
+    History::of(&[Format::Int8.into(), colder]).unwrap()
 }
 
 /// Fails unless every bit comes back; gives the frame.
@@ -25,8 +33,9 @@ fn comes_back(element: Element, shape: &Shape, block: &[u8]) -> Vec<u8> {
     let frame = encoded(Codec::Lossless, element, shape, block);
     let (info, decoded) = cold::decode_to_vec(&frame, block.len()).unwrap();
     assert_eq!((info.codec, info.element, info.shape), (FrameCodec::Block(Codec::Lossless), element, *shape));
+    assert_eq!(info.history, past());
     assert!(decoded == block, "{element:?} {shape:?} came back changed");
-    assert!(frame.len() <= block.len() + 53);
+    assert!(frame.len() <= block.len() + 73);
     frame
 }
 
@@ -114,11 +123,11 @@ proptest! {
         let block = bytes(element, shape.elements().unwrap(), 3, true);
         let mut frame = encoded(codec, element, &shape, &block);
         for (at, byte) in cuts {
-            let at = 44 + at.index(frame.len() - 52);
+            let at = 64 + at.index(frame.len() - 72);
             frame[at] = byte;
         }
         if cut {
-            frame.truncate(52 + end.index(frame.len() - 52));
+            frame.truncate(72 + end.index(frame.len() - 72));
         }
         checked(&mut frame);
         let mut room = vec![0; block.len()];
@@ -142,7 +151,7 @@ fn singles(element: Element, bytes: &[u8]) -> Vec<f32> {
 /// Gives an altered frame the length and the checksum of what it is now.
 fn checked(frame: &mut [u8]) {
     let end = frame.len() - 8;
-    let payload_bytes = (end - 44) as u64;
+    let payload_bytes = (end - 64) as u64;
     frame[36..44].copy_from_slice(&payload_bytes.to_le_bytes());
     let checksum = xxhash_rust::xxh3::xxh3_64(&frame[..end]);
     frame[end..].copy_from_slice(&checksum.to_le_bytes());
@@ -234,14 +243,14 @@ fn a_known_frame() {
     let block =
         (0..512).flat_map(|at| bf16::from_f32((at % 16) as f32 - 7.5).to_le_bytes()).collect::<Vec<_>>();
     let frame = encoded(Codec::Lossless, Element::Bf16, &shape, &block);
-    assert_eq!((frame.len(), frame[44], checksum(&frame)), KNOWN_SPLIT);
+    assert_eq!((frame.len(), frame[64], checksum(&frame)), KNOWN_SPLIT);
     let frame = encoded(Codec::Lossy16, Element::Bf16, &shape, &block);
-    assert_eq!((frame.len(), frame[44], checksum(&frame)), KNOWN_LOSSY);
+    assert_eq!((frame.len(), frame[64], checksum(&frame)), KNOWN_LOSSY);
 }
 
-const KNOWN_AS_IT_IS: &str = "6b7663660100010201000000010000000400000002000000000000001000000000000000110000000000000000803f00c0c03f20c0a03f40c00000c07fce5315d1cf2223c8";
-const KNOWN_SPLIT: (usize, u8, u64) = (667, 1, 2_166_343_659_712_073_329);
-const KNOWN_LOSSY: (usize, u8, u64) = (272, 137, 8_700_925_140_885_625_750);
+const KNOWN_AS_IT_IS: &str = "6b76636601000102010000000100000004000000020000000000000010000000000000001100000000000000020101000000000306020002010000000000000000803f00c0c03f20c0a03f40c00000c07f671222b270bbe203";
+const KNOWN_SPLIT: (usize, u8, u64) = (687, 1, 17_321_284_465_659_301_300);
+const KNOWN_LOSSY: (usize, u8, u64) = (292, 137, 8_127_821_814_557_955_458);
 
 fn checksum(frame: &[u8]) -> u64 {
     u64::from_le_bytes(*frame.last_chunk().unwrap())
@@ -290,6 +299,10 @@ fn headers_that_lie_are_told_before_anything_is_made_room_for() {
     };
     assert_eq!(altered(6, &[9]), ColdError::UnknownCodec { found: 9 });
     assert_eq!(altered(7, &[0]), ColdError::UnknownElement { found: 0 });
+    // More formats than fit, one that is none, and one that loses nothing.
+    assert_eq!(altered(44, &[4]), ColdError::UnknownHistory { found: 4 });
+    assert_eq!(altered(45, &[8]), ColdError::UnknownHistory { found: 8 });
+    assert!(matches!(altered(45, &[0, 0]), ColdError::UnknownHistory { .. }));
     assert!(matches!(altered(6, &[2, 4]), ColdError::Unsupported { .. }));
     assert_eq!(altered(28, &64u64.to_le_bytes()), ColdError::BlockBytes { shape_bytes: 32, given_bytes: 64 });
     assert_eq!(altered(16, &3u32.to_le_bytes()), ColdError::BlockBytes { shape_bytes: 48, given_bytes: 32 });
@@ -309,15 +322,21 @@ fn headers_that_lie_are_told_before_anything_is_made_room_for() {
 fn what_cannot_be_encoded_is_told_and_leaves_nothing() {
     let mut out = vec![7];
     let of = shape(1, 1, 2, 2, 0);
-    let short = cold::encode(Codec::Lossless, Element::F16, &of, &[0; 7], &mut out);
+    let short = cold::encode(Codec::Lossless, Element::F16, &of, &past(), &[0; 7], &mut out);
     assert_eq!(short, Err(ColdError::BlockBytes { shape_bytes: 8, given_bytes: 7 }));
-    let huge =
-        cold::encode(Codec::Lossless, Element::F16, &shape(u32::MAX, u32::MAX, 9, 9, 9), &[], &mut out);
+    let huge = cold::encode(
+        Codec::Lossless,
+        Element::F16,
+        &shape(u32::MAX, u32::MAX, 9, 9, 9),
+        &past(),
+        &[],
+        &mut out,
+    );
     assert!(matches!(huge, Err(ColdError::Shape { .. })));
-    let codes = cold::encode(Codec::Lossy16, Element::Int8, &of, &[0; 4], &mut out);
+    let codes = cold::encode(Codec::Lossy16, Element::Int8, &of, &past(), &[0; 4], &mut out);
     assert_eq!(codes, Err(ColdError::Unsupported { codec: Codec::Lossy16, element: Element::Int8 }));
     let numbers = [1.0, 2.0, f32::INFINITY, 3.0].map(f32::to_le_bytes).concat();
-    let infinite = cold::encode(Codec::Lossy32, Element::F32, &of, &numbers, &mut out);
+    let infinite = cold::encode(Codec::Lossy32, Element::F32, &of, &past(), &numbers, &mut out);
     assert_eq!(infinite, Err(ColdError::NotFinite { at: 2, bits: 0x7F80_0000 }));
     assert_eq!(out, [7]);
 }

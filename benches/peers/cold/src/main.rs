@@ -18,6 +18,7 @@ use constriction::stream::model::{
 };
 use constriction::stream::stack::SmallAnsCoder;
 use kv::Kv;
+use kv_cache::History;
 use kv_cache::cold::{self, Codec, Element, Shape};
 
 const TURNS: usize = 40;
@@ -63,7 +64,7 @@ fn main() -> anyhow::Result<()> {
 
 fn ours(block: &[u8], shape: &Shape) -> anyhow::Result<Vec<u8>> {
     let mut frame = Vec::new();
-    cold::encode(Codec::Lossless, Element::Bf16, shape, block, &mut frame)?;
+    cold::encode(Codec::Lossless, Element::Bf16, shape, &History::default(), block, &mut frame)?;
     Ok(frame)
 }
 
