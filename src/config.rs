@@ -579,6 +579,14 @@ impl CacheConfig {
         }
     }
 
+    /// Keys that want means, and have none: rotated, a constant takes all the codes.
+    pub(crate) fn keys_without_means(&self) -> Option<Format> {
+        let formats = self.formats();
+        let mut keys = formats.formats().iter().map(|format| format.keys);
+        let wants = keys.find(|format| matches!(format, Format::R4 | Format::R3 | Format::R2));
+        wants.filter(|_| self.quantisation.key_means.is_none())
+    }
+
     /// How tokens are dropped without being asked to, if they are.
     pub(crate) fn dropping(&self) -> Option<Dropping> {
         let Compression { enabled, ratio, method } = self.compression;
@@ -587,4 +595,27 @@ impl CacheConfig {
 
     /// Tokens that token dropping never drops, at the start of a sequence.
     pub const SINK_TOKENS: u32 = SINK_TOKENS;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ElementType;
+
+    #[test]
+    fn rotated_keys_want_means() {
+        let mut config = CacheConfig::new(Geometry::new(1, 1, 64, ElementType::F16));
+        let mut wants = |format, values, colder: &[Format], means: Option<&str>| {
+            let quantisation = &mut config.quantisation;
+            (quantisation.format, quantisation.values_format) = (format, values);
+            quantisation.colder_formats = colder.to_vec();
+            quantisation.key_means = means.map(PathBuf::from);
+            config.keys_without_means()
+        };
+        assert_eq!(wants(Format::Int8, None, &[], None), None);
+        assert_eq!(wants(Format::Int4, Some(Format::R2), &[], None), None);
+        assert_eq!(wants(Format::R3, Some(Format::Int4), &[], None), Some(Format::R3));
+        assert_eq!(wants(Format::Int8, None, &[Format::R4, Format::R2], None), Some(Format::R4));
+        assert_eq!(wants(Format::Int8, None, &[Format::R4, Format::R2], Some("means")), None);
+    }
 }

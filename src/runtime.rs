@@ -57,6 +57,14 @@ pub(crate) fn open(
     mut config: CacheConfig,
 ) -> Result<(Runtime, impl Future<Output = ()> + Send + 'static), BuildError> {
     let (layout, pool) = config.plan()?;
+    if let Some(format) = config.keys_without_means() {
+        tracing::warn!(
+            target: "kv_cache::quantisation",
+            %format,
+            "keys are stored in a rotated format without the model's mean keys: if its key projection has a bias, answers are ruined; make the file \
+             with KeyMeansBuilder and name it in quantisation.key_means, or store keys in int4"
+        );
+    }
     let means = config.key_means()?;
     let centres = means.as_ref().map(|means| Centres::new(means, &config.geometry, config.max_tokens));
     let centres = centres.transpose().map_err(|reason| BuildError::KeyMeans {

@@ -248,6 +248,15 @@ impl BlockStore {
         in_host.is_some_and(|victim| self.try_evict(victim, counters))
     }
 
+    /// Frees a block for an owner who wants so many raw slots: one of his own if it is his quota that he lacks. False if none can go.
+    pub(super) fn evict_one_for(&mut self, owner: u32, wanted: usize, counters: &mut CoreCounters) -> bool {
+        if self.beyond_quota(owner, wanted).is_none() {
+            return self.evict_one(counters);
+        }
+        let victim = self.evictor.victim_of(owner, self.now_ms);
+        victim.is_some_and(|victim| self.try_evict(victim, counters))
+    }
+
     /// Counts the bytes of a block that nobody holds as evictable (1), or no more (-1).
     #[inline]
     pub(super) fn count_cached(&mut self, id: BlockId, sign: i64) {

@@ -891,7 +891,7 @@ impl DeviceCore {
                 return Room::Soon;
             }
             // The vacancies that were to take the blocks have been taken by others. Nothing is under way that would make some.
-            if !self.blocks.evict_one(&mut self.counters) {
+            if !self.blocks.evict_one_for(owner, wanted, &mut self.counters) {
                 self.blocks.pool_mut().stop_draining();
                 return if self.blocks.has_room(owner, wanted) { Room::Now } else { Room::Never };
             }
