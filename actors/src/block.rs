@@ -253,9 +253,9 @@ pub struct Place {
 #[derive(Debug, Clone)]
 pub struct Places {
     // slot << 32 | generation << 4 | what is stored, as a number: one word, so that a reader never sees half a move.
-    words: Arc<Vec<AtomicU64>>,
+    words: Arc<[AtomicU64]>,
     // What blocks have been through before they were made: written before their first place, and never while anybody may look.
-    pasts: Arc<Vec<AtomicU8>>,
+    pasts: Arc<[AtomicU8]>,
     formats: Ladder,
 }
 
@@ -274,8 +274,8 @@ const STORED: [(SizeClass, bool, u8); 8] = [
 impl Places {
     pub(crate) fn new(blocks: usize, formats: Ladder) -> Self {
         Places {
-            words: Arc::new((0..blocks).map(|_| AtomicU64::new(u64::MAX)).collect()),
-            pasts: Arc::new((0..blocks).map(|_| AtomicU8::new(0)).collect()),
+            words: (0..blocks).map(|_| AtomicU64::new(u64::MAX)).collect(),
+            pasts: (0..blocks).map(|_| AtomicU8::new(0)).collect(),
             formats,
         }
     }
@@ -285,10 +285,9 @@ impl Places {
         let sealed = block.state == BlockState::Sealed;
         let stored = match block.class {
             SizeClass::Raw => u64::from(sealed),
-            SizeClass::Sealed => 2,
-            SizeClass::Colder => 3,
-            SizeClass::Coldest => 4,
             SizeClass::Host => 5 + u64::from(block.rung),
+            // Their numbers follow each other in both.
+            class => class as u64 - SizeClass::Sealed as u64 + 2,
         };
         let generation = u64::from(block.slot.generation().0);
         let word = u64::from(block.slot.id().0) << 32 | generation << 4 | stored;

@@ -276,6 +276,12 @@ struct Chunk {
     draining: bool,
 }
 
+/// A bit for each of the first slots of a chunk, of which there are some.
+#[inline]
+fn first_slots(slots: usize) -> u64 {
+    u64::MAX >> (CHUNK_SLOTS_MAX - slots)
+}
+
 /// A slot taken from the pool.
 #[derive(Debug)]
 pub(crate) struct Allocated {
@@ -292,6 +298,8 @@ pub struct Pool {
     slot_ids_per_chunk: u32,
     /// Slots of a chunk, by class.
     slots_per_chunk: [u32; SizeClass::COUNT],
+    /// Bytes from one slot to the next, by class.
+    slot_bytes: [usize; SizeClass::COUNT],
     table: SlotTable,
     chunks: Vec<Chunk>,
     stock: Vec<u32>,
@@ -329,6 +337,7 @@ impl Pool {
             draining: None,
             slot_ids_per_chunk: layout.slot_ids_per_chunk() as u32,
             slots_per_chunk: SizeClass::ALL.map(|class| layout.slots_per_chunk(class) as u32),
+            slot_bytes: SizeClass::ALL.map(|class| layout.slot_bytes(class)),
             layout,
             table,
         };
@@ -349,7 +358,13 @@ impl Pool {
             return self.layout.offset_bytes(class, slot);
         }
         let (chunk, index) = (slot.0 / self.slot_ids_per_chunk, slot.0 % self.slot_ids_per_chunk);
-        chunk as usize * self.layout.chunk_bytes + index as usize * self.layout.slot_bytes(class)
+        chunk as usize * self.layout.chunk_bytes + index as usize * self.slot_bytes(class)
+    }
+
+    /// Bytes from one slot of `class` to the next.
+    #[inline]
+    pub(crate) fn slot_bytes(&self, class: SizeClass) -> usize {
+        self.slot_bytes[class as usize]
     }
 
     /// Pins and generations of all slots.
@@ -490,10 +505,13 @@ impl Pool {
 
     #[inline]
     fn take(&mut self, class: SizeClass, tenant: u32) -> Option<Allocated> {
-        if self.with_vacancy[class as usize].is_empty() {
-            self.open_chunk(class);
-        }
-        let chunk_index = *self.with_vacancy[class as usize].last()?;
+        let chunk_index = match self.with_vacancy[class as usize].last() {
+            Some(&index) => index,
+            None => {
+                self.open_chunk(class);
+                *self.with_vacancy[class as usize].last()?
+            }
+        };
         let chunk = &mut self.chunks[chunk_index as usize];
         let bit = chunk.vacant.trailing_zeros() as usize;
         chunk.vacant &= chunk.vacant - 1;
@@ -523,7 +541,6 @@ impl Pool {
     }
 
     /// Gives a chunk of the stock to `class`.
-    #[inline]
     fn open_chunk(&mut self, class: SizeClass) {
         if let Some(index) = self.stock.pop() {
             self.assign(index, class);
@@ -531,7 +548,6 @@ impl Pool {
     }
 
     /// Makes a chunk whose slots are all vacant serve `class`.
-    #[inline]
     fn assign(&mut self, index: u32, class: SizeClass) {
         let slots = self.slots_per_chunk(class);
         let first = index as usize * self.slot_ids_per_chunk as usize;
@@ -541,7 +557,7 @@ impl Pool {
         }
         let chunk = &mut self.chunks[index as usize];
         chunk.class = Some(class);
-        chunk.vacant = if slots == 64 { u64::MAX } else { (1 << slots) - 1 };
+        chunk.vacant = first_slots(slots);
         self.vacancies[class as usize] += slots;
         self.list(index);
     }
@@ -658,8 +674,8 @@ impl Pool {
         let (first, taken) = match self.draining {
             None => (0, 0),
             Some(index) => {
-                let all = if slots == 64 { u64::MAX } else { (1 << slots) - 1 };
-                (index as usize * self.slot_ids_per_chunk as usize, all & !self.chunks[index as usize].vacant)
+                let taken = first_slots(slots) & !self.chunks[index as usize].vacant;
+                (index as usize * self.slot_ids_per_chunk as usize, taken)
             }
         };
         (0..slots).filter(move |bit| taken >> bit & 1 == 1).map(move |bit| SlotId((first + bit) as u32))
@@ -674,7 +690,6 @@ impl Pool {
         list.push(index);
     }
 
-    #[inline]
     fn unlist(&mut self, index: u32) {
         let chunk = &mut self.chunks[index as usize];
         let (Some(class), Some(at)) = (chunk.class, chunk.listed_at.take()) else { return };
@@ -687,10 +702,8 @@ impl Pool {
 
     /// Loads what taking the slot back and giving it out again will need.
     pub(crate) fn warm(&self, slot: SlotId) -> u32 {
-        let id = slot.0 as usize;
-        let chunk =
-            self.chunks.get(id / self.slot_ids_per_chunk as usize).map_or(0, |chunk| chunk.vacant as u32);
-        chunk | u32::from(self.vacant[id].is_some()) | self.table.pins(slot)
+        // Chunks are few, and what is known of them in the caches.
+        u32::from(self.vacant[slot.0 as usize].is_some()) | self.table.pins(slot)
     }
 
     /// Takes a slot back: vacant at once, or quarantined while a pin holds it.
@@ -728,21 +741,17 @@ impl Pool {
         let slots = self.slots_per_chunk(class);
         let chunk = &mut self.chunks[index];
         chunk.vacant |= 1 << bit;
-        let all_vacant = chunk.vacant.count_ones() as usize == slots;
+        let all_vacant = chunk.vacant == first_slots(slots);
+        let is_listed = chunk.listed_at.is_some();
         let index = index as u32;
         if chunk.draining {
             if all_vacant {
-                self.chunks[index as usize].draining = false;
-                self.draining = None;
-                match class {
-                    SizeClass::Raw => self.assign(index, SizeClass::Sealed),
-                    _ => self.return_to_stock(index),
-                }
+                self.drained(index, class);
             }
             return;
         }
         self.vacancies[class as usize] += 1;
-        if self.chunks[index as usize].listed_at.is_none() {
+        if !is_listed {
             self.list(index);
         }
         // The last chunk with sealed vacancies stays: the next block to seal need not wait for another.
@@ -754,8 +763,17 @@ impl Pool {
         }
     }
 
+    /// The chunk that is being emptied is empty.
+    fn drained(&mut self, index: u32, class: SizeClass) {
+        self.chunks[index as usize].draining = false;
+        self.draining = None;
+        match class {
+            SizeClass::Raw => self.assign(index, SizeClass::Sealed),
+            _ => self.return_to_stock(index),
+        }
+    }
+
     /// Makes a chunk with no block, that is in no list, serve no class.
-    #[inline]
     fn return_to_stock(&mut self, index: u32) {
         self.chunks[index as usize].class = None;
         self.chunks[index as usize].vacant = 0;
