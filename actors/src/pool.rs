@@ -265,6 +265,15 @@ enum Residue {
     Mixed,
 }
 
+/// A slot of any tier.
+#[derive(Debug)]
+struct Slot {
+    /// None while somebody has it.
+    vacant: Option<VacantSlot>,
+    /// Means nothing in the host tier.
+    residue: Residue,
+}
+
 #[derive(Debug)]
 struct Chunk {
     class: Option<SizeClass>,
@@ -304,8 +313,7 @@ pub struct Pool {
     chunks: Vec<Chunk>,
     stock: Vec<u32>,
     with_vacancy: [Vec<u32>; SizeClass::COUNT],
-    vacant: Vec<Option<VacantSlot>>,
-    residue: Vec<Residue>,
+    slots: Vec<Slot>,
     quarantine: VecDeque<(SizeClass, FilledSlot)>,
     /// Vacant slots of chunks by class, those of chunks that are being emptied left out.
     vacancies: [usize; SizeClass::COUNT],
@@ -327,8 +335,9 @@ impl Pool {
                 .collect(),
             stock: (0..layout.chunks as u32).rev().collect(),
             with_vacancy: Default::default(),
-            vacant: (0..slots).map(|id| Some(table.first(SlotId(id as u32)))).collect(),
-            residue: vec![Residue::Fresh; layout.slot_ids()],
+            slots: (0..slots as u32)
+                .map(|id| Slot { vacant: Some(table.first(SlotId(id))), residue: Residue::Fresh })
+                .collect(),
             quarantine: VecDeque::new(),
             vacancies: [0; SizeClass::COUNT],
             used: [0; SizeClass::COUNT],
@@ -485,7 +494,7 @@ impl Pool {
             let run = self.host.take_some(count - slots.len())?;
             let first = self.layout.slot_ids();
             // What is moved there overwrites the whole slot: nothing of another tenant's survives in it.
-            slots.extend(run.filter_map(|at| Some(self.vacant[first + at].take()?.fill())));
+            slots.extend(run.filter_map(|at| Some(self.slots[first + at].vacant.take()?.fill())));
         }
         self.used[SizeClass::Host as usize] += count;
         Some(slots)
@@ -520,13 +529,14 @@ impl Pool {
             self.with_vacancy[class as usize].pop();
         }
         let id = chunk_index as usize * self.slot_ids_per_chunk as usize + bit;
-        let slot = self.vacant[id].take()?.fill();
-        let must_zero = match self.residue[id] {
+        let of_slot = &mut self.slots[id];
+        let slot = of_slot.vacant.take()?.fill();
+        let must_zero = match of_slot.residue {
             Residue::Fresh => false,
             Residue::Tenant(before) => before != tenant,
             Residue::Mixed => true,
         };
-        self.residue[id] = Residue::Tenant(tenant);
+        of_slot.residue = Residue::Tenant(tenant);
         self.used[class as usize] += 1;
         self.vacancies[class as usize] -= 1;
         Some(Allocated { slot, must_zero })
@@ -534,10 +544,7 @@ impl Pool {
 
     /// The bytes of a slot are not what its owner was to write: they may be of whoever had it before.
     pub(crate) fn spoil(&mut self, slot: SlotId) {
-        // The host tier keeps no count: whatever goes there overwrites the whole slot.
-        if let Some(residue) = self.residue.get_mut(slot.0 as usize) {
-            *residue = Residue::Mixed;
-        }
+        self.slots[slot.0 as usize].residue = Residue::Mixed;
     }
 
     /// Gives a chunk of the stock to `class`.
@@ -551,9 +558,9 @@ impl Pool {
     fn assign(&mut self, index: u32, class: SizeClass) {
         let slots = self.slots_per_chunk(class);
         let first = index as usize * self.slot_ids_per_chunk as usize;
-        let residue = &mut self.residue[first..first + self.slot_ids_per_chunk as usize];
-        if residue.iter().any(|r| *r != Residue::Fresh) {
-            residue.fill(Residue::Mixed);
+        let of_chunk = &mut self.slots[first..first + self.slot_ids_per_chunk as usize];
+        if of_chunk.iter().any(|slot| slot.residue != Residue::Fresh) {
+            of_chunk.iter_mut().for_each(|slot| slot.residue = Residue::Mixed);
         }
         let chunk = &mut self.chunks[index as usize];
         chunk.class = Some(class);
@@ -703,7 +710,7 @@ impl Pool {
     /// Loads what taking the slot back and giving it out again will need.
     pub(crate) fn warm(&self, slot: SlotId) -> u32 {
         // Chunks are few, and what is known of them in the caches.
-        u32::from(self.vacant[slot.0 as usize].is_some()) | self.table.pins(slot)
+        u32::from(self.slots[slot.0 as usize].vacant.is_some()) | self.table.pins(slot)
     }
 
     /// Takes a slot back: vacant at once, or quarantined while a pin holds it.
@@ -729,14 +736,14 @@ impl Pool {
         let id = vacant.id().0 as usize;
         if class == SizeClass::Host {
             self.used[class as usize] -= 1;
-            self.vacant[id] = Some(vacant);
+            self.slots[id].vacant = Some(vacant);
             let at = id - self.layout.slot_ids();
             return self.host.give_back(at..at + 1);
         }
         let number = vacant.id().0;
         let (index, bit) =
             ((number / self.slot_ids_per_chunk) as usize, (number % self.slot_ids_per_chunk) as usize);
-        self.vacant[id] = Some(vacant);
+        self.slots[id].vacant = Some(vacant);
         self.used[class as usize] -= 1;
         let slots = self.slots_per_chunk(class);
         let chunk = &mut self.chunks[index];

@@ -308,18 +308,20 @@ impl Evictor {
         self.advance(now_ms);
         self.leave(block.0);
         self.ranking.removed(block.0);
-        let node = std::mem::replace(&mut self.nodes[block.0 as usize], VACANT);
-        self.tenants.removed(node.tenant);
-        if node.is(KEPT) {
+        let node = &mut self.nodes[block.0 as usize];
+        let (parent, tenant, is_kept, is_held) = (node.parent, node.tenant, node.is(KEPT), node.is(HELD));
+        *node = VACANT;
+        self.tenants.removed(tenant);
+        if is_kept {
             self.kept.removed(block.0);
         }
         self.cached -= 1;
-        self.unheld -= usize::from(!node.is(HELD));
-        if node.parent != NONE {
-            let parent = &mut self.nodes[node.parent as usize];
-            parent.children -= 1;
-            if parent.is_candidate() {
-                self.enter(node.parent);
+        self.unheld -= usize::from(!is_held);
+        if parent != NONE {
+            let node = &mut self.nodes[parent as usize];
+            node.children -= 1;
+            if node.is_candidate() {
+                self.enter(parent);
             }
         }
         self.recall();
