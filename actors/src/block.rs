@@ -252,11 +252,17 @@ pub struct Place {
 /// moved (been sealed), reads the place again.
 #[derive(Debug, Clone)]
 pub struct Places {
-    // slot << 32 | generation << 4 | what is stored, as a number: one word, so that a reader never sees half a move.
-    words: Arc<Vec<AtomicU64>>,
-    // What blocks have been through before they were made: written before their first place, and never while anybody may look.
-    pasts: Arc<Vec<AtomicU8>>,
+    blocks: Arc<[Whereabouts]>,
     formats: Ladder,
+}
+
+/// What [`Places`] knows of a block.
+#[derive(Debug)]
+struct Whereabouts {
+    /// `slot << 32 | generation << 4 | what is stored`, as a number: one word, so that a reader never sees half a move.
+    place: AtomicU64,
+    /// What it has been through before it was made: written before its first place, and never while anybody may look.
+    past: AtomicU8,
 }
 
 /// `(class, sealed, rung)` of the numbers in [`Places`].
@@ -274,8 +280,9 @@ const STORED: [(SizeClass, bool, u8); 8] = [
 impl Places {
     pub(crate) fn new(blocks: usize, formats: Ladder) -> Self {
         Places {
-            words: Arc::new((0..blocks).map(|_| AtomicU64::new(u64::MAX)).collect()),
-            pasts: Arc::new((0..blocks).map(|_| AtomicU8::new(0)).collect()),
+            blocks: (0..blocks)
+                .map(|_| Whereabouts { place: AtomicU64::new(u64::MAX), past: AtomicU8::new(0) })
+                .collect(),
             formats,
         }
     }
@@ -285,26 +292,27 @@ impl Places {
         let sealed = block.state == BlockState::Sealed;
         let stored = match block.class {
             SizeClass::Raw => u64::from(sealed),
-            SizeClass::Sealed => 2,
-            SizeClass::Colder => 3,
-            SizeClass::Coldest => 4,
             SizeClass::Host => 5 + u64::from(block.rung),
+            // Their numbers follow each other in both.
+            class => class as u64 - SizeClass::Sealed as u64 + 2,
         };
         let generation = u64::from(block.slot.generation().0);
         let word = u64::from(block.slot.id().0) << 32 | generation << 4 | stored;
-        self.pasts[id.0 as usize].store(block.past, Ordering::Relaxed);
-        self.words[id.0 as usize].store(word, Ordering::Release);
+        let at = &self.blocks[id.0 as usize];
+        at.past.store(block.past, Ordering::Relaxed);
+        at.place.store(word, Ordering::Release);
     }
 
     /// Where `block` is now.
     pub fn get(&self, block: BlockId) -> Option<Place> {
-        let word = self.words.get(block.0 as usize)?.load(Ordering::Acquire);
+        let at = self.blocks.get(block.0 as usize)?;
+        let word = at.place.load(Ordering::Acquire);
         let slot = SlotId((word >> 32) as u32);
         if slot.0 == u32::MAX {
             return None;
         }
         let &(class, sealed, rung) = STORED.get((word & 15) as usize)?;
-        let past = self.pasts[block.0 as usize].load(Ordering::Relaxed);
+        let past = at.past.load(Ordering::Relaxed);
         Some(Place {
             slot,
             class,

@@ -81,10 +81,30 @@ impl Bucket {
         self.ways.load(Ordering::Relaxed) & PASSED_ON != 0
     }
 
+    /// A bit for each entry that is vacant. For the writer.
+    #[inline]
+    fn vacant(&self) -> u64 {
+        !(self.ways.load(Ordering::Relaxed) >> 32) & ALL_ENTRIES
+    }
+
     #[inline]
     fn change_ways(&self, change: impl Fn(u64) -> u64) {
         // Nobody else writes.
         self.ways.store(change(self.ways.load(Ordering::Relaxed)), Ordering::Relaxed);
+    }
+}
+
+impl Entry {
+    /// Whoever has pinned the block before is seen from now on, and whoever pins it from now on sees that it is gone.
+    #[inline]
+    fn withdraw(&self) {
+        self.published.store(0, Ordering::SeqCst);
+        loom_fence();
+    }
+
+    #[inline]
+    fn key_words(&self) -> [u64; 4] {
+        std::array::from_fn(|at| self.key[at].load(Ordering::Relaxed))
     }
 }
 
@@ -308,19 +328,13 @@ impl IndexWriter {
 
     /// The key that a block was given last.
     pub fn key(&self, block: BlockId) -> BlockKey {
-        BlockKey(bytemuck::cast(self.key_words(block)))
-    }
-
-    #[inline]
-    fn key_words(&self, block: BlockId) -> [u64; 4] {
-        let words = &self.0.table.entry(block).key;
-        std::array::from_fn(|at| words[at].load(Ordering::Relaxed))
+        BlockKey(bytemuck::cast(self.0.table.entry(block).key_words()))
     }
 
     /// From now on its key, which nobody else has, finds `block`.
     #[cfg(test)]
     fn insert(&mut self, block: BlockId) {
-        let (bucket, fingerprint) = self.0.table.place(&self.key_words(block));
+        let (bucket, fingerprint) = self.0.table.place(&self.0.table.entry(block).key_words());
         self.insert_at(block, Vacancy { bucket, fingerprint });
     }
 
@@ -329,54 +343,52 @@ impl IndexWriter {
     pub fn insert_at(&mut self, block: BlockId, vacancy: Vacancy) {
         let table = &*self.0.table;
         let Vacancy { mut bucket, fingerprint } = vacancy;
-        let vacant_in =
-            |bucket: usize| !(table.buckets[bucket].ways.load(Ordering::Relaxed) >> 32) & ALL_ENTRIES;
-        let mut vacant = vacant_in(bucket);
+        let mut here = &table.buckets[bucket];
         // More than twice as many places as blocks, so one is vacant.
-        while vacant == 0 {
-            table.buckets[bucket].change_ways(|ways| ways + 1);
+        while here.vacant() == 0 {
+            here.change_ways(|ways| ways + 1);
             bucket = table.after(bucket);
-            vacant = vacant_in(bucket);
+            here = &table.buckets[bucket];
         }
-        let at = vacant.trailing_zeros() as usize;
-        table.buckets[bucket].change_ways(|ways| ways | 1 << 32 << at);
+        let at = here.vacant().trailing_zeros() as usize;
+        here.change_ways(|ways| ways | 1 << 32 << at);
         let of_block = table.entry(block);
         of_block.place.store((bucket * BUCKET_WORDS + at) as u64, Ordering::Relaxed);
         // Release: whoever sees this sees the key.
         of_block.published.store(1, Ordering::Release);
-        table.buckets[bucket].entries[at].store(fingerprint | u64::from(block.0 + 1), Ordering::Release);
+        here.entries[at].store(fingerprint | u64::from(block.0 + 1), Ordering::Release);
     }
 
     /// Whether somebody holds a lease on the block, which is not found any more or never was.
     #[inline]
     pub fn is_pinned(&self, block: BlockId) -> bool {
+        self.has_pinned(block, self.0.table.entry(block))
+    }
+
+    #[inline]
+    fn has_pinned(&self, block: BlockId, entry: &Entry) -> bool {
         // In the order of all accesses, as everything here; and whoever let go of it has read what he wanted.
-        self.0.table.entry(block).pins.load(Ordering::SeqCst) != 0 || self.0.stripes.have(block)
+        entry.pins.load(Ordering::SeqCst) != 0 || self.0.stripes.have(block)
     }
 
     /// Removes a block that nobody has pinned. False, with nothing changed, if somebody has.
     #[inline]
     pub fn try_remove(&mut self, block: BlockId) -> bool {
-        self.withdraw(block);
-        if self.is_pinned(block) {
-            self.0.table.entry(block).published.store(1, Ordering::Release);
+        let entry = self.0.table.entry(block);
+        entry.withdraw();
+        if self.has_pinned(block, entry) {
+            entry.published.store(1, Ordering::Release);
             return false;
         }
-        self.remove_entry(block);
+        self.remove_entry(block, entry);
         true
     }
 
     /// Removes a block whoever has it pinned: nobody finds it any more. Its number stays taken until [`IndexWriter::is_pinned`] says no.
     pub fn hide(&mut self, block: BlockId) {
-        self.withdraw(block);
-        self.remove_entry(block);
-    }
-
-    /// Whoever has pinned the block before is seen from now on, and whoever pins it from now on sees that it is gone.
-    #[inline]
-    fn withdraw(&self, block: BlockId) {
-        self.0.table.entry(block).published.store(0, Ordering::SeqCst);
-        loom_fence();
+        let entry = self.0.table.entry(block);
+        entry.withdraw();
+        self.remove_entry(block, entry);
     }
 
     /// Loads what finding or inserting the key will need. For many keys in a row, so that the waits for memory are one.
@@ -399,17 +411,17 @@ impl IndexWriter {
     }
 
     #[inline]
-    fn remove_entry(&mut self, block: BlockId) {
+    fn remove_entry(&self, block: BlockId, of_block: &Entry) {
         let table = &*self.0.table;
-        let of_block = table.entry(block);
         let place = of_block.place.load(Ordering::Relaxed) as usize;
         let (bucket, at) = (place / BUCKET_WORDS, place % BUCKET_WORDS);
-        let entry = &table.buckets[bucket].entries[at];
+        let here = &table.buckets[bucket];
+        let entry = &here.entries[at];
         assert_eq!(entry.load(Ordering::Relaxed) as u32, block.0 + 1, "a published block is in the table");
         entry.store(0, Ordering::Relaxed);
-        table.buckets[bucket].change_ways(|ways| ways & !(1 << 32 << at));
+        here.change_ways(|ways| ways & !(1 << 32 << at));
         // After the entry: whoever still needs the way finds it.
-        let (mut before, _) = table.place(&self.key_words(block));
+        let (mut before, _) = table.place(&of_block.key_words());
         while before != bucket {
             table.buckets[before].change_ways(|ways| ways - 1);
             before = table.after(before);

@@ -41,6 +41,13 @@ impl Account {
     }
 }
 
+/// A sum of bytes after a change. No more goes than has come.
+#[inline]
+fn changed(sum: u64, change: i64) -> u64 {
+    debug_assert!(sum.checked_add_signed(change).is_some(), "{sum} bytes, and {change}");
+    sum.wrapping_add_signed(change)
+}
+
 impl Ledger {
     /// A new owner, with the next number.
     pub fn open(&mut self, limits: TenantLimits) {
@@ -55,11 +62,11 @@ impl Ledger {
         let account = &mut self.accounts[owner as usize];
         if account.limits.reserve_bytes == 0 {
             // Most have none: nothing is missing of it, before or after.
-            account.used_bytes = account.used_bytes.saturating_add_signed(bytes);
+            account.used_bytes = changed(account.used_bytes, bytes);
             return None;
         }
         let (was_protected, unfilled) = (account.is_protected(), account.unfilled_bytes());
-        account.used_bytes = account.used_bytes.saturating_add_signed(bytes);
+        account.used_bytes = changed(account.used_bytes, bytes);
         self.unfilled_bytes = self.unfilled_bytes - unfilled + account.unfilled_bytes();
         let is_protected = account.is_protected();
         (was_protected != is_protected).then_some(is_protected)
@@ -69,8 +76,8 @@ impl Ledger {
     #[inline]
     pub fn change_cached(&mut self, owner: u32, bytes: i64) {
         let account = &mut self.accounts[owner as usize];
-        account.cached_bytes = account.cached_bytes.saturating_add_signed(bytes);
-        self.cached_bytes = self.cached_bytes.saturating_add_signed(bytes);
+        account.cached_bytes = changed(account.cached_bytes, bytes);
+        self.cached_bytes = changed(self.cached_bytes, bytes);
     }
 
     /// A flight holds one of an owner's blocks (1), or no more (-1).

@@ -265,6 +265,15 @@ enum Residue {
     Mixed,
 }
 
+/// A slot of any tier.
+#[derive(Debug)]
+struct Slot {
+    /// None while somebody has it.
+    vacant: Option<VacantSlot>,
+    /// Means nothing in the host tier.
+    residue: Residue,
+}
+
 #[derive(Debug)]
 struct Chunk {
     class: Option<SizeClass>,
@@ -274,6 +283,12 @@ struct Chunk {
     listed_at: Option<usize>,
     /// Being emptied to serve the other class: none of its slots is given out, and none counts as vacant.
     draining: bool,
+}
+
+/// A bit for each of the first slots of a chunk, of which there are some.
+#[inline]
+fn first_slots(slots: usize) -> u64 {
+    u64::MAX >> (CHUNK_SLOTS_MAX - slots)
 }
 
 /// A slot taken from the pool.
@@ -292,12 +307,13 @@ pub struct Pool {
     slot_ids_per_chunk: u32,
     /// Slots of a chunk, by class.
     slots_per_chunk: [u32; SizeClass::COUNT],
+    /// Bytes from one slot to the next, by class.
+    slot_bytes: [usize; SizeClass::COUNT],
     table: SlotTable,
     chunks: Vec<Chunk>,
     stock: Vec<u32>,
     with_vacancy: [Vec<u32>; SizeClass::COUNT],
-    vacant: Vec<Option<VacantSlot>>,
-    residue: Vec<Residue>,
+    slots: Vec<Slot>,
     quarantine: VecDeque<(SizeClass, FilledSlot)>,
     /// Vacant slots of chunks by class, those of chunks that are being emptied left out.
     vacancies: [usize; SizeClass::COUNT],
@@ -319,8 +335,9 @@ impl Pool {
                 .collect(),
             stock: (0..layout.chunks as u32).rev().collect(),
             with_vacancy: Default::default(),
-            vacant: (0..slots).map(|id| Some(table.first(SlotId(id as u32)))).collect(),
-            residue: vec![Residue::Fresh; layout.slot_ids()],
+            slots: (0..slots as u32)
+                .map(|id| Slot { vacant: Some(table.first(SlotId(id))), residue: Residue::Fresh })
+                .collect(),
             quarantine: VecDeque::new(),
             vacancies: [0; SizeClass::COUNT],
             used: [0; SizeClass::COUNT],
@@ -329,6 +346,7 @@ impl Pool {
             draining: None,
             slot_ids_per_chunk: layout.slot_ids_per_chunk() as u32,
             slots_per_chunk: SizeClass::ALL.map(|class| layout.slots_per_chunk(class) as u32),
+            slot_bytes: SizeClass::ALL.map(|class| layout.slot_bytes(class)),
             layout,
             table,
         };
@@ -349,7 +367,13 @@ impl Pool {
             return self.layout.offset_bytes(class, slot);
         }
         let (chunk, index) = (slot.0 / self.slot_ids_per_chunk, slot.0 % self.slot_ids_per_chunk);
-        chunk as usize * self.layout.chunk_bytes + index as usize * self.layout.slot_bytes(class)
+        chunk as usize * self.layout.chunk_bytes + index as usize * self.slot_bytes(class)
+    }
+
+    /// Bytes from one slot of `class` to the next.
+    #[inline]
+    pub(crate) fn slot_bytes(&self, class: SizeClass) -> usize {
+        self.slot_bytes[class as usize]
     }
 
     /// Pins and generations of all slots.
@@ -470,7 +494,7 @@ impl Pool {
             let run = self.host.take_some(count - slots.len())?;
             let first = self.layout.slot_ids();
             // What is moved there overwrites the whole slot: nothing of another tenant's survives in it.
-            slots.extend(run.filter_map(|at| Some(self.vacant[first + at].take()?.fill())));
+            slots.extend(run.filter_map(|at| Some(self.slots[first + at].vacant.take()?.fill())));
         }
         self.used[SizeClass::Host as usize] += count;
         Some(slots)
@@ -490,10 +514,13 @@ impl Pool {
 
     #[inline]
     fn take(&mut self, class: SizeClass, tenant: u32) -> Option<Allocated> {
-        if self.with_vacancy[class as usize].is_empty() {
-            self.open_chunk(class);
-        }
-        let chunk_index = *self.with_vacancy[class as usize].last()?;
+        let chunk_index = match self.with_vacancy[class as usize].last() {
+            Some(&index) => index,
+            None => {
+                self.open_chunk(class);
+                *self.with_vacancy[class as usize].last()?
+            }
+        };
         let chunk = &mut self.chunks[chunk_index as usize];
         let bit = chunk.vacant.trailing_zeros() as usize;
         chunk.vacant &= chunk.vacant - 1;
@@ -502,13 +529,14 @@ impl Pool {
             self.with_vacancy[class as usize].pop();
         }
         let id = chunk_index as usize * self.slot_ids_per_chunk as usize + bit;
-        let slot = self.vacant[id].take()?.fill();
-        let must_zero = match self.residue[id] {
+        let of_slot = &mut self.slots[id];
+        let slot = of_slot.vacant.take()?.fill();
+        let must_zero = match of_slot.residue {
             Residue::Fresh => false,
             Residue::Tenant(before) => before != tenant,
             Residue::Mixed => true,
         };
-        self.residue[id] = Residue::Tenant(tenant);
+        of_slot.residue = Residue::Tenant(tenant);
         self.used[class as usize] += 1;
         self.vacancies[class as usize] -= 1;
         Some(Allocated { slot, must_zero })
@@ -516,14 +544,10 @@ impl Pool {
 
     /// The bytes of a slot are not what its owner was to write: they may be of whoever had it before.
     pub(crate) fn spoil(&mut self, slot: SlotId) {
-        // The host tier keeps no count: whatever goes there overwrites the whole slot.
-        if let Some(residue) = self.residue.get_mut(slot.0 as usize) {
-            *residue = Residue::Mixed;
-        }
+        self.slots[slot.0 as usize].residue = Residue::Mixed;
     }
 
     /// Gives a chunk of the stock to `class`.
-    #[inline]
     fn open_chunk(&mut self, class: SizeClass) {
         if let Some(index) = self.stock.pop() {
             self.assign(index, class);
@@ -531,17 +555,16 @@ impl Pool {
     }
 
     /// Makes a chunk whose slots are all vacant serve `class`.
-    #[inline]
     fn assign(&mut self, index: u32, class: SizeClass) {
         let slots = self.slots_per_chunk(class);
         let first = index as usize * self.slot_ids_per_chunk as usize;
-        let residue = &mut self.residue[first..first + self.slot_ids_per_chunk as usize];
-        if residue.iter().any(|r| *r != Residue::Fresh) {
-            residue.fill(Residue::Mixed);
+        let of_chunk = &mut self.slots[first..first + self.slot_ids_per_chunk as usize];
+        if of_chunk.iter().any(|slot| slot.residue != Residue::Fresh) {
+            of_chunk.iter_mut().for_each(|slot| slot.residue = Residue::Mixed);
         }
         let chunk = &mut self.chunks[index as usize];
         chunk.class = Some(class);
-        chunk.vacant = if slots == 64 { u64::MAX } else { (1 << slots) - 1 };
+        chunk.vacant = first_slots(slots);
         self.vacancies[class as usize] += slots;
         self.list(index);
     }
@@ -658,8 +681,8 @@ impl Pool {
         let (first, taken) = match self.draining {
             None => (0, 0),
             Some(index) => {
-                let all = if slots == 64 { u64::MAX } else { (1 << slots) - 1 };
-                (index as usize * self.slot_ids_per_chunk as usize, all & !self.chunks[index as usize].vacant)
+                let taken = first_slots(slots) & !self.chunks[index as usize].vacant;
+                (index as usize * self.slot_ids_per_chunk as usize, taken)
             }
         };
         (0..slots).filter(move |bit| taken >> bit & 1 == 1).map(move |bit| SlotId((first + bit) as u32))
@@ -674,7 +697,6 @@ impl Pool {
         list.push(index);
     }
 
-    #[inline]
     fn unlist(&mut self, index: u32) {
         let chunk = &mut self.chunks[index as usize];
         let (Some(class), Some(at)) = (chunk.class, chunk.listed_at.take()) else { return };
@@ -687,10 +709,8 @@ impl Pool {
 
     /// Loads what taking the slot back and giving it out again will need.
     pub(crate) fn warm(&self, slot: SlotId) -> u32 {
-        let id = slot.0 as usize;
-        let chunk =
-            self.chunks.get(id / self.slot_ids_per_chunk as usize).map_or(0, |chunk| chunk.vacant as u32);
-        chunk | u32::from(self.vacant[id].is_some()) | self.table.pins(slot)
+        // Chunks are few, and what is known of them in the caches.
+        u32::from(self.slots[slot.0 as usize].vacant.is_some()) | self.table.pins(slot)
     }
 
     /// Takes a slot back: vacant at once, or quarantined while a pin holds it.
@@ -716,33 +736,29 @@ impl Pool {
         let id = vacant.id().0 as usize;
         if class == SizeClass::Host {
             self.used[class as usize] -= 1;
-            self.vacant[id] = Some(vacant);
+            self.slots[id].vacant = Some(vacant);
             let at = id - self.layout.slot_ids();
             return self.host.give_back(at..at + 1);
         }
         let number = vacant.id().0;
         let (index, bit) =
             ((number / self.slot_ids_per_chunk) as usize, (number % self.slot_ids_per_chunk) as usize);
-        self.vacant[id] = Some(vacant);
+        self.slots[id].vacant = Some(vacant);
         self.used[class as usize] -= 1;
         let slots = self.slots_per_chunk(class);
         let chunk = &mut self.chunks[index];
         chunk.vacant |= 1 << bit;
-        let all_vacant = chunk.vacant.count_ones() as usize == slots;
+        let all_vacant = chunk.vacant == first_slots(slots);
+        let is_listed = chunk.listed_at.is_some();
         let index = index as u32;
         if chunk.draining {
             if all_vacant {
-                self.chunks[index as usize].draining = false;
-                self.draining = None;
-                match class {
-                    SizeClass::Raw => self.assign(index, SizeClass::Sealed),
-                    _ => self.return_to_stock(index),
-                }
+                self.drained(index, class);
             }
             return;
         }
         self.vacancies[class as usize] += 1;
-        if self.chunks[index as usize].listed_at.is_none() {
+        if !is_listed {
             self.list(index);
         }
         // The last chunk with sealed vacancies stays: the next block to seal need not wait for another.
@@ -754,8 +770,17 @@ impl Pool {
         }
     }
 
+    /// The chunk that is being emptied is empty.
+    fn drained(&mut self, index: u32, class: SizeClass) {
+        self.chunks[index as usize].draining = false;
+        self.draining = None;
+        match class {
+            SizeClass::Raw => self.assign(index, SizeClass::Sealed),
+            _ => self.return_to_stock(index),
+        }
+    }
+
     /// Makes a chunk with no block, that is in no list, serve no class.
-    #[inline]
     fn return_to_stock(&mut self, index: u32) {
         self.chunks[index as usize].class = None;
         self.chunks[index as usize].vacant = 0;

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 
 use slab::Slab;
 
+use super::cached::WARM_BLOCKS_MIN;
 use super::lineage::Lineage;
 use super::recode::Recodable;
 use crate::block::{Block, BlockId, BlockKey, BlockState, Place, Places};
@@ -45,7 +46,9 @@ pub struct BlockStore {
     pub(super) index: IndexWriter,
     pub(super) evictor: Evictor,
     pub(super) lineage: Lineage,
-    /// Blocks to evict yet of which most is in the processor's caches.
+    /// Whether there may be so many blocks that what evicting them needs is better loaded ahead.
+    pub(super) warms_victims: bool,
+    /// Blocks to evict yet of which most is in the processor's caches, if so.
     pub(super) victims_warmed: usize,
     /// Blocks that nobody holds and that the index has forgotten while somebody had them pinned.
     pub(super) limbo: Vec<BlockId>,
@@ -109,7 +112,6 @@ impl MovePlan {
 /// A new raw block.
 pub(super) struct NewBlock {
     pub(super) id: BlockId,
-    pub(super) offset: usize,
     /// Zero the slot first: its bytes may be another tenant's.
     pub(super) must_zero: bool,
 }
@@ -147,6 +149,7 @@ impl BlockStore {
             is_heard: false,
             shard,
             limbo: Vec::new(),
+            warms_victims: blocks >= WARM_BLOCKS_MIN,
             victims_warmed: 0,
             now_ms: 0,
             pool,
@@ -281,7 +284,6 @@ impl BlockStore {
     pub(super) fn create(&mut self, tenant: u32, index: usize, private: bool) -> NewBlock {
         let taken =
             self.pool.take_raw(tenant).expect("a raw slot is vacant: the operation counted them first");
-        let offset = self.pool.offset_bytes(SizeClass::Raw, taken.slot.id());
         let id = BlockId(self.blocks.insert(Block {
             slot: taken.slot,
             class: SizeClass::Raw,
@@ -302,7 +304,7 @@ impl BlockStore {
         }) as u32);
         self.publish(id);
         self.charge(tenant, SizeClass::Raw, 1);
-        NewBlock { id, offset, must_zero: taken.must_zero }
+        NewBlock { id, must_zero: taken.must_zero }
     }
 
     /// Lets readers outside of the device thread find the block where it is now.
@@ -323,9 +325,10 @@ impl BlockStore {
     pub(super) fn retain(&mut self, id: BlockId) {
         let block = self.get_mut(id);
         block.refs += 1;
-        if block.refs == 1 {
+        let &mut Block { refs, tenant, class, .. } = block;
+        if refs == 1 {
             self.evictor.hold(id);
-            self.count_cached(id, -1);
+            self.count_cached(tenant, class, -1);
         }
     }
 
@@ -346,12 +349,13 @@ impl BlockStore {
         if block.refs > 0 {
             return;
         }
-        if block.published {
+        let &mut Block { published, tenant, class, .. } = block;
+        if published {
             match is_unused {
                 true => self.evictor.put_back(id, self.now_ms),
                 false => self.evictor.release(id, self.now_ms),
             }
-            self.count_cached(id, 1);
+            self.count_cached(tenant, class, 1);
             self.seal_stalled = false;
             if self.is_recoded() {
                 self.let_go(id);
@@ -391,6 +395,12 @@ impl BlockStore {
     #[inline]
     pub(super) fn free(&mut self, id: BlockId) {
         let block = self.blocks.remove(id.0 as usize);
+        self.free_removed(block);
+    }
+
+    /// As [`BlockStore::free`], of a block that is not among the others any more.
+    #[inline]
+    pub(super) fn free_removed(&mut self, block: Block) {
         if block.state == BlockState::Sealed {
             self.sealed_blocks -= 1;
         }

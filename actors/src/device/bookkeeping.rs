@@ -92,13 +92,14 @@ impl Bookkeeping {
         }
         blocks.now_ms = now_ms;
         let request_blocks = keys.len() as u32;
+        // Before the search: each of its steps waits for the one before.
+        blocks.warm(keys);
         let lease = reader.lease(keys);
         held.extend(blocks.leased(&lease));
         (0..).zip(held.iter()).for_each(|(depth, &block)| blocks.hold_found(block, (depth, request_blocks)));
         let hits = held.len();
         drop(lease);
-        blocks.warm(&keys[hits..]);
-        for (depth, key) in (0..).zip(keys).skip(hits) {
+        for (depth, key) in (hits as u32..).zip(&keys[hits..]) {
             let room = blocks.raw_available(1) > 0 || blocks.evict_one(counters);
             debug_assert!(room, "what the request does not hold can go");
             let block = blocks.create(0, depth as usize, false).id;

@@ -8,7 +8,7 @@ use std::ops::Range;
 use smallvec::SmallVec;
 
 use super::blocks::BlockStore;
-use crate::block::{BlockId, BlockKey, BlockState};
+use crate::block::{Block, BlockId, BlockKey, BlockState};
 use crate::error::Error;
 use crate::events::BlockEvent;
 use crate::eviction::{Retention, Touch};
@@ -35,6 +35,9 @@ const VICTIMS_LOOKED_PAST_MAX: usize = 256;
 
 /// Victims whose data is loaded at once.
 const WARM_VICTIMS: usize = 16;
+
+/// Blocks of a shard from which on that pays: what is known of fewer, some 300 bytes each, is in the processor's nearer caches.
+pub(super) const WARM_BLOCKS_MIN: usize = 16_384;
 
 /// Blocks that are looked at for one that matches in part.
 const SIBLINGS_MAX: usize = 16;
@@ -73,33 +76,39 @@ impl BlockStore {
         self.index.set_key(id, key);
         let block = self.get_mut(id);
         (block.has_key, block.has_extra) = (true, has_extra);
-        let found = self.index.find_or_vacancy(key);
-        if let Ok(twin) = found {
-            // Somebody else who holds ours keeps it.
-            if self.get(id).refs > 1 || self.get(twin).class == SizeClass::Host {
-                return Published::Itself;
-            }
-            self.evictor.touch(twin, touch);
-            self.retain(twin);
-            counters.blocks_deduplicated += 1;
-            return Published::Twin(twin);
+        let tenant = block.tenant;
+        match self.index.find_or_vacancy(key) {
+            Ok(twin) => return self.twin_found(id, twin, touch, counters),
+            // Nobody would find it behind a parent that is not found.
+            Err(_) if parent.is_some_and(|parent| !self.get(parent).published) => return Published::Itself,
+            Err(vacancy) => self.index.insert_at(id, vacancy),
         }
-        // Nobody would find it behind a parent that is not found.
-        if let Err(vacancy) = found
-            && parent.is_none_or(|parent| self.get(parent).published)
-        {
-            self.index.insert_at(id, vacancy);
-            let identity = u64::from_le_bytes(std::array::from_fn(|at| key.0[at]));
-            self.evictor.insert(id, parent, identity, self.blocks[id.0 as usize].tenant, touch);
-            self.lineage.insert(id, parent, root);
-            self.get_mut(id).published = true;
-            if self.is_heard {
-                let parent = parent.and_then(|parent| self.key(parent));
-                let (shard, key, tier) = (self.shard, *key, self.get(id).class.tier());
-                self.tell(BlockEvent::Stored { shard, key, parent, tier });
-            }
+        self.get_mut(id).published = true;
+        let identity = u64::from_le_bytes(std::array::from_fn(|at| key.0[at]));
+        self.evictor.insert(id, parent, identity, tenant, touch);
+        self.lineage.insert(id, parent, root);
+        if self.is_heard {
+            self.tell_stored(id, parent, key);
         }
         Published::Itself
+    }
+
+    /// The content of a block that has just become full is cached already.
+    fn twin_found(
+        &mut self,
+        id: BlockId,
+        twin: BlockId,
+        touch: Touch,
+        counters: &mut CoreCounters,
+    ) -> Published {
+        // Somebody else who holds ours keeps it.
+        if self.get(id).refs > 1 || self.get(twin).class == SizeClass::Host {
+            return Published::Itself;
+        }
+        self.evictor.touch(twin, touch);
+        self.retain(twin);
+        counters.blocks_deduplicated += 1;
+        Published::Twin(twin)
     }
 
     /// The blocks of a leased prefix, in order. None if they have been withdrawn since.
@@ -200,8 +209,9 @@ impl BlockStore {
             self.lineage.remove(block);
             let entry = self.get_mut(block);
             entry.published = false;
-            if entry.refs == 0 {
-                self.count_cached(block, -1);
+            let &mut Block { refs, tenant, class, .. } = entry;
+            if refs == 0 {
+                self.count_cached(tenant, class, -1);
                 self.free_unpinned(block);
             }
         }
@@ -212,6 +222,12 @@ impl BlockStore {
         if self.is_heard {
             self.events.push(event);
         }
+    }
+
+    fn tell_stored(&mut self, block: BlockId, parent: Option<BlockId>, key: &BlockKey) {
+        let parent = parent.and_then(|parent| self.key(parent));
+        let (shard, key, tier) = (self.shard, *key, self.get(block).class.tier());
+        self.tell(BlockEvent::Stored { shard, key, parent, tier });
     }
 
     fn tell_removed(&mut self, block: BlockId) {
@@ -257,13 +273,11 @@ impl BlockStore {
         victim.is_some_and(|victim| self.try_evict(victim, counters))
     }
 
-    /// Counts the bytes of a block that nobody holds as evictable (1), or no more (-1).
+    /// Counts the bytes of an owner's block that nobody holds as evictable (1), or no more (-1).
     #[inline]
-    pub(super) fn count_cached(&mut self, id: BlockId, sign: i64) {
-        let block = self.get(id);
-        if block.class != SizeClass::Host {
-            let (owner, bytes) = (block.tenant, self.pool.layout().slot_bytes(block.class) as i64);
-            self.ledger.change_cached(owner, sign * bytes);
+    pub(super) fn count_cached(&mut self, owner: u32, class: SizeClass, sign: i64) {
+        if class != SizeClass::Host {
+            self.ledger.change_cached(owner, sign * self.pool.slot_bytes(class) as i64);
         }
     }
 
@@ -294,18 +308,20 @@ impl BlockStore {
     /// Evicts a victim, unless somebody has just pinned it.
     #[inline]
     fn try_evict(&mut self, victim: BlockId, counters: &mut CoreCounters) -> bool {
-        if self.victims_warmed == 0 {
-            self.warm_victims(victim);
+        if self.warms_victims {
+            if self.victims_warmed == 0 {
+                self.warm_victims(victim);
+            }
+            self.victims_warmed -= 1;
         }
-        self.victims_warmed -= 1;
         let free = self.index.try_remove(victim);
         if free {
             self.tell_removed(victim);
             self.evictor.remove(victim, self.now_ms);
             self.lineage.remove(victim);
-            self.count_cached(victim, -1);
-            self.get_mut(victim).published = false;
-            self.free(victim);
+            let block = self.blocks.remove(victim.0 as usize);
+            self.count_cached(block.tenant, block.class, -1);
+            self.free_removed(block);
             counters.evictions += 1;
         } else {
             self.evictor.pass(victim, self.now_ms);
@@ -327,7 +343,7 @@ impl BlockStore {
         if class == SizeClass::Host || slots == 0 {
             return;
         }
-        let bytes = slots * self.pool.layout().slot_bytes(class) as i64;
+        let bytes = slots * self.pool.slot_bytes(class) as i64;
         if let Some(protected) = self.ledger.change(owner, bytes) {
             self.evictor.protect(owner, protected);
         }

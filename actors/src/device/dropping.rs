@@ -164,7 +164,7 @@ impl DeviceCore {
             blocks.get_mut(new.id).writing = true;
             // Copies overwrite the whole of all others.
             if new.must_zero && (at + 1) * block_tokens > kept.len() {
-                launch.steps.push(Step::Zero { slot_offset: new.offset });
+                launch.steps.push(Step::Zero { slot_offset: blocks.offset(new.id) });
                 counters.slots_zeroed += 1;
             }
             taken.push(new.id);

@@ -457,10 +457,10 @@ fn prepare_blocks(
         let new = blocks.create(rest.tenant, at, private);
         // The copy overwrites the whole slot, so there is nothing to zero.
         prepared.steps.push(if format.is_raw() {
-            Step::Copy { from_offset: source, to_offset: new.offset }
+            Step::Copy { from_offset: source, to_offset: blocks.offset(new.id) }
         } else {
             let position = blocks.position(from);
-            Step::Reopen { format, position, from_offset: source, to_offset: new.offset }
+            Step::Reopen { format, position, from_offset: source, to_offset: blocks.offset(new.id) }
         });
         blocks.copy_token_ids(from, new.id);
         blocks.inherit_past(from, new.id);
@@ -473,7 +473,7 @@ fn prepare_blocks(
         after_private |= state.window_start > SINK_TOKENS || state.compacted.is_some();
         let new = blocks.create(rest.tenant, state.blocks.len(), after_private);
         if new.must_zero {
-            prepared.steps.push(Step::Zero { slot_offset: new.offset });
+            prepared.steps.push(Step::Zero { slot_offset: blocks.offset(new.id) });
             counters.slots_zeroed += 1;
         }
         state.blocks.push(new.id);

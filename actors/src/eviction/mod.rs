@@ -5,6 +5,9 @@
 //! says. One file a policy; a policy sees candidates come and go, and names the first to evict.
 //!
 //! Nothing here knows keys, slots or bytes. No clock, no random numbers, no hash maps: the same calls give the same victims.
+//!
+//! Every block comes through here several times. What few of them need, hints and reserves and readers in the way, is in functions that are not
+//! inlined, so that the others pass by with a look at a flag.
 
 mod auto;
 mod lfu;
@@ -87,8 +90,9 @@ const VACANT: Node =
     Node { prev: NONE, next: NONE, parent: NONE, children: 0, used: 0, tenant: 0, flags: 0, list: 0 };
 
 impl Node {
-    fn is(&self, flag: u8) -> bool {
-        self.flags & flag != 0
+    /// Whether one of these flags is set.
+    fn is(&self, flags: u8) -> bool {
+        self.flags & flags != 0
     }
 
     /// Not held, and no cached block continues it.
@@ -237,15 +241,19 @@ impl Evictor {
                 break;
             }
         }
-        let victim = self.unprotected().or_else(|| {
-            while self.unpark() {}
-            self.unprotected()
-        });
+        self.unprotected().or_else(|| self.last_resort()).map(BlockId)
+    }
+
+    /// A victim where the ranking names none.
+    #[cold]
+    fn last_resort(&mut self) -> Option<u32> {
+        while self.unpark() {}
+        let victim = self.unprotected();
         if victim.is_none() {
             // The caller stops here; whoever asks next may find them free to go.
             while self.recall() {}
         }
-        victim.map(BlockId)
+        victim
     }
 
     /// Blocks that will most often come up as victims when this one has gone, one after the other: its parent, if nothing else continues
@@ -300,18 +308,20 @@ impl Evictor {
         self.advance(now_ms);
         self.leave(block.0);
         self.ranking.removed(block.0);
-        let node = std::mem::replace(&mut self.nodes[block.0 as usize], VACANT);
-        self.tenants.removed(node.tenant);
-        if node.is(KEPT) {
+        let node = &mut self.nodes[block.0 as usize];
+        let (parent, tenant, is_kept, is_held) = (node.parent, node.tenant, node.is(KEPT), node.is(HELD));
+        *node = VACANT;
+        self.tenants.removed(tenant);
+        if is_kept {
             self.kept.removed(block.0);
         }
         self.cached -= 1;
-        self.unheld -= usize::from(!node.is(HELD));
-        if node.parent != NONE {
-            let parent = &mut self.nodes[node.parent as usize];
-            parent.children -= 1;
-            if parent.is_candidate() {
-                self.enter(node.parent);
+        self.unheld -= usize::from(!is_held);
+        if parent != NONE {
+            let node = &mut self.nodes[parent as usize];
+            node.children -= 1;
+            if node.is_candidate() {
+                self.enter(parent);
             }
         }
         self.recall();
@@ -359,28 +369,47 @@ impl Evictor {
 
     #[inline]
     fn unrank(&mut self, block: u32) {
+        match self.nodes[block as usize].is(PARKED | KEPT) {
+            true => self.unrank_special(block),
+            false => self.ranking.leave(&mut self.nodes, block),
+        }
+    }
+
+    /// As [`Evictor::unrank`], of a candidate that is not in the ranking.
+    #[inline(never)]
+    fn unrank_special(&mut self, block: u32) {
         let node = &mut self.nodes[block as usize];
         if node.is(PARKED) {
             node.flags &= !PARKED;
             self.tenants.unpark(&mut self.nodes, block);
-        } else if node.is(KEPT) {
-            self.kept.leave(&mut self.nodes, block);
         } else {
-            self.ranking.leave(&mut self.nodes, block);
+            self.kept.leave(&mut self.nodes, block);
         }
     }
 
-    /// Takes a candidate out of whatever order it is in.
+    /// Takes a block out of whatever order it is in, if it is a candidate.
     #[inline]
     fn leave(&mut self, block: u32) {
-        let node = &mut self.nodes[block as usize];
-        if node.is(PASSED) {
-            node.flags &= !PASSED;
-            self.passed.remove(&mut self.nodes, block);
-        } else if node.is_candidate() {
-            self.unrank(block);
-            self.tenants.leave(&self.nodes, block);
+        if self.nodes[block as usize].is_candidate() {
+            self.leave_order(block);
         }
+    }
+
+    #[inline(never)]
+    fn leave_order(&mut self, block: u32) {
+        match self.nodes[block as usize].is(PASSED) {
+            true => self.leave_passed(block),
+            false => {
+                self.unrank(block);
+                self.tenants.leave(&self.nodes, block);
+            }
+        }
+    }
+
+    #[inline(never)]
+    fn leave_passed(&mut self, block: u32) {
+        self.nodes[block as usize].flags &= !PASSED;
+        self.passed.remove(&mut self.nodes, block);
     }
 
     /// Changes the priority of a block; the change says whether it has one of its own.
@@ -411,15 +440,25 @@ impl Evictor {
             if !self.tenants.is_protected(&self.nodes, block) {
                 return Some(block);
             }
-            self.unrank(block);
-            self.nodes[block as usize].flags |= PARKED;
-            self.tenants.park(&mut self.nodes, block);
+            self.park(block);
         }
+    }
+
+    #[inline(never)]
+    fn park(&mut self, block: u32) {
+        self.unrank(block);
+        self.nodes[block as usize].flags |= PARKED;
+        self.tenants.park(&mut self.nodes, block);
     }
 
     /// Ranks a parked block again. False if there is none that may go.
     #[inline]
     fn unpark(&mut self) -> bool {
+        self.tenants.are_returning() && self.unpark_one()
+    }
+
+    #[inline(never)]
+    fn unpark_one(&mut self) -> bool {
         let Some(block) = self.tenants.returning(&mut self.nodes) else { return false };
         self.nodes[block as usize].flags &= !PARKED;
         self.rank(block);
@@ -429,8 +468,12 @@ impl Evictor {
     /// Ranks the block that was passed longest ago again. False if there is none.
     #[inline]
     fn recall(&mut self) -> bool {
-        let Some(block) = self.passed.pop_front(&mut self.nodes) else { return false };
-        self.nodes[block as usize].flags &= !PASSED;
+        self.passed.front().is_some_and(|block| self.recall_one(block))
+    }
+
+    #[inline(never)]
+    fn recall_one(&mut self, block: u32) -> bool {
+        self.leave_passed(block);
         self.enter(block);
         true
     }

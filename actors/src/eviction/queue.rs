@@ -91,7 +91,8 @@ impl List {
     }
 }
 
-/// A binary heap, least key first. Every block in it knows its place, so that it can leave from anywhere.
+/// A binary heap, least key first. Every block in it knows its place, so that it can leave from anywhere. Most are in lists instead: nothing of
+/// this is inlined into what they run through.
 #[derive(Debug, Default)]
 pub(super) struct Heap {
     order: Vec<(u64, u32)>,
@@ -102,11 +103,13 @@ impl Heap {
         self.order.first().copied()
     }
 
+    #[inline(never)]
     pub(super) fn push(&mut self, nodes: &mut [Node], key: u64, block: u32) {
         self.order.push((key, block));
         self.up(nodes, self.order.len() - 1);
     }
 
+    #[inline(never)]
     pub(super) fn remove(&mut self, nodes: &mut [Node], block: u32) {
         let place = nodes[block as usize].prev as usize;
         self.order.swap_remove(place);

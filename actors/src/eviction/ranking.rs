@@ -6,8 +6,9 @@ use super::lru::Lru;
 use super::slru::Slru;
 use super::{EvictionPolicy, Node, Touch};
 
-/// A policy and its candidates.
+/// A policy and its candidates. Which one is asked for several times a block: it has a byte of its own, not a niche.
 #[derive(Debug)]
+#[repr(u8)]
 pub(super) enum Ranking {
     Auto(Box<Auto>),
     Lru(Lru),

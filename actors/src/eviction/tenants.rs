@@ -81,6 +81,11 @@ impl Tenants {
         {
             return 0;
         }
+        self.index_of(number)
+    }
+
+    #[inline(never)]
+    fn index_of(&mut self, number: u32) -> u32 {
         *self.indexes.entry(number).or_insert_with(|| {
             let index = self.unused.pop().unwrap_or_else(|| {
                 self.tenants.push(Tenant::default());
@@ -131,12 +136,16 @@ impl Tenants {
     /// A block has become a candidate.
     #[inline]
     pub(super) fn enter(&mut self, nodes: &[Node], block: u32) {
+        let tenant = nodes[block as usize].tenant;
+        if self.tenants[tenant as usize].is_ordered {
+            self.enter_order(nodes, tenant, block);
+        }
+    }
+
+    #[inline(never)]
+    fn enter_order(&mut self, nodes: &[Node], tenant: u32, block: u32) {
         let Tenants { members, tenants, .. } = self;
-        let Tenant { candidates: list, is_ordered: true, .. } =
-            &mut tenants[nodes[block as usize].tenant as usize]
-        else {
-            return;
-        };
+        let list = &mut tenants[tenant as usize].candidates;
         let used = nodes[block as usize].used;
         if list.back().is_none_or(|back| nodes[back as usize].used < used) {
             return list.push_back(members, block);
@@ -154,12 +163,15 @@ impl Tenants {
     /// A block is no candidate any more.
     #[inline]
     pub(super) fn leave(&mut self, nodes: &[Node], block: u32) {
-        let Tenants { members, tenants, .. } = self;
-        if let Tenant { candidates, is_ordered: true, .. } =
-            &mut tenants[nodes[block as usize].tenant as usize]
-        {
-            candidates.remove(members, block);
+        let tenant = nodes[block as usize].tenant;
+        if self.tenants[tenant as usize].is_ordered {
+            self.leave_order(tenant, block);
         }
+    }
+
+    #[inline(never)]
+    fn leave_order(&mut self, tenant: u32, block: u32) {
+        self.tenants[tenant as usize].candidates.remove(&mut self.members, block);
     }
 
     /// The candidate of the tenant that was used longest ago, if its candidates are [ordered](Tenants::order).
@@ -194,8 +206,13 @@ impl Tenants {
         self.tenants[nodes[block as usize].tenant as usize].parked.remove(nodes, block);
     }
 
-    /// A parked block that need not be so any more.
+    /// Whether there may be parked blocks that need not be so any more.
     #[inline]
+    pub(super) fn are_returning(&self) -> bool {
+        !self.returning.is_empty()
+    }
+
+    /// A parked block that need not be so any more.
     pub(super) fn returning(&mut self, nodes: &mut [Node]) -> Option<u32> {
         while let Some(&index) = self.returning.last() {
             let tenant = &mut self.tenants[index as usize];

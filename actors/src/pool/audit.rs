@@ -21,7 +21,8 @@ impl Pool {
 
     /// Whether `slot` is vacant, or freed and still looked at.
     pub fn is_free(&self, slot: usize) -> bool {
-        self.vacant[slot].is_some() || self.quarantine.iter().any(|(_, held)| held.id().0 as usize == slot)
+        self.slots[slot].vacant.is_some()
+            || self.quarantine.iter().any(|(_, held)| held.id().0 as usize == slot)
     }
 
     /// Recounts everything that the pool keeps count of.
@@ -34,7 +35,7 @@ impl Pool {
         for (index, chunk) in self.chunks.iter().enumerate() {
             let slots = chunk.class.map_or(0, |class| self.layout.slots_per_chunk(class));
             for bit in 0..per_chunk {
-                let vacant = self.vacant[index * per_chunk + bit].is_some();
+                let vacant = self.slots[index * per_chunk + bit].vacant.is_some();
                 let listed = chunk.vacant >> bit & 1 == 1;
                 if bit < slots && vacant != listed {
                     return Err(format!("chunk {index} slot {bit}: vacant is {vacant}, its bit {listed}"));
@@ -60,7 +61,8 @@ impl Pool {
                 return Err(format!("chunk {index} is not where it belongs: {chunk:?}"));
             }
         }
-        let host_taken = self.vacant[self.layout.slot_ids()..].iter().filter(|slot| slot.is_none()).count();
+        let host_taken =
+            self.slots[self.layout.slot_ids()..].iter().filter(|slot| slot.vacant.is_none()).count();
         let in_stock = self.chunks.iter().filter(|chunk| chunk.class.is_none()).count();
         let listed: usize = self.with_vacancy.iter().map(Vec::len).sum();
         let with_vacancy = self.chunks.iter().filter(|chunk| chunk.vacant != 0 && !chunk.draining).count();
