@@ -109,6 +109,9 @@ mod avx512_rotated;
 mod format_tests;
 
 #[cfg(test)]
+mod known_answers;
+
+#[cfg(test)]
 mod tests;
 
 use std::time::{Duration, Instant};
