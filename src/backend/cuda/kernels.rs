@@ -362,8 +362,9 @@ impl Kernels {
                     Some(at_once) => {
                         let rows = (self.block.kv_heads * self.block.block_tokens) as u32;
                         let shares = u64::from(count * planes) * u64::from(rows.div_ceil(ROTATED_SEAL_ROWS));
-                        let blocks =
-                            shares.div_ceil(u64::from(ROTATED_SEAL_THREADS / 32)).min(at_once.into());
+                        // Its plain twin, and rows of odd widths, have a thread block a plane.
+                        let blocks = shares.div_ceil(u64::from(ROTATED_SEAL_THREADS / 32));
+                        let blocks = blocks.max((count * planes).into()).min(at_once.into());
                         ((blocks as u32, 1, 1), ROTATED_SEAL_THREADS)
                     }
                 };
