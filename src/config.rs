@@ -583,7 +583,7 @@ impl CacheConfig {
     pub(crate) fn keys_without_means(&self) -> Option<Format> {
         let formats = self.formats();
         let mut keys = formats.formats().iter().map(|format| format.keys);
-        let wants = keys.find(|format| matches!(format, Format::R4 | Format::R3 | Format::R2));
+        let wants = keys.find(|format| format.is_rotated());
         wants.filter(|_| self.quantisation.key_means.is_none())
     }
 

@@ -88,6 +88,11 @@ impl Format {
         matches!(self, Format::Int4 | Format::Int2)
     }
 
+    /// Whether rows are rotated, and have one factor each.
+    pub const fn is_rotated(self) -> bool {
+        matches!(self, Format::R4 | Format::R3 | Format::R2)
+    }
+
     /// Bytes of the codes of a row of `dim` elements.
     pub const fn row_bytes(self, element: ElementType, dim: usize) -> usize {
         (dim * self.code_bits(element)).div_ceil(8)

@@ -1,7 +1,5 @@
 //! Sealed blocks that are re-encoded to smaller formats while memory is short, before any of them has to make way.
 
-use std::time::Duration;
-
 use kv_cache::half::{bf16, f16};
 use kv_cache::*;
 
@@ -76,17 +74,6 @@ async fn stages<E: Number>(rig: &Rig<E>, sequence: &Sequence, model: &Model<E>) 
     all
 }
 
-/// Waits until all that memory being short has set off is done, as far as a look now and one a moment later can tell.
-async fn settled<E: Number>(rig: &Rig<E>) {
-    loop {
-        let before = rig.stats().await.total.recodes;
-        tokio::time::sleep(Duration::from_millis(2)).await;
-        if rig.stats().await.total.recodes == before {
-            return;
-        }
-    }
-}
-
 /// Texts come and go until `enough`.
 async fn press<E: Number>(rig: &Rig<E>, mut enough: impl FnMut(&CoreCounters) -> bool) -> Vec<Tokens<E>> {
     let mut texts = Vec::new();
@@ -97,7 +84,6 @@ async fn press<E: Number>(rig: &Rig<E>, mut enough: impl FnMut(&CoreCounters) ->
         sequence.close().await.unwrap();
         texts.push(text);
         rig.all_sealed().await;
-        settled(rig).await;
     }
     texts
 }
@@ -107,8 +93,7 @@ async fn cached_blocks_are_re_encoded_before_any_makes_way<E: Number>(combo: Com
     let texts = press(&rig, |total| total.evictions > 0).await;
     let stats = rig.stats().await;
     assert_eq!((stats.total.seal_failures, stats.total.failed_launches), (0, 0));
-    // What makes way does so for want of room in a chunk of the right kind: most has been re-encoded twice by then, if texts do not come faster than
-    // that is done.
+    // What makes way does so for want of room in a chunk of the right kind: most has been re-encoded twice by then.
     let full = stats.shards.iter().map(|shard| shard.counters).find(|of| of.evictions > 0).unwrap();
     let (cached, colder) = (full.blocks_cached, full.blocks_colder);
     assert!(colder * 10 > cached * 8, "{colder} of {cached}: {combo}");
@@ -272,9 +257,7 @@ async fn whoever_writes_waits_for_others_to_shrink<E: Number>(combo: Combo) {
     };
     assert!(matches!(error, Error::Capacity { .. }), "{error:?}");
     let blocks = sequences.len() as u64 * 8;
-    // Mostly three times as many. But full blocks that wait to be sealed may hold nearly all raw slots, and no chunk is vacant to seal them into:
-    // then a write is refused although sealing would make room (half of that and less, in one run of seven).
-    assert!(blocks > as_sealed, "{blocks} blocks, {as_sealed} as they were sealed: {combo}");
+    assert!(blocks * 2 > as_sealed * 3, "{blocks} blocks, {as_sealed} as they were sealed: {combo}");
     for (sequence, model) in sequences.iter().step_by(7) {
         stages(&rig, sequence, model).await;
     }

@@ -190,7 +190,7 @@ async fn means_take_what_all_keys_share<E: Number>(combo: Combo) {
     rig.finish().await;
 
     // What it would be without them.
-    if matches!(combo.format.keys, Format::R4 | Format::R3 | Format::R2)
+    if combo.format.keys.is_rotated()
         && let Some(rig) = self::rig::<E>(&combo, |_| {}).await
     {
         let sequence = rig.cache.open("tenant", OpenOptions::default()).await.unwrap();

@@ -469,10 +469,9 @@ async fn token_dropping_switches_sharing_off() {
 }
 
 /// Many tasks open the same prompts while others close, cut, fork and invalidate, and room for a few of the texts is all there is.
-/// How many blocks have made way.
-async fn race(setup: usize, seed: u64) -> u64 {
+async fn race(setup: usize, seed: u64) {
     let combo = small(setup);
-    let Some(builder) = combo.builder() else { return 0 };
+    let Some(builder) = combo.builder() else { return };
     let rig = Arc::new(Rig::<f32>::new(&combo, builder.memory_bytes_per_device(memory(&combo, 96))).await);
     let texts = Arc::new(forest(&rig, 7, 9));
     let tasks: Vec<_> = (0..16)
@@ -484,10 +483,9 @@ async fn race(setup: usize, seed: u64) -> u64 {
         within("a task", task).await.unwrap();
     }
     let total = rig.stats().await.total;
-    assert!(total.prefix_blocks_hit > 0, "{total:?}");
+    assert!(total.prefix_blocks_hit > 0 && total.evictions > 0, "{total:?}");
     assert_eq!(total.seal_failures, 0);
     within("finishing", Arc::into_inner(rig).unwrap().finish()).await;
-    total.evictions
 }
 
 async fn racer(rig: Arc<Rig<f32>>, texts: Arc<Vec<Tokens<f32>>>, mut rng: SmallRng) {
@@ -538,11 +536,7 @@ async fn racer(rig: Arc<Rig<f32>>, texts: Arc<Vec<Tokens<f32>>>, mut rng: SmallR
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn many_tasks_want_the_same_prompts() {
-    let mut evictions = 0;
     for (setup, seed) in [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)] {
-        let case = async { evictions += race(setup, seed).await };
-        whole_case(format!("setup {setup}"), case).await;
+        whole_case(format!("setup {setup}"), race(setup, seed)).await;
     }
-    // Not in every race: what is invalidated need not make way.
-    assert!(evictions > 0);
 }

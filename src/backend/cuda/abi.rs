@@ -22,7 +22,7 @@ pub(super) struct Layout {
     first_plane: u32,
     plane_step: u32,
     /// Those that are coded.
-    planes: u32,
+    pub(super) planes: u32,
     plane_bytes: [u64; 2],
     layer_bytes: u64,
     /// Codes of layer 0, were it coded (maybe before the block's first byte), and from a layer to the next. Scales likewise.

@@ -256,7 +256,7 @@ impl Kernels {
         let centres = tables.as_ref().map(|tables| tables.at).unwrap_or_default();
         let of_planes = |place: &FormatLayout, planes: &[Plane], module: Option<&Arc<Module>>| {
             let format = if planes == [Plane::Value] { place.format().values } else { place.format().keys };
-            let rotated = is_rotated(format);
+            let rotated = format.is_rotated();
             let function = |module: &Arc<Module>, name: &str| {
                 let function = pick(module, name, element)?;
                 // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise.
@@ -288,7 +288,7 @@ impl Kernels {
             let raw_runs = if format.is_raw() { Vec::new() } else { place.raw_runs(block).collect() };
             // Seals of rotated rows want planes of one width.
             let together = format.keys == format.values
-                && (block.key_dim == block.value_dim || !is_rotated(format.keys));
+                && (block.key_dim == block.value_dim || !format.keys.is_rotated());
             let of_planes = match together {
                 true => vec![of_planes(&place, &Plane::BOTH, keys.as_ref())?],
                 false => vec![
@@ -351,10 +351,9 @@ impl Kernels {
         rung: usize,
         steps: Descriptors,
     ) -> Result<(), DriverError> {
-        let layers = self.coded_layers(rung);
         for of in &self.sealed[rung].of_planes {
             let Some(function) = of.seal else { continue };
-            let planes = of.planes * layers;
+            let planes = of.layout.planes;
             for steps in steps.launches::<abi::Convert>() {
                 let count = steps.count as u32;
                 let (grid, threads) = match of.seals_at_once {
@@ -375,11 +374,6 @@ impl Kernels {
         Ok(())
     }
 
-    /// How many layers of a block the format of a rung encodes.
-    fn coded_layers(&self, rung: usize) -> u32 {
-        self.sealed[rung].place.coded_layers(&self.block).len() as u32
-    }
-
     /// Decodes whole blocks in the format of a rung, but for what stays raw.
     ///
     /// # Safety
@@ -390,11 +384,10 @@ impl Kernels {
         rung: usize,
         steps: Descriptors,
     ) -> Result<(), DriverError> {
-        let layers = self.coded_layers(rung);
         for of in &self.sealed[rung].of_planes {
             let Some(function) = of.reopen else { continue };
             for steps in steps.launches::<abi::Convert>() {
-                let grid = (of.planes * layers, steps.count as u32, 1);
+                let grid = (of.layout.planes, steps.count as u32, 1);
                 // SAFETY: passed on.
                 unsafe { of.launch(function, stream, grid, CONVERT_THREADS, steps) }?;
             }
@@ -473,10 +466,6 @@ impl Kernels {
         // SAFETY: the kernel takes an address, here of a fence's word (6), and a value.
         unsafe { self.signal.launch(stream, (1, 1, 1), 1, &mut parameters) }
     }
-}
-
-fn is_rotated(format: Format) -> bool {
-    matches!(format, Format::R4 | Format::R3 | Format::R2)
 }
 
 impl PlaneKernels {
@@ -776,13 +765,15 @@ mod tests {
         Centres::new(&means.finish(), &geometry, 1000).unwrap()
     }
 
+    /// None, and why, without one.
+    fn gpu() -> Option<Arc<Gpu>> {
+        usable_gpus().inspect_err(|reason| println!("skipped: {reason}")).ok()?;
+        Some(Gpu::shared(0).unwrap())
+    }
+
     #[test]
     fn plain_kernels_give_the_same_bytes() {
-        if let Err(reason) = usable_gpus() {
-            println!("skipped: {reason}");
-            return;
-        }
-        let gpu = Gpu::shared(0).unwrap();
+        let Some(gpu) = gpu() else { return };
         for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
             for centred in [false, true] {
                 plain_kernels_of(&gpu, format, centred);
@@ -831,14 +822,10 @@ mod tests {
     /// Many blocks in one launch are those that they are each in its own, each has its own flag, and all are as the CPU has them.
     #[test]
     fn blocks_are_sealed_alike_alone_and_among_others() {
-        if let Err(reason) = usable_gpus() {
-            println!("skipped: {reason}");
-            return;
-        }
-        let gpu = Gpu::shared(0).unwrap();
+        let Some(gpu) = gpu() else { return };
         for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
             for element in [ElementType::F16, ElementType::Bf16, ElementType::F32] {
-                for dim in [if is_rotated(format) { 64 } else { 80 }, 128] {
+                for dim in [if format.is_rotated() { 64 } else { 80 }, 128] {
                     many_blocks(&gpu, format, element, dim);
                 }
             }
@@ -904,11 +891,7 @@ mod tests {
     /// Also what no seal ever wrote decodes, and to the same bytes: scales that are no numbers among it.
     #[test]
     fn random_bytes_decode_as_on_the_cpu() {
-        if let Err(reason) = usable_gpus() {
-            println!("skipped: {reason}");
-            return;
-        }
-        let gpu = Gpu::shared(0).unwrap();
+        let Some(gpu) = gpu() else { return };
         let mut rng = SmallRng::seed_from_u64(5);
         for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
             for element in [ElementType::F16, ElementType::Bf16, ElementType::F32] {
