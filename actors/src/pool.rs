@@ -470,13 +470,20 @@ impl Pool {
     }
 
     /// Takes a slot of a class of sealed blocks for one that comes back from another tier. Unlike sealing that frees no raw slot
-    /// afterwards, so it leaves the moving room alone.
+    /// afterwards, so it leaves the moving room alone, and where sealing has made a chunk of that, the chunk's slots.
     pub(crate) fn take_sealed_spare(&mut self, class: SizeClass, tenant: u32) -> Option<FilledSlot> {
-        let needs_chunk = self.with_vacancy[class as usize].is_empty();
-        if needs_chunk && self.raw_available() < self.slots_per_chunk(SizeClass::Raw) {
+        let left = self.raw_vacant() + self.vacancies[SizeClass::Sealed as usize];
+        let is_owed = class == SizeClass::Sealed && left <= self.reserved_raw + self.moving_room();
+        if is_owed || self.takes_moving_room(class) {
             return None;
         }
         self.take(class, tenant).map(|taken| taken.slot)
+    }
+
+    /// Whether a slot of a class takes a whole chunk, and that out of the moving room.
+    pub(crate) fn takes_moving_room(&self, class: SizeClass) -> bool {
+        self.with_vacancy[class as usize].is_empty()
+            && self.raw_available() < self.slots_per_chunk(SizeClass::Raw)
     }
 
     /// Slots of the host tier that can be taken.
@@ -503,8 +510,8 @@ impl Pool {
     /// Takes a slot for a block of `tenant` that is sealed, or re-encoded, never at the cost of a raw slot that is reserved.
     pub(crate) fn take_sealed(&mut self, class: SizeClass, tenant: u32) -> Option<FilledSlot> {
         let needs_chunk = self.with_vacancy[class as usize].is_empty();
-        // A raw chunk that is being emptied wants the raw slots for what is in it.
-        let is_wanted = self.draining_class() == Some(SizeClass::Raw);
+        // A raw chunk that is being emptied wants the raw slots of the moving room for what is in it.
+        let is_wanted = self.draining_class() == Some(SizeClass::Raw) && self.takes_moving_room(class);
         if needs_chunk && (is_wanted || !self.can_give_up_chunk()) {
             return None;
         }
@@ -875,6 +882,25 @@ mod tests {
         // Whatever came back: a chunk can still be given up to sealing.
         assert!(pool.can_give_up_chunk() && pool.take_sealed(SizeClass::Sealed, 0).is_some());
         drop((raw, back));
+    }
+
+    #[test]
+    fn blocks_that_come_back_leave_the_chunk_of_the_moving_room_to_sealing() {
+        let mut pool = pool(640);
+        let raw: Vec<_> = (0..pool.raw_available()).map(|_| pool.take_raw(0).unwrap().slot).collect();
+        let first = pool.vacancies[SizeClass::Sealed as usize];
+        let mut sealed: Vec<_> = (0..=first).map(|_| pool.take_sealed(SizeClass::Sealed, 0)).collect();
+        assert!(sealed.iter().all(Option::is_some) && !pool.can_give_up_chunk());
+        let back: Vec<_> = std::iter::from_fn(|| pool.take_sealed_spare(SizeClass::Sealed, 0)).collect();
+        assert!(!back.is_empty(), "a chunk holds more sealed blocks than raw ones");
+        // Whatever came back: as many raw blocks can be sealed as have to be for the next chunk.
+        let per_chunk = pool.slots_per_chunk(SizeClass::Raw);
+        for slot in raw.into_iter().take(per_chunk) {
+            sealed.push(pool.take_sealed(SizeClass::Sealed, 0));
+            pool.free(SizeClass::Raw, slot);
+        }
+        assert!(sealed.iter().all(Option::is_some) && pool.can_give_up_chunk());
+        drop((sealed, back));
     }
 
     #[test]

@@ -1,10 +1,12 @@
-//! Re-encoding for those who need room, on a simulated device where nothing happens behind their backs.
+//! Sealing and re-encoding for those who need room, on a simulated device where nothing happens behind their backs.
 
 use kv_cache_actors::batch::{BatchCacheOperations, Outcome};
 use kv_cache_actors::error::Error;
-use kv_cache_actors::format::Format;
+use kv_cache_actors::format::{Format, KeepRaw};
+use kv_cache_actors::memory::LaneKind;
 use kv_cache_actors::pool::Tier;
 use kv_cache_actors::sequence::{OpenSequence, SequenceId};
+use kv_cache_actors::testing::Rng;
 use kv_cache_actors::testing::rig::{Rig, Ticket};
 use kv_cache_actors::testing::scenario::{Setup, geometry};
 use kv_cache_actors::testing::sim::LANES;
@@ -12,10 +14,10 @@ use kv_cache_actors::testing::sim::LANES;
 /// Tokens of a block.
 const BLOCK: u32 = 4;
 
-/// A cache whose blocks may be re-encoded twice.
-fn rig() -> Rig {
+/// A cache whose blocks may be re-encoded so often.
+fn rig(rungs_below: usize) -> Rig {
     let geometry = geometry(8, 2, 8, 8).block_tokens(BLOCK);
-    Rig::new(&Setup { geometry, rungs_below: 2, max_tokens: 1024, ..Setup::small(Format::Int8) })
+    Rig::new(&Setup { geometry, rungs_below, max_tokens: 1024, ..Setup::small(Format::Int8) })
 }
 
 fn append(rig: &mut Rig, id: SequenceId, stamp: u64, blocks: u32) -> Ticket {
@@ -61,7 +63,7 @@ fn cache_texts(rig: &mut Rig, left: u64) {
     assert!(counters.recodes == 0 && counters.evictions == 0 && counters.blocks_cached > 32, "{counters:?}");
 }
 
-/// A sequence of raw blocks that takes all raw room.
+/// A sequence of raw blocks that takes all raw room. None of them is sealed.
 fn take_raw_room(rig: &mut Rig) -> OpenSequence {
     let sequence = rig.open(1);
     let free = rig.core_mut().counters().blocks_free as u32;
@@ -73,7 +75,7 @@ fn take_raw_room(rig: &mut Rig) -> OpenSequence {
 
 #[test]
 fn what_comes_back_from_the_host_has_others_re_encoded_before_any_makes_way() {
-    let mut rig = rig();
+    let mut rig = rig(2);
     let sequence = rig.open(1);
     append(&mut rig, sequence.id(), 900_000, 16);
     rig.settle();
@@ -93,6 +95,82 @@ fn what_comes_back_from_the_host_has_others_re_encoded_before_any_makes_way() {
     rig.core().audit().expect("consistent");
     drop((sequence, other));
     rig.settle();
+}
+
+#[test]
+fn a_write_waits_for_what_is_to_be_sealed() {
+    let mut rig = rig(0);
+    let second = rig.open(2);
+    let first = take_raw_room(&mut rig);
+    let ticket = append(&mut rig, second.id(), 900_000, 8);
+    let answer = finish(&mut rig, ticket);
+    assert!(matches!(answer, Ok(Outcome::Appended { .. })), "{answer:?}");
+    drop((first, second));
+    rig.settle();
+}
+
+#[test]
+fn a_write_does_not_wait_for_seals_that_fail() {
+    let mut rig = rig(0);
+    let second = rig.open(2);
+    let first = take_raw_room(&mut rig);
+    let ticket = append(&mut rig, second.id(), 900_000, 8);
+    rig.flush();
+    rig.device.fail(LaneKind::Compute, false);
+    let answer = finish(&mut rig, ticket);
+    assert!(matches!(answer, Err(Error::Capacity { .. })), "{answer:?}");
+    // The next one tries again.
+    rig.settle();
+    let ticket = append(&mut rig, second.id(), 900_000, 8);
+    let answer = finish(&mut rig, ticket);
+    assert!(matches!(answer, Ok(Outcome::Appended { .. })), "{answer:?}");
+    drop((first, second));
+    rig.settle();
+}
+
+/// Nobody closes anything, until a write is refused: no block is left raw then that waits to be sealed.
+#[test]
+fn a_full_cache_has_sealed_and_re_encoded_all_that_it_can() {
+    for seed in 0..300 {
+        let mut rng = Rng::new(seed);
+        let setup = Setup {
+            geometry: geometry(8, 2, 8, 8).block_tokens(BLOCK),
+            rungs_below: rng.below(3),
+            blocks: u64::from(rng.between(16, 96)),
+            chunk_slots: Some(rng.between(1, 8) as usize),
+            keep_raw: KeepRaw {
+                sinks_as_sealed: rng.one_in(2),
+                sinks: rng.one_in(4),
+                window_blocks: rng.below(3),
+                ..KeepRaw::default()
+            },
+            max_tokens: 1024,
+            ..Setup::small(Format::Int8)
+        };
+        let mut rig = Rig::new(&setup);
+        let mut sequences = Vec::new();
+        for write in 1.. {
+            let sequence = rig.open(1);
+            let ticket = append(&mut rig, sequence.id(), write << 16, rng.between(1, 6));
+            // Or quiet moments come when they come.
+            if rng.one_in(2) {
+                rig.settle();
+            }
+            let answer = finish(&mut rig, ticket);
+            sequences.push(sequence);
+            if let Err(error) = answer {
+                assert!(matches!(error, Error::Capacity { .. }), "{error:?}");
+                break;
+            }
+        }
+        rig.settle();
+        let (holdings, counters) = (rig.core().holdings(), *rig.core_mut().counters());
+        assert_eq!(holdings.to_seal, 0, "seed {seed}: {holdings:?} of {setup:#?}");
+
+        drop(sequences);
+        rig.settle();
+        rig.assert_empty();
+    }
 }
 
 /// Slots that were taken for a move that then lacked others hold what they held.

@@ -19,6 +19,8 @@ pub struct Holdings {
     pub quarantined: usize,
     /// Blocks being sealed.
     pub sealing: usize,
+    /// Full blocks that wait for it.
+    pub to_seal: usize,
     /// Raw slots set aside.
     pub reserved: usize,
     /// Submissions not answered.
@@ -43,6 +45,7 @@ impl DeviceCore {
             slots: SizeClass::ALL.into_iter().map(|class| pool.used(class)).sum(),
             quarantined: pool.quarantined(),
             sealing: self.blocks.iter().filter(|(_, block)| block.state == BlockState::Sealing).count(),
+            to_seal: self.blocks.to_seal(),
             reserved: pool.reserved_raw(),
             submissions: self.pending.iter().count(),
             ready: self.not_looked_at(),

@@ -39,6 +39,8 @@ pub struct BlockStore {
     sealing: usize,
     /// No sealed slot could be had; nothing changes until a slot is freed.
     pub(super) seal_stalled: bool,
+    /// The device did not carry out the seal that landed last.
+    seals_fail: bool,
     /// The block in each slot.
     owners: Vec<BlockId>,
     /// Blocks per state that the statistics tell apart.
@@ -139,6 +141,7 @@ impl BlockStore {
             to_seal: VecDeque::new(),
             sealing: 0,
             seal_stalled: false,
+            seals_fail: false,
             owners: vec![BlockId::DROPPED; blocks],
             sealed_blocks: 0,
             index: IndexWriter::new(shard, blocks, index_hash_bits),
@@ -422,7 +425,7 @@ impl BlockStore {
 
     /// Slots may be had where there were none.
     #[inline]
-    fn unstall(&mut self) {
+    pub(super) fn unstall(&mut self) {
         (self.seal_stalled, self.recodable.stalled) = (false, false);
     }
 
@@ -449,6 +452,14 @@ impl BlockStore {
     /// Blocks that were pinned are so no more: sealing may find one to evict.
     pub(super) fn pins_dropped(&mut self) {
         self.unstall();
+    }
+
+    /// Leaves the chunk that is being emptied to its class, with its vacancies.
+    pub(super) fn stop_draining(&mut self) {
+        if self.pool.draining_class().is_some() {
+            self.pool.stop_draining();
+            self.unstall();
+        }
     }
 
     /// Writes have landed: blocks that had to stay where they were may be moved now.
@@ -523,6 +534,23 @@ impl BlockStore {
     /// Whether a full block waits and a slot may be had for it.
     pub(super) fn wants_to_seal(&self) -> bool {
         !self.to_seal.is_empty() && !self.seal_stalled
+    }
+
+    /// Full blocks that wait to be sealed.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn to_seal(&self) -> usize {
+        let waits = |id: &&BlockId| self.try_get(**id).is_some_and(|block| block.state == BlockState::Full);
+        self.to_seal.iter().filter(waits).count()
+    }
+
+    /// Whether blocks are being sealed.
+    pub(super) fn is_sealing(&self) -> bool {
+        self.sealing > 0
+    }
+
+    /// Whether raw slots come of blocks that are being sealed, or may come of some that wait for it.
+    pub(super) fn seals_make_room(&self) -> bool {
+        (self.is_sealing() || !self.to_seal.is_empty()) && !self.seals_fail
     }
 
     /// The next full block with a slot to seal it into.
@@ -616,6 +644,7 @@ impl BlockStore {
         counters: &mut CoreCounters,
     ) {
         self.sealing -= 1;
+        self.seals_fail = sealed.is_none();
         match sealed {
             Some(true) => {
                 counters.seals += 1;

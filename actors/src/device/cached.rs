@@ -346,6 +346,9 @@ impl BlockStore {
         let bytes = slots * self.pool.slot_bytes(class) as i64;
         if let Some(protected) = self.ledger.change(owner, bytes) {
             self.evictor.protect(owner, protected);
+            if !protected {
+                self.unstall();
+            }
         }
     }
 
@@ -427,10 +430,10 @@ impl BlockStore {
                     return Room::Soon;
                 }
                 // Nobody knows for how long: another chunk, then.
-                self.pool.stop_draining();
+                self.stop_draining();
             } else if self.evictor.unheld() > 0 {
                 // A raw chunk that is being emptied takes the slots away that are looked for.
-                self.pool.stop_draining();
+                self.stop_draining();
             }
             if self.pool.raw_available() >= to_be_vacant {
                 return Room::Now;
@@ -495,7 +498,12 @@ impl BlockStore {
         let kept_raw = self.pool.layout().raw_slots() / 32 + chunk;
         let spares_chunk = |pool: &Pool| pool.raw_available() >= kept_raw && pool.has_vacant_chunk();
         while !self.pool.has_vacancy(SizeClass::Sealed) && !spares_chunk(&self.pool) {
-            if self.recode_for_room(false, counters) {
+            let is_coming = self.recode_for_room(false, counters);
+            if self.pool.has_vacancy(SizeClass::Sealed) {
+                // Of a chunk that is being emptied no more.
+                break;
+            }
+            if is_coming {
                 return None;
             }
             if !self.evict_one(counters) {

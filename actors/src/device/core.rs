@@ -882,6 +882,10 @@ impl DeviceCore {
     /// Sees to it that an owner can have `wanted` raw slots. With [`Room::Soon`], `op` is looked at again when something has landed.
     pub(super) fn make_room(&mut self, op: OpRef, owner: u32, wanted: usize) -> Room {
         loop {
+            if !self.blocks.has_room(owner, wanted) && self.seal_for_room() {
+                self.waiting_for_moves.push(op);
+                return Room::Soon;
+            }
             let room = self.blocks.make_room(owner, wanted, &mut self.counters);
             if room != Room::Soon {
                 return room;
@@ -892,10 +896,21 @@ impl DeviceCore {
             }
             // The vacancies that were to take the blocks have been taken by others. Nothing is under way that would make some.
             if !self.blocks.evict_one_for(owner, wanted, &mut self.counters) {
-                self.blocks.pool_mut().stop_draining();
+                self.blocks.stop_draining();
                 return if self.blocks.has_room(owner, wanted) { Room::Now } else { Room::Never };
             }
         }
+    }
+
+    /// Seals what waits for it. True if raw slots will come of what is under way.
+    fn seal_for_room(&mut self) -> bool {
+        if !self.blocks.seals_make_room() {
+            return false;
+        }
+        if self.blocks.wants_to_seal() {
+            self.seal_some();
+        }
+        self.blocks.is_sealing() || self.room_is_coming()
     }
 
     /// Launches what was planned to make room. True if some will come of what is under way.

@@ -297,7 +297,7 @@ impl BlockStore {
                 if goes_on && !self.pool.draining_waits_for_readers() {
                     return true;
                 }
-                self.pool.stop_draining();
+                self.stop_draining();
             }
             let drains = self.start_draining_sealed();
             if !lacks_slot {
@@ -318,7 +318,9 @@ impl BlockStore {
         loop {
             let mut lacks_slot = false;
             for rung in 0..2 {
-                let mut planned = Planned::One;
+                // Slots of tiny blocks are of one size whatever the format.
+                let saves = self.saved_bytes(rung) > 0;
+                let mut planned = if saves { Planned::One } else { Planned::Nothing };
                 while planned == Planned::One && self.recodable.saved_in_flight_bytes(owner) < missing_bytes {
                     planned = self.plan(Whose::Own, owner, rung);
                 }

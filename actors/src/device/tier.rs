@@ -172,7 +172,11 @@ impl BlockStore {
                 },
             };
             match taken {
-                Some(slot) => slots.push(slot),
+                Some(slot) => {
+                    slots.push(slot);
+                    // It may have opened a chunk.
+                    self.seal_stalled = false;
+                }
                 None => {
                     let had = slots.len() as u32;
                     for (slot, &block) in slots.into_iter().zip(blocks) {

@@ -11,7 +11,11 @@ use super::abi;
 use super::driver::{DeviceMemory, DriverError, Gpu, PinnedMemory, Stream, check};
 use super::kernels::{Descriptors, Kernels, NearDescriptors};
 use crate::error::BuildError;
-use crate::{BlockFormat, Format};
+use crate::key_means::Centres;
+use crate::{BlockFormat, Format, KeyMeansBuilder};
+
+/// Tokens of the sequences whose blocks are measured.
+const SEQUENCE_TOKENS: u32 = 1 << 15;
 
 /// Bytes moved in a time.
 #[derive(Debug, Clone, Serialize)]
@@ -72,7 +76,8 @@ impl Drop for Clock {
     }
 }
 
-/// Seals, decodes and gathers `tokens` tokens of `geometry` on GPU `ordinal`, `rounds` times each, beside copies of 512 MiB.
+/// Seals, decodes and gathers `tokens` tokens of `geometry` on GPU `ordinal`, `rounds` times each, beside copies of 512 MiB. If its keys
+/// rotate, sealed ones are differences from means, of sequences of 32,768 tokens.
 ///
 /// The data is random and larger than the GPU's caches if `tokens` is; every round goes over all of it. Descriptors lie in page-locked host
 /// memory, as those of a cache do.
@@ -86,13 +91,27 @@ pub fn kernel_figures(
     rounds: usize,
 ) -> Result<Vec<Figure>, BuildError> {
     let layout = geometry.layout()?;
-    measure(ordinal, &layout, tokens, rounds.max(1))
-        .map_err(|error| BuildError::Device { device: format!("GPU {ordinal}"), reason: error.to_string() })
+    let failed = |reason: String| BuildError::Device { device: format!("GPU {ordinal}"), reason };
+    let centres =
+        geometry.groups[0].rope.is_some().then(|| some_centres(geometry)).transpose().map_err(failed)?;
+    measure(ordinal, &layout, centres.as_ref(), tokens, rounds.max(1))
+        .map_err(|error| failed(error.to_string()))
+}
+
+/// Centres of keys of which some channels are far from zero, as those of models with a bias are.
+fn some_centres(geometry: &Geometry) -> Result<Centres, String> {
+    let group = &geometry.groups[0];
+    let mut means = KeyMeansBuilder::new(geometry).map_err(|error| error.to_string())?;
+    let keys: Vec<f32> =
+        (0..group.kv_heads * group.key_dim).map(|at| (at % 23) as f32 / 23.0 - 0.5).collect();
+    (0..group.layers).for_each(|layer| means.add(layer, 1, &keys));
+    Centres::new(&means.finish(), geometry, SEQUENCE_TOKENS)
 }
 
 fn measure(
     ordinal: usize,
     layout: &BlockLayout,
+    centres: Option<&Centres>,
     tokens: usize,
     rounds: usize,
 ) -> Result<Vec<Figure>, DriverError> {
@@ -123,7 +142,9 @@ fn measure(
     let at = |memory: &DeviceMemory, block: usize, bytes: usize| memory.address() + (block * bytes) as u64;
     for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
         let block_format = BlockFormat::from(format);
-        let kernels = Kernels::load(&gpu, layout, block_format, None)?;
+        let kernels = Kernels::load(&gpu, layout, block_format, centres)?;
+        let format = if centres.is_some() { format!("{format}+rc") } else { format.to_string() };
+        let index = |block: usize| (block % (SEQUENCE_TOKENS as usize / layout.block_tokens)) as u64;
         let sealed_bytes = block_format.block_bytes(layout).next_multiple_of(128);
         let sealed = DeviceMemory::zeroed(&gpu, blocks * sealed_bytes)?;
         let steps = |from: (&DeviceMemory, usize), to: (&DeviceMemory, usize), flag| {
@@ -131,7 +152,7 @@ fn measure(
                 .map(|block| abi::Convert {
                     from: at(from.0, block, from.1),
                     to: at(to.0, block, to.1),
-                    index: 0,
+                    index: index(block),
                     flag,
                 })
                 .collect();
@@ -150,7 +171,7 @@ fn measure(
                     first_token: 0,
                     tokens: layout.block_tokens as u32,
                     raw: 0,
-                    index: 0,
+                    index: index(block),
                 }
             })
             .collect();

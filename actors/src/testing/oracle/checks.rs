@@ -1,6 +1,6 @@
 //! What the oracle checks between answers and at the end.
 
-use super::Oracle;
+use super::{Faults, Oracle};
 use crate::batch::{BatchCacheOperations, Outcome};
 use crate::block::BlockId;
 use crate::device::Event;
@@ -108,6 +108,7 @@ impl Oracle {
         self.rig.core().audit().expect("consistent");
         self.read_all();
         self.look_away();
+        self.seal_all();
         for at in self.alive.clone() {
             if let Some(tracked) = &mut self.tracked[at] {
                 tracked.handle = None;
@@ -123,6 +124,18 @@ impl Oracle {
         let counters = *self.rig.core_mut().counters();
         self.report.count(&counters);
         self.rig.assert_empty();
+    }
+
+    /// However full the slab is: blocks that wait to be sealed can be, once nobody looks at anything. Not so where a launch has failed: a block
+    /// that could not be re-encoded stays where it is, and with it the room that others were to have.
+    fn seal_all(&mut self) {
+        if self.faults != Faults::None {
+            return;
+        }
+        self.rig.apply(Event::Seal);
+        self.drain();
+        let holdings = self.rig.core().holdings();
+        assert_eq!(holdings.to_seal, 0, "blocks wait to be sealed for ever: {holdings:?}");
     }
 
     /// Reads every token of every sequence and layer that can be read.
