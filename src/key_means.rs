@@ -170,9 +170,10 @@ pub(crate) fn dims_of(layout: RopeLayout, pairs: usize, pair: usize) -> (usize, 
 
 /// The means as a device uses them: where the mean key lies at any position of any block.
 ///
-/// The centre of a key is its head's mean, rotated as the key was: by the turn of its block and then by that of its place in the
-/// block, `cos = cb·ct - sb·st`, `sin = sb·ct + cb·st`; the first dim of a pair becomes `x·cos - y·sin`, the second `x·sin + y·cos`. All of it
-/// is f32, each operation rounded, so that every device finds the same centre.
+/// The centre of a key is its head's mean, rotated as the key was: by the turn of its block, once for all keys of a head in it, and then by that
+/// of its place in the block. The first turns a pair `(x, y)` into `p = x·cos - y·sin` and `q = x·sin + y·cos`. The second is part of
+/// the sum: a key's first dim `a` becomes `fma(-q, sin, fma(p, cos, a))`, its second `b` becomes `fma(p, sin, fma(q, cos, b))`, with the signs of `p` and `q`
+/// changed to subtract. All of it is f32, each operation rounded, so that every device finds the same numbers.
 #[derive(Debug)]
 pub(crate) struct Centres {
     kv_heads: usize,
@@ -185,8 +186,8 @@ pub(crate) struct Centres {
     pub(crate) means: Vec<f32>,
     /// `[blocks, pairs]`, cosine and sine.
     pub(crate) block_turns: Vec<[f32; 2]>,
-    /// `[block_tokens, pairs]`
-    pub(crate) token_turns: Vec<[f32; 2]>,
+    /// `[block_tokens, pairs]`, the cosines and the sines.
+    pub(crate) token_turns: [Vec<f32>; 2],
 }
 
 impl Centres {
@@ -217,7 +218,8 @@ impl Centres {
                 // The scale is in the block's turn, and must not be there twice.
                 let unscaled = Rope { attention_scale: 1.0, ..rope.clone() };
                 let starts = &mut (0..blocks).map(|block| block * block_tokens);
-                (table(starts, rope), table(&mut (0..block_tokens), &unscaled))
+                let of_tokens = table(&mut (0..block_tokens), &unscaled);
+                (table(starts, rope), [0, 1].map(|part| of_tokens.iter().map(|turn| turn[part]).collect()))
             }
         };
         Ok(Centres {
@@ -232,50 +234,57 @@ impl Centres {
         })
     }
 
-    /// The centre of token `token` of the block.
-    fn centre(&self, keys: &Keys, token: usize, centre: &mut [f32]) {
+    /// No centre is larger, wherever it stands.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn bound(&self) -> f32 {
+        let most = |all: &mut dyn Iterator<Item = f32>| all.fold(0.0, f32::max);
+        let mean = most(&mut self.means.iter().map(|x| x.abs()));
+        // A turn of a pair is no longer than the turn is, and that of a block has the scale of the rotation in it.
+        let turn = most(&mut self.block_turns.iter().map(|[cos, sin]| cos.hypot(*sin)));
+        1.01 * std::f32::consts::SQRT_2 * mean * turn.max(1.0)
+    }
+
+    /// The mean of a head after the turn of its block, times `sign`.
+    fn turned(&self, keys: &Keys, sign: f32) -> Vec<f32> {
         let at = (keys.layer * self.kv_heads + keys.head) * self.key_dim;
-        centre.copy_from_slice(&self.means[at..at + self.key_dim]);
+        let mut turned: Vec<f32> = self.means[at..at + self.key_dim].iter().map(|mean| sign * mean).collect();
         let block = keys.position as usize / self.block_tokens;
-        let of_block = &self.block_turns[block * self.pairs..][..self.pairs];
-        let of_token = &self.token_turns[token * self.pairs..][..self.pairs];
-        for (pair, ([cb, sb], [ct, st])) in of_block.iter().zip(of_token).enumerate() {
-            let (cos, sin) = (cb * ct - sb * st, sb * ct + cb * st);
+        for (pair, [cos, sin]) in self.block_turns[block * self.pairs..][..self.pairs].iter().enumerate() {
             let (a, b) = dims_of(self.layout, self.pairs, pair);
-            let (x, y) = (centre[a], centre[b]);
-            (centre[a], centre[b]) = (x * cos - y * sin, x * sin + y * cos);
+            let (x, y) = (turned[a], turned[b]);
+            (turned[a], turned[b]) = (x * cos - y * sin, x * sin + y * cos);
         }
+        turned
     }
 
     /// Subtracts the centres from rows of `element`s that begin `stride` bytes apart.
     pub(crate) fn subtract(&self, keys: &Keys, element: ElementType, rows: &mut [u8], stride: usize) {
-        self.shift(keys, element, rows, stride, |x, centre| x - centre);
+        self.shift(keys, element, rows, stride, -1.0);
     }
 
     /// The inverse of [`Centres::subtract`], but for rounding.
     pub(crate) fn add(&self, keys: &Keys, element: ElementType, rows: &mut [u8], stride: usize) {
-        self.shift(keys, element, rows, stride, |x, centre| x + centre);
+        self.shift(keys, element, rows, stride, 1.0);
     }
 
-    fn shift(
-        &self,
-        keys: &Keys,
-        element: ElementType,
-        rows: &mut [u8],
-        stride: usize,
-        shifted: impl Fn(f32, f32) -> f32,
-    ) {
-        let (mut centre, mut row) = (vec![0.0f32; self.key_dim], vec![0.0f32; self.key_dim]);
+    fn shift(&self, keys: &Keys, element: ElementType, rows: &mut [u8], stride: usize, sign: f32) {
+        let (turned, mut row) = (self.turned(keys, sign), vec![0.0f32; self.key_dim]);
         let (row_bytes, max) = (self.key_dim * element.bytes(), finite_max(element));
         for (at, token) in keys.tokens.clone().enumerate() {
             let bytes = &mut rows[at * stride..][..row_bytes];
-            self.centre(keys, token, &mut centre);
             load_row(element, bytes, &mut row);
-            for (x, centre) in row.iter_mut().zip(&centre) {
-                // What is no number stays so, for the check of the encoder.
-                if x.is_finite() {
-                    *x = shifted(*x, *centre).clamp(-max, max);
-                }
+            let [cos, sin] =
+                self.token_turns.each_ref().map(|of_all| &of_all[token * self.pairs..][..self.pairs]);
+            // What is no number stays so, for the check of the encoder.
+            let kept = |x: f32, shifted: f32| if x.is_finite() { shifted.clamp(-max, max) } else { x };
+            for (pair, (&cos, &sin)) in cos.iter().zip(sin).enumerate() {
+                let (a, b) = dims_of(self.layout, self.pairs, pair);
+                let (p, q) = (turned[a], turned[b]);
+                row[a] = kept(row[a], q.mul_add(-sin, p.mul_add(cos, row[a])));
+                row[b] = kept(row[b], p.mul_add(sin, q.mul_add(cos, row[b])));
+            }
+            for (x, mean) in row.iter_mut().zip(&turned).skip(2 * self.pairs) {
+                *x = kept(*x, *x + mean);
             }
             store_row(element, &row, bytes);
         }

@@ -39,10 +39,16 @@ pub(super) struct Layout {
 pub(super) struct CentreTables {
     pub(super) means: u64,
     pub(super) block_turns: u64,
+    /// Cosines, and behind them sines.
     pub(super) token_turns: u64,
+    /// Both of a token beside each other, and tokens of a pair.
+    pub(super) pair_turns: u64,
     pub(super) pairs: u32,
     /// From the first dim of a pair to the second: 1, or as many as there are pairs.
     pub(super) apart: u32,
+    /// No centre is larger.
+    pub(super) most: f32,
+    pub(super) padding: u32,
 }
 
 impl Layout {

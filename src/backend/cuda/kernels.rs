@@ -110,7 +110,7 @@ struct PlaneKernels {
 /// The tables of [`Centres`] in device memory.
 struct Tables {
     at: abi::CentreTables,
-    _memory: [DeviceMemory; 3],
+    _memory: [DeviceMemory; 4],
 }
 
 impl Tables {
@@ -121,18 +121,24 @@ impl Tables {
             memory.write(0, bytes)?;
             Ok(memory)
         };
+        let [cos, sin] = &centres.token_turns;
+        let of_tokens = [cos.as_slice(), sin].concat();
+        let in_pair = |pair: usize| (pair..cos.len()).step_by(centres.pairs).map(|at| [cos[at], sin[at]]);
+        let of_pairs: Vec<[f32; 2]> = (0..centres.pairs).flat_map(in_pair).collect();
         let memory = [
             upload(bytemuck::cast_slice(&centres.means))?,
             upload(bytemuck::cast_slice(&centres.block_turns))?,
-            upload(bytemuck::cast_slice(&centres.token_turns))?,
+            upload(bytemuck::cast_slice(&of_tokens))?,
+            upload(bytemuck::cast_slice(&of_pairs))?,
         ];
-        let [means, block_turns, token_turns] = memory.each_ref().map(DeviceMemory::address);
-        let pairs = centres.pairs as u32;
+        let [means, block_turns, token_turns, pair_turns] = memory.each_ref().map(DeviceMemory::address);
+        let (pairs, most) = (centres.pairs as u32, centres.bound());
         let apart = match centres.layout {
             RopeLayout::Interleaved => 1,
             RopeLayout::HalfSplit => pairs,
         };
-        let at = abi::CentreTables { means, block_turns, token_turns, pairs, apart };
+        let at =
+            abi::CentreTables { means, block_turns, token_turns, pair_turns, pairs, apart, most, padding: 0 };
         Ok(Tables { at, _memory: memory })
     }
 }
