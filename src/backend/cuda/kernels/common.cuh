@@ -20,8 +20,10 @@ typedef unsigned long long u64;
 enum Element { F16 = 0, BF16 = 1, F32 = 2 };
 // Mirrors `abi::CentreTables`.
 struct CentreTables {
-    u64 means, block_turns, token_turns;
+    u64 means, block_turns, token_turns, pair_turns;
     u32 pairs, apart;
+    float most;
+    u32 padding;
 };
 
 // Mirrors `abi::Layout`. A raw block is [layer][K|V][kv_head][token][dim], `row_bytes` a row; a sealed one has `code_bytes` a row in
@@ -245,10 +247,18 @@ struct Plane {
 #define DECODE_UNROLL 8
 #endif
 
+// Whether the module is for centred keys.
+#ifndef CENTRED
+#define CENTRED 0
+#endif
+
 // Each thread keeps to one column of vectors, so that no index is divided inside the loops.
+// Where keys are centred its rows are consecutive ones: those of a head have their means in common.
 struct Columns {
     u32 column, row, rows_at_once;
     bool active;
+    __device__ __forceinline__ u32 first() const { return CENTRED ? row * DECODE_UNROLL : row; }
+    __device__ __forceinline__ u32 apart() const { return CENTRED ? 1 : rows_at_once; }
     __device__ __forceinline__ explicit Columns(u32 per_row) {
         rows_at_once = blockDim.x / per_row;
         row = threadIdx.x / per_row;
@@ -259,68 +269,168 @@ struct Columns {
 
 // Sealed keys are differences from a centre: the mean key of their head, rotated as they are, by the turn of the block and that of the
 // token in it. The arithmetic is that of `Centres` in key_means.rs. Modules that are compiled with CENTRED know it, others skip it.
-#ifndef CENTRED
-#define CENTRED 0
-#endif
+
+// What the means of all heads of a plane may be for a thread block to keep them turned.
+#define TURNED_MAX 4096
+
+// Whether centres are taken off or put back.
+enum Shift { OFF, ON };
+
+// The means of a vector of dims after the turn of the block, and those of the other dims of their pairs, with the signs that they are added with.
+template <u32 E> struct Turned {
+    static constexpr u32 N = Vector<E>::N;
+    float own[N], other[N];
+};
 
 struct Centre {
     const float* means;
     const float2* of_block;
-    const float2* of_tokens;
-    u32 pairs, apart, block_tokens, dim;
+    const float *cos, *sin;
+    const float* turned;
+    u32 pairs, apart, heads, block_tokens, dim;
+    // None is larger.
+    float most;
     bool on;
-    __device__ __forceinline__ Centre(const Layout& L, u32 plane_index, u64 block) {
+    __device__ __forceinline__ Centre(const Layout& L, u32 plane_index, u64 block) : turned(nullptr) {
         on = CENTRED && (plane_index & 1) == 0;
-        pairs = L.centres.pairs, apart = L.centres.apart, block_tokens = L.block_tokens, dim = L.dim[0];
+        pairs = L.centres.pairs, apart = L.centres.apart, heads = L.kv_heads, block_tokens = L.block_tokens, dim = L.dim[0];
+        most = L.centres.most;
         means = (const float*)L.centres.means + (u64)(plane_index >> 1) * L.kv_heads * dim;
         of_block = (const float2*)L.centres.block_turns + block * pairs;
-        of_tokens = (const float2*)L.centres.token_turns;
+        cos = (const float*)L.centres.token_turns, sin = cos + block_tokens * pairs;
     }
 
-    // Of dim `d` of row `row` of the plane.
-    __device__ __forceinline__ float at(u32 row, u32 d) const {
-        const u32 head = row / block_tokens, token = row - head * block_tokens;
+    // Whether dim `d` is the first of its pair.
+    __device__ __forceinline__ bool is_first(u32 d) const { return apart == 1 ? d % 2 == 0 : d < apart; }
+    __device__ __forceinline__ u32 pair_of(u32 d) const { return apart == 1 ? d / 2 : d < apart ? d : d - apart; }
+
+    // The mean of dim `d` of a head after the turn of the block.
+    __device__ __forceinline__ float turned_at(u32 head, u32 d) const {
         const float* mean = means + head * dim;
         if (d >= 2 * pairs) return mean[d];
-        const bool first = apart == 1 ? (d & 1) == 0 : d < pairs;
-        const u32 a = first ? d : d - apart, pair = apart == 1 ? a / 2 : a;
-        const float2 b = of_block[pair], t = of_tokens[token * pairs + pair];
-        const float cos = __fsub_rn(__fmul_rn(b.x, t.x), __fmul_rn(b.y, t.y));
-        const float sin = __fadd_rn(__fmul_rn(b.y, t.x), __fmul_rn(b.x, t.y));
-        const float x = mean[a], y = mean[a + apart];
-        return first ? __fsub_rn(__fmul_rn(x, cos), __fmul_rn(y, sin)) : __fadd_rn(__fmul_rn(x, sin), __fmul_rn(y, cos));
+        const bool first = is_first(d);
+        const float2 b = of_block[pair_of(d)];
+        const float x = mean[first ? d : d - apart], y = mean[first ? d + apart : d];
+        return first ? __fsub_rn(__fmul_rn(x, b.x), __fmul_rn(y, b.y)) : __fadd_rn(__fmul_rn(x, b.y), __fmul_rn(y, b.x));
     }
 
-    // `x` with the centre times `sign` on top, rounded to the element type. What is no number stays so.
-    template <u32 E> __device__ __forceinline__ float shifted(float x, u32 row, u32 d, float sign) const {
-        const float y = __fadd_rn(x, __fmul_rn(sign, at(row, d)));
-        const float bounded = fmaxf(fminf(y, finite_max<E>()), -finite_max<E>());
-        return fabsf(x) <= finite_max<F32>() ? rounded<E>(bounded) : x;
+    // Has the thread block keep the means of all heads, if it can: vectors must not be of dims that turn and others, nor have both dims of only
+    // some pairs, and the rows of a unit be of one head. All threads call it.
+    template <u32 E> __device__ __forceinline__ void turn() {
+        if constexpr (CENTRED) {
+            __shared__ alignas(16) float here[TURNED_MAX];
+            if (!on || !fits<E>() || heads * dim > TURNED_MAX) return;
+            for (u32 head = 0; head < heads; head++) {
+                for (u32 d = threadIdx.x; d < dim; d += blockDim.x) here[head * dim + d] = turned_at(head, d);
+            }
+            __syncthreads();
+            turned = here;
+        }
+    }
+    template <u32 E> __device__ __forceinline__ bool fits() const {
+        constexpr u32 N = Vector<E>::N;
+        return dim % N == 0 && pairs % N == 0 && block_tokens % 8 == 0;
+    }
+
+    // Of the vector from dim `d` on of a head whose means are at `of_head`.
+    template <u32 E, Shift S> __device__ __forceinline__ Turned<E> of(const float* of_head, u32 d) const {
+        constexpr u32 N = Vector<E>::N;
+        Turned<E> t;
+        load4<N>(of_head + d, t.own);
+        const bool first = apart == 1 || d < apart;
+        if (apart != 1 && d < 2 * pairs) {
+            load4<N>(of_head + (first ? d + apart : d - apart), t.other);
+        } else {
+#pragma unroll
+            for (u32 i = 0; i < N; i++) t.other[i] = t.own[i ^ 1];
+        }
+        const float other = (S == OFF) == first ? 1.0f : -1.0f;
+#pragma unroll
+        for (u32 i = 0; i < N; i++) {
+            if (S == OFF) t.own[i] = -t.own[i];
+            t.other[i] *= apart == 1 && i % 2 == 1 ? -other : other;
+        }
+        return t;
+    }
+
+    // Adds a centre to a vector from dim `d` on of a token.
+    template <u32 E> __device__ __forceinline__ void add(float* x, const Turned<E>& t, u32 token, u32 d) const {
+        constexpr u32 N = Vector<E>::N;
+        if (d >= 2 * pairs) {
+#pragma unroll
+            for (u32 i = 0; i < N; i++) x[i] = __fadd_rn(x[i], t.own[i]);
+            return;
+        }
+        float c[N], s[N];
+        if (apart == 1) {
+            const u32 at = token * pairs + d / 2;
+#pragma unroll
+            for (u32 i = 0; i < N / 2; i += 2) {
+                const float2 cs = __ldg((const float2*)(cos + at + i)), ss = __ldg((const float2*)(sin + at + i));
+                c[2 * i] = c[2 * i + 1] = cs.x, c[2 * i + 2] = c[2 * i + 3] = cs.y;
+                s[2 * i] = s[2 * i + 1] = ss.x, s[2 * i + 2] = s[2 * i + 3] = ss.y;
+            }
+        } else {
+            const u32 at = token * pairs + (d < apart ? d : d - apart);
+            load4<N>(cos + at, c), load4<N>(sin + at, s);
+        }
+#pragma unroll
+        for (u32 i = 0; i < N; i++) x[i] = __fmaf_rn(t.other[i], s[i], __fmaf_rn(t.own[i], c[i], x[i]));
+    }
+
+    template <u32 N> static __device__ __forceinline__ void load4(const float* from, float* to) {
+#pragma unroll
+        for (u32 i = 0; i < N; i += 4) *(float4*)(to + i) = *(const float4*)(from + i);
+    }
+
+    // A vector without, or with, its centre, rounded to the element type: wrong where something is not finite, or becomes so.
+    template <u32 E> __device__ __forceinline__ uint4 quick(const uint4& v, const Turned<E>& t, u32 token, u32 d) const {
+        float x[Vector<E>::N];
+        unpack<E>(v, x);
+        add<E>(x, t, token, d);
+        return pack<E>(x);
+    }
+
+    // One element, rounded to its type. What is no number stays so, and what becomes too large is the largest.
+    template <u32 E, Shift S> __device__ __forceinline__ float shifted(float x, u32 row, u32 d) const {
+        if (!CENTRED) return x;
+        const u32 head = row / block_tokens, token = row - head * block_tokens;
+        const float own = S == OFF ? -turned_at(head, d) : turned_at(head, d);
+        float y = __fadd_rn(x, own);
+        if (d < 2 * pairs) {
+            const bool first = is_first(d);
+            const u32 at = token * pairs + pair_of(d);
+            const float other = turned_at(head, first ? d + apart : d - apart);
+            y = __fmaf_rn((S == OFF) == first ? other : -other, sin[at], __fmaf_rn(own, cos[at], x));
+        }
+        return fabsf(x) <= finite_max<F32>() ? rounded<E>(saturated<E>(y)) : x;
     }
 
     // The same for a vector of dims from `d` on.
-    template <u32 E> __device__ __forceinline__ uint4 shifted(const uint4& v, u32 row, u32 d, float sign) const {
-        if constexpr (CENTRED) return called<E>(v, row, d, sign);
+    template <u32 E, Shift S> __device__ __forceinline__ uint4 shifted(const uint4& v, u32 row, u32 d) const {
+        if constexpr (CENTRED) return called<E, S>(v, row, d);
         return v;
     }
 
-    // Not inlined: it is many times as long as what is around it.
-    template <u32 E> __device__ __noinline__ uint4 called(const uint4& v, u32 row, u32 d, float sign) const {
+    // Rare, and many times as long as what is around it.
+    template <u32 E, Shift S> __device__ __noinline__ uint4 called(uint4 v, u32 row, u32 d) const {
         float x[Vector<E>::N];
         unpack<E>(v, x);
-#pragma unroll
-        for (u32 i = 0; i < Vector<E>::N; i++) x[i] = shifted<E>(x[i], row, d + i, sign);
+#pragma unroll 1
+        for (u32 i = 0; i < Vector<E>::N; i++) x[i] = shifted<E, S>(x[i], row, d + i);
         return pack<E>(x);
     }
 };
 
 // Row `i` of a read, rows of a head after each other: where it is in the block, and where it goes in [tokens, kv_heads].
 struct Place {
-    u32 row, target;
+    u32 head, token, row, target;
     __device__ __forceinline__ Place(const Layout& L, const Read& r, u32 i) {
-        const u32 head = i / r.tokens, token = i - head * r.tokens;
-        row = head * L.block_tokens + r.first_token + token;
-        target = token * L.kv_heads + head;
+        head = i / r.tokens;
+        const u32 of_read = i - head * r.tokens;
+        token = r.first_token + of_read;
+        row = head * L.block_tokens + token;
+        target = of_read * L.kv_heads + head;
     }
 };
 
@@ -360,10 +470,18 @@ __device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool 
 // What a format asks of the registers of its kernels, and how it seals `count` blocks: with a block of threads for each plane of each, or with
 // fewer that go on to others.
 #ifndef DECODE_BOUNDS
+#if CENTRED
+#define DECODE_BOUNDS __launch_bounds__(256, 3)
+#else
 #define DECODE_BOUNDS
 #endif
+#endif
 #ifndef SEAL_BOUNDS
+#if CENTRED
+#define SEAL_BOUNDS __launch_bounds__(256, 2)
+#else
 #define SEAL_BOUNDS
+#endif
 #define SEAL(E, PLAIN) seal_plane<E>(L, fetched(s + step_of()), PLAIN)
 #endif
 

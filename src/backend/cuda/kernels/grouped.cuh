@@ -5,6 +5,9 @@
 // time, a group of keys is 8 rows of 4 lanes, and one of values a row of 4 neighbouring lanes (8 of f32).
 
 #define KEY_SCALE_ROWS 32
+#ifdef CENTRED
+#define DECODE_BOUNDS __launch_bounds__(256, 2)
+#endif
 #include "common.cuh"
 
 // Elements of a group, rows of a tile, vectors across it, and its rows that a lane has.
@@ -215,22 +218,40 @@ template <u32 E> __device__ __forceinline__ bool seal_values(const Layout& L, co
 
 template <u32 E> __device__ __forceinline__ void seal_tiles(const Layout& L, const Convert& s, const Plane& p) {
     constexpr u32 N = Vector<E>::N;
-    const Centre centre(L, plane_of(L), s.index);
+    Centre centre(L, plane_of(L), s.index);
+    centre.turn<E>();
     bool bad = false;
     for (u32 tile = threadIdx.x / 32; tile < Tile<E>::count(p, p.rows); tile += blockDim.x / 32) {
         const Tile<E> t(p, tile);
+        const auto from = [&](u32 k) { return (const uint4*)(p.raw + (u64)(t.row + k * t.stride()) * p.row_bytes) + t.column; };
         uint4 v[LANE_ROWS];
 #pragma unroll
         for (u32 k = 0; k < LANE_ROWS; k++) {
             v[k] = make_uint4(0, 0, 0, 0);
-            const u32 row = t.row + k * t.stride();
-            if (t.active) v[k] = __ldcs((const uint4*)(p.raw + (u64)row * p.row_bytes) + t.column);
+            if (t.active) v[k] = __ldcs(from(k));
         }
+        if (!CENTRED || !p.keys) {
+            bad |= p.keys ? seal_keys<E>(L, p, t, v) : seal_values<E>(L, p, t, v);
+            continue;
+        }
+        // The rows of a tile are of one head.
+        const u32 head = t.row / L.block_tokens, token = t.row - head * L.block_tokens;
+        bool again = !centre.turned;
+        if (centre.turned) {
+            Turned<E> turned;
+            if (t.active) turned = centre.of<E, OFF>(centre.turned + head * p.dim, t.column * N);
 #pragma unroll
-        for (u32 k = 0; k < LANE_ROWS; k++) {
-            if (centre.on && t.active) v[k] = centre.shifted<E>(v[k], t.row + k * t.stride(), t.column * N, -1.0f);
+            for (u32 k = 0; k < LANE_ROWS; k++) {
+                if (t.active) v[k] = centre.quick<E>(v[k], turned, token + k * t.stride(), t.column * N);
+            }
+            again = seal_keys<E>(L, p, t, v);
         }
-        bad |= p.keys ? seal_keys<E>(L, p, t, v) : seal_values<E>(L, p, t, v);
+        if (__any_sync(0xffffffffu, again)) {
+            for (u32 k = 0; k < LANE_ROWS; k++) {
+                if (t.active) v[k] = centre.shifted<E, OFF>(*from(k), t.row + k * t.stride(), t.column * N);
+            }
+            bad |= seal_keys<E>(L, p, t, v);
+        }
     }
     if (bad) raise(s.flag);
 }
@@ -251,7 +272,7 @@ template <u32 E> __device__ __forceinline__ void plain_seal(const Layout& L, con
             const u32 from = p.keys ? group : group * GROUP, to = p.keys ? group + 1 : min(p.dim, from + GROUP);
             const auto element = [&](u32 row, u32 column) {
                 const float x = load<E>((const u8*)p.raw + (u64)row * p.row_bytes + column * L.element_bytes);
-                return centre.on ? centre.shifted<E>(x, row, column, -1.0f) : x;
+                return centre.on ? centre.shifted<E, OFF>(x, row, column) : x;
             };
             float low = finite_max<F32>(), high = -finite_max<F32>();
             bool finite = true;
@@ -311,6 +332,17 @@ __device__ __forceinline__ void decode_tile(const Layout& L, const Plane& p, con
             if (k < N) least[k] = load<E>((const u8*)at), step[k] = load<E>((const u8*)at + p.scale_bytes / 2);
         }
     }
+    // The rows of a tile are of one head.
+    const u32 head = t.row / L.block_tokens;
+    Turned<E> turned;
+    bool quick = false;
+    if (CENTRED && centre.turned) {
+        turned = centre.of<E, ON>(centre.turned + head * p.dim, t.column * N);
+        // No element is so large then that the centre could make it too large.
+        quick = true;
+#pragma unroll
+        for (u32 i = 0; i < N; i++) quick &= __fmaf_rn(2.0f * MOST, step[i], fabsf(least[i])) <= finite_max<E>() - centre.most;
+    }
 #pragma unroll
     for (u32 k = 0; k < LANE_ROWS; k++) {
         const u32 row = t.row + k * t.stride();
@@ -328,7 +360,9 @@ __device__ __forceinline__ void decode_tile(const Layout& L, const Plane& p, con
             x[i] = saturated<E>(p.keys ? decoded(code, least[i], step[i]) : decoded(code, m, s));
         }
         uint4 v = pack<E>(x);
-        if (centre.on) v = centre.shifted<E>(v, row, t.column * N, 1.0f);
+        if (CENTRED && centre.on) {
+            v = quick ? centre.quick<E>(v, turned, row - head * L.block_tokens, t.column * N) : centre.shifted<E, ON>(v, row, t.column * N);
+        }
         __stcs((uint4*)to + t.column, v);
     }
 }
@@ -340,14 +374,15 @@ __device__ __forceinline__ float decode_one(const Layout& L, const Plane& p, con
     const float least = load<E>((const u8*)at), step = load<E>((const u8*)at + p.scale_bytes / 2);
     const u32 byte = ((const u8*)p.codes)[(u64)row * p.code_bytes + column * BITS / 8];
     const float x = rounded<E>(saturated<E>(decoded(byte >> column * BITS % 8 & ((1 << BITS) - 1), least, step)));
-    return centre.on ? centre.shifted<E>(x, row, column, 1.0f) : x;
+    return centre.on ? centre.shifted<E, ON>(x, row, column) : x;
 }
 
 // Decodes a whole plane back to rows as they were.
 template <u32 E> __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
     const Plane p(L, s.to, s.from, plane_of(L));
-    const Centre centre(L, plane_of(L), s.index);
+    Centre centre(L, plane_of(L), s.index);
     if (!plain && are_vectors<E>(L, p)) {
+        centre.turn<E>();
         for (u32 tile = threadIdx.x / 32; tile < Tile<E>::count(p, p.rows); tile += blockDim.x / 32) {
             decode_tile<E>(L, p, centre, Tile<E>(p, tile), [&](u32 row) { return p.raw + (u64)row * p.row_bytes; });
         }
@@ -362,9 +397,10 @@ template <u32 E> __device__ __forceinline__ void reopen_plane(const Layout& L, c
 template <u32 E> __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
     const u32 plane = plane_of_read(L), row_bytes = L.row_bytes[plane];
     const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
-    const Centre centre(L, 2 * r.layer + plane, r.index);
+    Centre centre(L, 2 * r.layer + plane, r.index);
     const u64 output = r.output[plane];
     if (!plain && are_vectors<E>(L, p) && (output & 15) == 0) {
+        centre.turn<E>();
         // Rows of each head from the beginning of a tile on.
         const u32 begin = r.first_token / TILE_ROWS * TILE_ROWS;
         const u32 rows = (r.first_token + r.tokens - begin + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;

@@ -6,7 +6,7 @@
 #define SEAL_BOUNDS __launch_bounds__(SEAL_THREADS, 3)
 #define SEAL_THREADS 128
 #ifndef CENTRED
-// As few registers as there is room for five blocks with; the call of what is centred would not fit in.
+// As few registers as there is room for five blocks with.
 #define DECODE_BOUNDS __launch_bounds__(256, 5)
 #endif
 #define SEAL(E, PLAIN) seal_planes<E>(L, s, count, PLAIN)
@@ -113,6 +113,51 @@ struct SealTables : Signs {
     float of_places[PLACES + 1];
     // The blocks that a warp is at, and goes on to. Descriptors may lie in host memory: each is read once.
     Convert steps[WARPS][2];
+#if CENTRED
+    // The means of the head whose rows a warp seals, after the turn of the block: both dims of each pair, to be added.
+    alignas(16) float2 turned[WARPS][64];
+
+    // Takes the centre off a row whose pairs all turn, the `threadIdx.x % WARP`th from row `first` of a plane on.
+    template <u32 E, u32 DIM> __device__ __forceinline__ void centre(float* y, const Layout& L, const Centre& centre, u32 first) {
+        const u32 lane = threadIdx.x % WARP, head = first / L.block_tokens, token = first - head * L.block_tokens + lane;
+        float2* here = turned[threadIdx.x / WARP];
+        const u32 step = centre.apart == 1 ? 2 : 1;
+        for (u32 pair = lane; pair < DIM / 2; pair += WARP) {
+            here[pair] = make_float2(-centre.turned_at(head, pair * step), -centre.turned_at(head, pair * step + centre.apart));
+        }
+        __syncwarp();
+        const float2* turns = (const float2*)L.centres.pair_turns + token;
+        if (centre.apart == 1) take_off<E, DIM, 2, 1>(y, here, turns, L.block_tokens);
+        else take_off<E, DIM, 1, DIM / 2>(y, here, turns, L.block_tokens);
+    }
+
+    // Pairs begin `STEP` dims from each other, and have their second dim `APART` from the first.
+    template <u32 E, u32 DIM, u32 STEP, u32 APART>
+    static __device__ __forceinline__ void take_off(float* y, const float2* here, const float2* turns, u32 block_tokens) {
+#pragma unroll
+        for (u32 pair = 0; pair < DIM / 2; pair += 2) {
+            const float4 means = *(const float4*)(here + pair);
+            const float2 t = __ldg(turns + pair * block_tokens), u = __ldg(turns + (pair + 1) * block_tokens);
+            float *const a = y + pair * STEP, *const b = a + STEP;
+            take_off(a[0], a[APART], means.x, means.y, t);
+            take_off(b[0], b[APART], means.z, means.w, u);
+            // Neighbours are rounded together.
+            if (STEP == 1) round<E>(a[0], b[0]), round<E>(a[APART], b[APART]);
+            else round<E>(a[0], a[1]), round<E>(b[0], b[1]);
+        }
+    }
+    static __device__ __forceinline__ void take_off(float& a, float& b, float p, float q, float2 turn) {
+        a = __fmaf_rn(-q, turn.y, __fmaf_rn(p, turn.x, a));
+        b = __fmaf_rn(p, turn.y, __fmaf_rn(q, turn.x, b));
+    }
+    template <u32 E> static __device__ __forceinline__ void round(float& a, float& b) {
+        const float before[2 * 4] = {a, b};
+        float after[2 * 4];
+        unpack<E>(pack<E>(before), after);
+        a = after[0], b = after[1];
+    }
+#endif
+
     // Codes of the rows that a warp seals at once: memory wants whole sectors, not what a lane has of one.
     alignas(16) u8 codes[WARPS][WARP * 80];
     // The rows themselves, if a thread has one of its own.
@@ -329,7 +374,7 @@ __device__ __noinline__ void seal_rows(const Layout& L, const Convert& s, SealTa
         const auto vector = [&](u32 k, u32 part) {
             const u32 at = (k * lanes + lane) * VECTORS<E> + part;
             const uint4 v = __ldcs(from + at);
-            return centre.on && row < end ? centre.shifted<E>(v, row, at * Vector<E>::N, -1.0f) : v;
+            return centre.on && row < end ? centre.shifted<E, OFF>(v, row, at * Vector<E>::N) : v;
         };
         float y[PER_THREAD];
         const auto load = [&](bool divided, float down) {
@@ -399,28 +444,33 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
         asm volatile("cp.async.wait_all;" ::: "memory");
         __syncwarp();
         const Centre centre(L, plane, CENTRED ? here.index : 0);
-        if (centre.on && some) {
+        // Rows of one head, all of whose dims turn.
+        const bool together = L.block_tokens % WARP == 0 && 2 * centre.pairs == N * UNIT;
+        if (CENTRED && centre.on && some && !together) {
 #pragma unroll 1
             for (u32 k = 0; k < N; k++) {
                 uint4* vector = (uint4*)(rows + place(lane, k));
-                *vector = centre.shifted<E>(*vector, first + lane, k * UNIT, -1.0f);
+                *vector = centre.shifted<E, OFF>(*vector, first + lane, k * UNIT);
             }
         }
         float y[N * UNIT];
 #pragma unroll
-        for (u32 k = 0; k < N; k++) {
-            unpack<E>(*(const uint4*)(rows + place(lane, k)), y + k * UNIT);
+        for (u32 k = 0; k < N; k++) unpack<E>(*(const uint4*)(rows + place(lane, k)), y + k * UNIT);
+#if CENTRED
+        if (centre.on && together) tables.centre<E, N * UNIT>(y, L, centre, first);
+#endif
 #pragma unroll
-            for (u32 i = 0; i < UNIT; i++) {
-                if (sign_word((k * UNIT + i) / 32) >> (k * UNIT + i) % 32 & 1) y[k * UNIT + i] = -y[k * UNIT + i];
-            }
+        for (u32 i = 0; i < N * UNIT; i++) {
+            if (sign_word(i / 32) >> i % 32 & 1) y[i] = -y[i];
         }
         __syncwarp();
         share.at++;
         if (share.at < share.end) fetch(false);
         transform<N * UNIT>(y, 0, 1);
         const float square = square_of<N>(y, 1);
-        if (!__all_sync(0xffffffffu, near<E>(square) || !some)) {
+        // A centre is taken off here as if all were finite.
+        const bool fine = near<E>(square) && (!CENTRED || square <= finite_max<F32>());
+        if (!__all_sync(0xffffffffu, fine || !some)) {
             seal_rows<E>(L, here, tables, plane, first, end);
             continue;
         }
@@ -447,7 +497,7 @@ template <u32 E> __device__ __noinline__ void put_largest(uint4* to, const Centr
     for (u32 i = 0; i < Vector<E>::N; i++) x[i] = finite_max<E>();
     for (u32 vector = lane; vector < lanes * UNITS * VECTORS<E>; vector += lanes) {
         const uint4 v = pack<E>(x);
-        to[vector] = centre.on ? centre.shifted<E>(v, row, vector * Vector<E>::N, 1.0f) : v;
+        to[vector] = centre.on ? centre.shifted<E, ON>(v, row, vector * Vector<E>::N) : v;
     }
 }
 
@@ -475,6 +525,8 @@ __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre
             for (u32 i = 0; i < PER_THREAD; i++) y[i] = saturated<E>(y[i]);
         }
         if (first + group >= rows) continue;
+        // No element is so large then that the centre could make it too large.
+        const bool quick = centre.turned && fabsf(scale) <= (finite_max<E>() - centre.most) / (3.0f * PER_THREAD * lanes);
         uint4* to = (uint4*)(output + (u64)at.y * p.row_bytes);
         if (scale != scale) {
             put_largest<E>(to, centre, at.x, lane, lanes);
@@ -486,7 +538,11 @@ __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre
             for (u32 part = 0; part < VECTORS<E>; part++) {
                 const u32 dim = (k * lanes + lane) * UNIT + part * Vector<E>::N;
                 uint4 v = tables.flipped(pack<E>(y + k * UNIT + part * Vector<E>::N), (k * lanes + lane) * VECTORS<E> + part);
-                if (centre.on) v = centre.shifted<E>(v, at.x, dim, 1.0f);
+                if (CENTRED && centre.on) {
+                    const u32 head = at.x / centre.block_tokens;
+                    if (quick) v = centre.quick<E>(v, centre.of<E, ON>(centre.turned + head * p.dim, dim), at.x - head * centre.block_tokens, dim);
+                    else v = centre.shifted<E, ON>(v, at.x, dim);
+                }
                 __stcs(to + (k * lanes + lane) * VECTORS<E> + part, v);
             }
         }
@@ -558,7 +614,7 @@ __device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, 
         for (bool divided = false;; divided = true) {
             for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
                 float x = load<E>(raw + i * L.element_bytes);
-                if (centre.on) x = centre.shifted<E>(x, row, i, -1.0f);
+                if (centre.on) x = centre.shifted<E, OFF>(x, row, i);
                 atomicMax(&S.most, __float_as_uint(fabsf(x)));
                 S.y[i] = flipped(__fmul_rn(x, power_inverse(power)), sign_word(i / 32), i % 32);
             }
@@ -605,7 +661,7 @@ __device__ __forceinline__ void plain_decode_rows(const Layout& L, const Plane& 
         for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
             const float x = flipped(__fmul_rn(y[i], scale), sign_word(i / 32), i % 32);
             const float kept = rounded<E>(saturated<E>(x));
-            store<E>(to + i * L.element_bytes, centre.on ? centre.shifted<E>(kept, at.x, i, 1.0f) : kept);
+            store<E>(to + i * L.element_bytes, centre.on ? centre.shifted<E, ON>(kept, at.x, i) : kept);
         }
     }
 }
@@ -651,13 +707,14 @@ __device__ __forceinline__ void seal_planes(const Layout& L, const Convert* s, u
 }
 
 template <u32 E, typename F>
-__device__ __forceinline__ void decode_plane(const Layout& L, const Plane& p, const Centre& centre, u64 output, u32 rows, u32 part, u32 parts, bool plain, F place) {
+__device__ __forceinline__ void decode_plane(const Layout& L, const Plane& p, Centre centre, u64 output, u32 rows, u32 part, u32 parts, bool plain, F place) {
     __shared__ union Shared {
         DecodeTables tables;
         float y[DIM_MAX];
     } S;
     if (plain || !is_fast(p, output)) return plain_decode_rows<E>(L, p, centre, S.y, output, rows, part, parts, place);
     S.tables.fill<E>();
+    centre.turn<E>();
     const u32 lanes = p.dim / PER_THREAD;
     if (lanes == 4) decode_rows<E>(p, centre, S.tables, 4, output, rows, part, parts, place);
     else decode_rows<E>(p, centre, S.tables, lanes, output, rows, part, parts, place);

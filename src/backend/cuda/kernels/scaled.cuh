@@ -60,7 +60,8 @@ template <u32 E>
 __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32 lanes) {
     const u32 UNROLL = SEAL_UNROLL, N = Vector<E>::N;
     const Plane p(L, s.from, s.to, plane_of(L));
-    const Centre centre(L, plane_of(L), s.index);
+    Centre centre(L, plane_of(L), s.index);
+    centre.turn<E>();
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     const bool active = lane * 16 < p.row_bytes;
     bool bad = false;
@@ -77,11 +78,21 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32
             v[k] = make_uint4(0, 0, 0, 0);
             if (active && k < count) v[k] = __ldcs((const uint4*)(from + k * p.row_bytes));
         }
+        if constexpr (CENTRED) {
+            // Rows of one head, if its means are kept.
+            const u32 head = min(row, p.rows - 1) / L.block_tokens, token = row - head * L.block_tokens;
+            Turned<E> turned;
+            if (centre.turned && active) turned = centre.of<E, OFF>(centre.turned + head * p.dim, lane * N);
 #pragma unroll
-        for (u32 k = 0; k < UNROLL; k++) {
-            if (centre.on && active && k < count) v[k] = centre.shifted<E>(v[k], row + k, lane * N, -1.0f);
-            most[k] = abs_max_bits<E>(v[k]);
+            for (u32 k = 0; k < UNROLL; k++) {
+                if (!centre.on || !active || k >= count) continue;
+                const uint4 raw = v[k];
+                if (centre.turned) v[k] = centre.quick<E>(raw, turned, token + k, lane * N);
+                if (!centre.turned || abs_max_bits<E>(v[k]) >= infinity_bits<E>()) v[k] = centre.shifted<E, OFF>(raw, row + k, lane * N);
+            }
         }
+#pragma unroll
+        for (u32 k = 0; k < UNROLL; k++) most[k] = abs_max_bits<E>(v[k]);
         for (u32 step = lanes / 2; step > 0; step /= 2) {
 #pragma unroll
             for (u32 k = 0; k < UNROLL; k++) most[k] = max(most[k], __shfl_xor_sync(0xffffffffu, most[k], step));
@@ -119,7 +130,7 @@ __device__ __forceinline__ void plain_seal_rows(const Layout& L, const Convert& 
     for (u32 row = threadIdx.x; row < p.rows; row += blockDim.x) {
         const auto element = [&](u32 i) {
             const float x = load<E>((const u8*)p.raw + (u64)row * p.row_bytes + i * L.element_bytes);
-            return centre.on ? centre.shifted<E>(x, row, i, -1.0f) : x;
+            return centre.on ? centre.shifted<E, OFF>(x, row, i) : x;
         };
         float most = 0.0f;
         bool finite = true;
@@ -172,30 +183,50 @@ __device__ __forceinline__ uint4 decode_vector(uint2 codes, float scale) {
     return pack<E>(x);
 }
 
+// The means that a thread needs for the vectors of a column, as long as they are of one head.
+template <u32 E> struct Column {
+    Turned<E> turned;
+    u32 head = ~0u;
+
+    // A decoded vector with its centre.
+    __device__ __forceinline__ uint4 centred(const Centre& centre, const uint4& v, float scale, u32 of_head, u32 token, u32 d) {
+        // No element is so large then that the centre could make it too large.
+        if (!centre.turned || !(fabsf(scale) <= (finite_max<E>() - centre.most) / Code::BOUND))
+            return centre.shifted<E, ON>(v, of_head * centre.block_tokens + token, d);
+        if (head != of_head) turned = centre.of<E, ON>(centre.turned + of_head * centre.dim, d), head = of_head;
+        return centre.quick<E>(v, turned, token, d);
+    }
+};
+
 // Decodes a whole plane back to rows as they were.
 template <u32 E>
 __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
     const Plane p(L, s.to, s.from, plane_of(L));
-    const Centre centre(L, plane_of(L), s.index);
+    Centre centre(L, plane_of(L), s.index);
     const u32 N = Vector<E>::N, per_row = p.dim / N;
     if (!plain && are_vectors(p) && per_row <= blockDim.x) {
+        centre.turn<E>();
         const Columns c(per_row);
         if (!c.active) return;
-        for (u32 first = c.row; first < p.rows; first += c.rows_at_once * DECODE_UNROLL) {
+        Column<E> column;
+        for (u32 first = c.first(); first < p.rows; first += c.rows_at_once * DECODE_UNROLL) {
             uint2 codes[DECODE_UNROLL];
             float scale[DECODE_UNROLL];
 #pragma unroll
             for (u32 k = 0; k < DECODE_UNROLL; k++) {
-                const u32 row = min(first + k * c.rows_at_once, p.rows - 1);
+                const u32 row = min(first + k * c.apart(), p.rows - 1);
                 codes[k] = load_codes<E>(p.codes + (u64)row * p.dim + c.column * N);
                 scale[k] = read_scale<E>((const u8*)p.scales + (u64)row * p.scale_bytes);
             }
 #pragma unroll
             for (u32 k = 0; k < DECODE_UNROLL; k++) {
-                const u32 row = first + k * c.rows_at_once;
+                const u32 row = first + k * c.apart();
                 if (row >= p.rows) continue;
                 uint4 v = decode_vector<E>(codes[k], scale[k]);
-                if (centre.on) v = centre.shifted<E>(v, row, c.column * N, 1.0f);
+                if (CENTRED && centre.on) {
+                    const u32 head = row / L.block_tokens;
+                    v = column.centred(centre, v, scale[k], head, row - head * L.block_tokens, c.column * N);
+                }
                 __stcs((uint4*)(p.raw + (u64)row * p.row_bytes) + c.column, v);
             }
         }
@@ -204,7 +235,7 @@ __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, 
     for (u32 i = threadIdx.x; i < p.rows * p.dim; i += blockDim.x) {
         const float scale = read_scale<E>((const u8*)p.scales + (u64)(i / p.dim) * p.scale_bytes);
         float x = rounded<E>(decoded<E>(Code::value(((const u8*)p.codes)[i], 0), scale));
-        if (centre.on) x = centre.shifted<E>(x, i / p.dim, i % p.dim, 1.0f);
+        if (centre.on) x = centre.shifted<E, ON>(x, i / p.dim, i % p.dim);
         store<E>((u8*)p.raw + (u64)i * L.element_bytes, x);
     }
 }
@@ -214,30 +245,34 @@ template <u32 E>
 __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
     const u32 plane = plane_of_read(L), N = Vector<E>::N, row_bytes = L.row_bytes[plane];
     const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
-    const Centre centre(L, 2 * r.layer + plane, r.index);
+    Centre centre(L, 2 * r.layer + plane, r.index);
     const u64 output = r.output[plane];
     const u32 rows = r.tokens * L.kv_heads, per_row = p.dim / N;
     if (!plain && are_vectors(p) && (output & 15) == 0 && per_row <= blockDim.x) {
+        centre.turn<E>();
         const Columns c(per_row);
         if (!c.active) return;
-        for (u32 first = c.row + blockIdx.z * c.rows_at_once * DECODE_UNROLL; first < rows;
+        Column<E> column;
+        for (u32 first = c.first() + blockIdx.z * c.rows_at_once * DECODE_UNROLL; first < rows;
              first += gridDim.z * c.rows_at_once * DECODE_UNROLL) {
             uint2 codes[DECODE_UNROLL];
-            u32 row[DECODE_UNROLL], to[DECODE_UNROLL];
+            u32 to[DECODE_UNROLL];
             float scale[DECODE_UNROLL];
 #pragma unroll
             for (u32 k = 0; k < DECODE_UNROLL; k++) {
-                const Place place(L, r, min(first + k * c.rows_at_once, rows - 1));
+                const Place place(L, r, min(first + k * c.apart(), rows - 1));
                 to[k] = place.target;
-                row[k] = place.row;
                 codes[k] = load_codes<E>(p.codes + (u64)place.row * p.dim + c.column * N);
                 scale[k] = read_scale<E>((const u8*)p.scales + (u64)place.row * p.scale_bytes);
             }
 #pragma unroll
             for (u32 k = 0; k < DECODE_UNROLL; k++) {
-                if (first + k * c.rows_at_once >= rows) continue;
+                if (first + k * c.apart() >= rows) continue;
                 uint4 v = decode_vector<E>(codes[k], scale[k]);
-                if (centre.on) v = centre.shifted<E>(v, row[k], c.column * N, 1.0f);
+                if (centre.on) {
+                    const Place place(L, r, first + k * c.apart());
+                    v = column.centred(centre, v, scale[k], place.head, place.token, c.column * N);
+                }
                 __stcs((uint4*)(output + (u64)to[k] * row_bytes) + c.column, v);
             }
         }
@@ -249,7 +284,7 @@ __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool 
         const float scale = read_scale<E>((const u8*)p.scales + (u64)place.row * p.scale_bytes);
         const u32 code = ((const u8*)p.codes)[(u64)place.row * p.dim + column];
         float x = rounded<E>(decoded<E>(Code::value(code, 0), scale));
-        if (centre.on) x = centre.shifted<E>(x, place.row, column, 1.0f);
+        if (centre.on) x = centre.shifted<E, ON>(x, place.row, column);
         store<E>((u8*)output + (u64)place.target * row_bytes + column * L.element_bytes, x);
     }
 }
