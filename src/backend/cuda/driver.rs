@@ -627,11 +627,11 @@ impl Function {
     ///
     /// # Errors
     /// Those of the driver.
-    pub(super) fn prefer_shared_memory(self) -> Result<(), DriverError> {
+    pub(super) fn prefer_shared_memory(self, percent: i32) -> Result<(), DriverError> {
         let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
         // SAFETY: the function's module lives (1).
         check("cuFuncSetAttribute", unsafe {
-            result::function::set_function_attribute(self.0, attribute, 100)
+            result::function::set_function_attribute(self.0, attribute, percent)
         })
     }
 

@@ -212,7 +212,7 @@ impl Kernels {
         let mut modules = Vec::new();
         for &format in formats.into().formats() {
             let keys = module(format.keys, centres.is_some())?;
-            let values = match format.values == format.keys {
+            let values = match format.values == format.keys && !(centres.is_some() && format.keys.is_rotated()) {
                 true => keys.clone(),
                 false => module(format.values, false)?,
             };
@@ -265,9 +265,11 @@ impl Kernels {
             let rotated = format.is_rotated();
             let function = |module: &Arc<Module>, name: &str| {
                 let function = pick(module, name, element)?;
-                // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise.
+                // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise. Centres want a cache for their
+                // tables beside it, where they are not in shared memory too.
                 if rotated {
-                    function.prefer_shared_memory()?;
+                    let has_tables_in_cache = tables.is_some() && planes.contains(&Plane::Key) && name != "seal";
+                    function.prefer_shared_memory(if has_tables_in_cache { 50 } else { 100 })?;
                 }
                 Ok::<_, DriverError>(function)
             };
@@ -292,9 +294,9 @@ impl Kernels {
         for (format, [keys, values]) in formats {
             let place = FormatLayout::new(format, block);
             let raw_runs = if format.is_raw() { Vec::new() } else { place.raw_runs(block).collect() };
-            // Seals of rotated rows want planes of one width.
+            // Seals of rotated rows want planes of one width, and registers that centres would take from values.
             let together = format.keys == format.values
-                && (block.key_dim == block.value_dim || !format.keys.is_rotated());
+                && (!format.keys.is_rotated() || block.key_dim == block.value_dim && tables.is_none());
             let of_planes = match together {
                 true => vec![of_planes(&place, &Plane::BOTH, keys.as_ref())?],
                 false => vec![

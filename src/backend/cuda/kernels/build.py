@@ -19,6 +19,7 @@ VERSION = (12, 4)
 OPTIONS = [
     "--gpu-architecture=compute_80",
     "--std=c++17",
+    "--device-as-default-execution-space",  # generic lambdas have no place to say so
     "--fmad=false",       # the CPU codecs do not contract either: same bytes
     "--prec-div=true",
     "--ftz=false",

@@ -276,6 +276,12 @@ struct Columns {
 // Whether centres are taken off or put back.
 enum Shift { OFF, ON };
 
+// Where the other dim of a pair is: the turn does not concern some dims.
+enum Other { NONE, BESIDE, APART };
+template <Other O> struct Kind {
+    static constexpr Other other = O;
+};
+
 // The means of a vector of dims after the turn of the block, and those of the other dims of their pairs, with the signs that they are added with.
 template <u32 E> struct Turned {
     static constexpr u32 N = Vector<E>::N;
@@ -283,6 +289,9 @@ template <u32 E> struct Turned {
 };
 
 struct Centre {
+    const Layout& L;
+    u64 block;
+    u32 plane;
     const float* means;
     const float2* of_block;
     const float *cos, *sin;
@@ -291,7 +300,7 @@ struct Centre {
     // None is larger.
     float most;
     bool on;
-    __device__ __forceinline__ Centre(const Layout& L, u32 plane_index, u64 block) : turned(nullptr) {
+    __device__ __forceinline__ Centre(const Layout& L, u32 plane_index, u64 block) : L(L), block(block), plane(plane_index), turned(nullptr) {
         on = CENTRED && (plane_index & 1) == 0;
         pairs = L.centres.pairs, apart = L.centres.apart, heads = L.kv_heads, block_tokens = L.block_tokens, dim = L.dim[0];
         most = L.centres.most;
@@ -314,56 +323,95 @@ struct Centre {
         return first ? __fsub_rn(__fmul_rn(x, b.x), __fmul_rn(y, b.y)) : __fadd_rn(__fmul_rn(x, b.y), __fmul_rn(y, b.x));
     }
 
-    // Has the thread block keep the means of all heads, if it can: vectors must not be of dims that turn and others, nor have both dims of only
-    // some pairs, and the rows of a unit be of one head. All threads call it.
+    // Whether means can be had by vectors: none is of dims that turn and others, nor has both dims of only some pairs. Nor are rows of a unit of
+    // different heads.
+    template <u32 E> __device__ __forceinline__ bool fits() const {
+        constexpr u32 N = Vector<E>::N;
+        return CENTRED && on && dim % N == 0 && pairs % N == 0 && block_tokens % 8 == 0;
+    }
+
+    // `turned_at` of the four dims from `d` on.
+    __device__ __forceinline__ void turned4(u32 head, u32 d, float* to) const {
+        const float* mean = means + head * dim;
+        float own[4], other[4], turns[8];
+        load_table<4>(mean + d, own);
+        if (d >= 2 * pairs) {
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) to[i] = own[i];
+            return;
+        }
+        const bool first = apart == 1 || d < apart;
+        load_table<4>((const float*)(of_block + pair_of(d)), turns);
+        if (apart != 1) load_table<4>((const float*)(of_block + pair_of(d)) + 4, turns + 4), load_table<4>(mean + (first ? d + apart : d - apart), other);
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            const float a = own[i], b = apart == 1 ? own[i ^ 1] : other[i];
+            const float c = apart == 1 ? turns[i & 2] : turns[2 * i], s = apart == 1 ? turns[(i & 2) + 1] : turns[2 * i + 1];
+            // A sum is the same from either end.
+            const float x = __fmul_rn(a, c), y = __fmul_rn(b, s);
+            to[i] = (apart == 1 ? i % 2 == 0 : first) ? __fsub_rn(x, y) : __fadd_rn(x, y);
+        }
+    }
+
+    // Has the thread block keep the means of all heads in shared memory, if they fit. All threads call it.
     template <u32 E> __device__ __forceinline__ void turn() {
         if constexpr (CENTRED) {
             __shared__ alignas(16) float here[TURNED_MAX];
-            if (!on || !fits<E>() || heads * dim > TURNED_MAX) return;
-            for (u32 head = 0; head < heads; head++) {
-                for (u32 d = threadIdx.x; d < dim; d += blockDim.x) here[head * dim + d] = turned_at(head, d);
-            }
+            if (!fits<E>() || heads * dim > TURNED_MAX) return;
+            for (u32 i = 4 * threadIdx.x; i < heads * dim; i += 4 * blockDim.x) turned4(i / dim, i % dim, here + i);
             __syncthreads();
             turned = here;
         }
     }
-    template <u32 E> __device__ __forceinline__ bool fits() const {
-        constexpr u32 N = Vector<E>::N;
-        return dim % N == 0 && pairs % N == 0 && block_tokens % 8 == 0;
-    }
 
-    // Of the vector from dim `d` on of a head whose means are at `of_head`.
-    template <u32 E, Shift S> __device__ __forceinline__ Turned<E> of(const float* of_head, u32 d) const {
+    // Of the vector from dim `d` on of a head.
+    template <u32 E, Shift S> __device__ __forceinline__ Turned<E> of(u32 head, u32 d) const {
+        return of<E, S>(d, [&](u32 at, float* to) { turned4(head, at, to); });
+    }
+    // The same where they are kept.
+    template <u32 E, Shift S> __device__ __forceinline__ Turned<E> kept(u32 head, u32 d) const {
+        return of<E, S>(d, [&](u32 at, float* to) { load<4>(turned + head * dim + at, to); });
+    }
+    template <u32 E, Shift S, typename F> __device__ __forceinline__ Turned<E> of(u32 d, F four) const {
         constexpr u32 N = Vector<E>::N;
         Turned<E> t;
-        load4<N>(of_head + d, t.own);
-        const bool first = apart == 1 || d < apart;
-        if (apart != 1 && d < 2 * pairs) {
-            load4<N>(of_head + (first ? d + apart : d - apart), t.other);
-        } else {
+        const bool first = apart == 1 || d < apart, turns = d < 2 * pairs;
 #pragma unroll
-            for (u32 i = 0; i < N; i++) t.other[i] = t.own[i ^ 1];
+        for (u32 i = 0; i < N; i += 4) {
+            four(d + i, t.own + i);
+            if (apart != 1 && turns) four((first ? d + apart : d - apart) + i, t.other + i);
         }
         const float other = (S == OFF) == first ? 1.0f : -1.0f;
 #pragma unroll
         for (u32 i = 0; i < N; i++) {
-            if (S == OFF) t.own[i] = -t.own[i];
+            if (apart == 1 || !turns) t.other[i] = t.own[i ^ 1];
             t.other[i] *= apart == 1 && i % 2 == 1 ? -other : other;
+        }
+        if (S == OFF) {
+#pragma unroll
+            for (u32 i = 0; i < N; i++) t.own[i] = -t.own[i];
         }
         return t;
     }
 
+    // Calls `f` with the `Kind` of the vector from dim `d` on: a loop in it does not have to ask again.
+    template <typename F> __device__ __forceinline__ void of_kind(u32 d, F f) const {
+        if (d >= 2 * pairs) f(Kind<NONE>());
+        else if (apart == 1) f(Kind<BESIDE>());
+        else f(Kind<APART>());
+    }
+
     // Adds a centre to a vector from dim `d` on of a token.
-    template <u32 E> __device__ __forceinline__ void add(float* x, const Turned<E>& t, u32 token, u32 d) const {
+    template <u32 E, Other O> __device__ __forceinline__ void add(float* x, const Turned<E>& t, u32 token, u32 d) const {
         constexpr u32 N = Vector<E>::N;
-        if (d >= 2 * pairs) {
+        if (O == NONE) {
 #pragma unroll
             for (u32 i = 0; i < N; i++) x[i] = __fadd_rn(x[i], t.own[i]);
             return;
         }
+        const u32 at = token * pairs + (O == BESIDE ? d / 2 : d < apart ? d : d - apart);
         float c[N], s[N];
-        if (apart == 1) {
-            const u32 at = token * pairs + d / 2;
+        if (O == BESIDE) {
 #pragma unroll
             for (u32 i = 0; i < N / 2; i += 2) {
                 const float2 cs = __ldg((const float2*)(cos + at + i)), ss = __ldg((const float2*)(sin + at + i));
@@ -371,23 +419,27 @@ struct Centre {
                 s[2 * i] = s[2 * i + 1] = ss.x, s[2 * i + 2] = s[2 * i + 3] = ss.y;
             }
         } else {
-            const u32 at = token * pairs + (d < apart ? d : d - apart);
-            load4<N>(cos + at, c), load4<N>(sin + at, s);
+            load_table<N>(cos + at, c), load_table<N>(sin + at, s);
         }
 #pragma unroll
         for (u32 i = 0; i < N; i++) x[i] = __fmaf_rn(t.other[i], s[i], __fmaf_rn(t.own[i], c[i], x[i]));
     }
 
-    template <u32 N> static __device__ __forceinline__ void load4(const float* from, float* to) {
+    template <u32 N> static __device__ __forceinline__ void load(const float* from, float* to) {
 #pragma unroll
         for (u32 i = 0; i < N; i += 4) *(float4*)(to + i) = *(const float4*)(from + i);
     }
+    // The same of a table in device memory.
+    template <u32 N> static __device__ __forceinline__ void load_table(const float* from, float* to) {
+#pragma unroll
+        for (u32 i = 0; i < N; i += 4) *(float4*)(to + i) = __ldg((const float4*)(from + i));
+    }
 
     // A vector without, or with, its centre, rounded to the element type: wrong where something is not finite, or becomes so.
-    template <u32 E> __device__ __forceinline__ uint4 quick(const uint4& v, const Turned<E>& t, u32 token, u32 d) const {
+    template <u32 E, Other O> __device__ __forceinline__ uint4 quick(const uint4& v, const Turned<E>& t, u32 token, u32 d) const {
         float x[Vector<E>::N];
         unpack<E>(v, x);
-        add<E>(x, t, token, d);
+        add<E, O>(x, t, token, d);
         return pack<E>(x);
     }
 
@@ -408,16 +460,18 @@ struct Centre {
 
     // The same for a vector of dims from `d` on.
     template <u32 E, Shift S> __device__ __forceinline__ uint4 shifted(const uint4& v, u32 row, u32 d) const {
-        if constexpr (CENTRED) return called<E, S>(v, row, d);
+        if constexpr (CENTRED) return called<E, S>(L, block, plane, v, row, d);
         return v;
     }
 
-    // Rare, and many times as long as what is around it.
-    template <u32 E, Shift S> __device__ __noinline__ uint4 called(uint4 v, u32 row, u32 d) const {
+    // Rare, and many times as long as what is around it, which keeps nothing in memory for it.
+    template <u32 E, Shift S>
+    static __device__ __noinline__ uint4 called(const Layout& L, u64 block, u32 plane, uint4 v, u32 row, u32 d) {
+        const Centre centre(L, plane, block);
         float x[Vector<E>::N];
         unpack<E>(v, x);
-#pragma unroll 1
-        for (u32 i = 0; i < Vector<E>::N; i++) x[i] = shifted<E, S>(x[i], row, d + i);
+#pragma unroll
+        for (u32 i = 0; i < Vector<E>::N; i++) x[i] = centre.shifted<E, S>(x[i], row, d + i);
         return pack<E>(x);
     }
 };
@@ -471,14 +525,14 @@ __device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool 
 // fewer that go on to others.
 #ifndef DECODE_BOUNDS
 #if CENTRED
-#define DECODE_BOUNDS __launch_bounds__(256, 3)
+#define DECODE_BOUNDS __launch_bounds__(256, 2)
 #else
 #define DECODE_BOUNDS
 #endif
 #endif
 #ifndef SEAL_BOUNDS
 #if CENTRED
-#define SEAL_BOUNDS __launch_bounds__(256, 2)
+#define SEAL_BOUNDS __launch_bounds__(256, 3)
 #else
 #define SEAL_BOUNDS
 #endif

@@ -6,7 +6,7 @@
 
 #define KEY_SCALE_ROWS 32
 #ifdef CENTRED
-#define DECODE_BOUNDS __launch_bounds__(256, 2)
+#define DECODE_BOUNDS __launch_bounds__(256, 3)
 #endif
 #include "common.cuh"
 
@@ -218,8 +218,7 @@ template <u32 E> __device__ __forceinline__ bool seal_values(const Layout& L, co
 
 template <u32 E> __device__ __forceinline__ void seal_tiles(const Layout& L, const Convert& s, const Plane& p) {
     constexpr u32 N = Vector<E>::N;
-    Centre centre(L, plane_of(L), s.index);
-    centre.turn<E>();
+    const Centre centre(L, plane_of(L), s.index);
     bool bad = false;
     for (u32 tile = threadIdx.x / 32; tile < Tile<E>::count(p, p.rows); tile += blockDim.x / 32) {
         const Tile<E> t(p, tile);
@@ -236,14 +235,18 @@ template <u32 E> __device__ __forceinline__ void seal_tiles(const Layout& L, con
         }
         // The rows of a tile are of one head.
         const u32 head = t.row / L.block_tokens, token = t.row - head * L.block_tokens;
-        bool again = !centre.turned;
-        if (centre.turned) {
-            Turned<E> turned;
-            if (t.active) turned = centre.of<E, OFF>(centre.turned + head * p.dim, t.column * N);
+        bool again = !centre.fits<E>();
+        if (!again) {
+            // Lanes that have no column look at the first.
+            const u32 d = t.active ? t.column * N : 0;
+            const Turned<E> turned = centre.of<E, OFF>(head, d);
+            centre.of_kind(d, [&](auto kind) {
 #pragma unroll
-            for (u32 k = 0; k < LANE_ROWS; k++) {
-                if (t.active) v[k] = centre.quick<E>(v[k], turned, token + k * t.stride(), t.column * N);
-            }
+                for (u32 k = 0; k < LANE_ROWS; k++) {
+                    const uint4 x = centre.quick<E, kind.other>(v[k], turned, token + k * t.stride(), d);
+                    if (t.active) v[k] = x;
+                }
+            });
             again = seal_keys<E>(L, p, t, v);
         }
         if (__any_sync(0xffffffffu, again)) {
@@ -332,26 +335,11 @@ __device__ __forceinline__ void decode_tile(const Layout& L, const Plane& p, con
             if (k < N) least[k] = load<E>((const u8*)at), step[k] = load<E>((const u8*)at + p.scale_bytes / 2);
         }
     }
-    // The rows of a tile are of one head.
-    const u32 head = t.row / L.block_tokens;
-    Turned<E> turned;
-    bool quick = false;
-    if (CENTRED && centre.turned) {
-        turned = centre.of<E, ON>(centre.turned + head * p.dim, t.column * N);
-        // No element is so large then that the centre could make it too large.
-        quick = true;
-#pragma unroll
-        for (u32 i = 0; i < N; i++) quick &= __fmaf_rn(2.0f * MOST, step[i], fabsf(least[i])) <= finite_max<E>() - centre.most;
-    }
-#pragma unroll
-    for (u32 k = 0; k < LANE_ROWS; k++) {
-        const u32 row = t.row + k * t.stride();
-        const u64 to = target(row);
-        if (to == 0) continue;
+    const auto decode = [&](u32 k) {
         float x[N];
         float m = least[k % N], s = step[k % N];
         if (!p.keys && k >= N) {
-            const u64 at = leasts_of<E>(L, p, row, t.column * N / GROUP);
+            const u64 at = leasts_of<E>(L, p, t.row + k * t.stride(), t.column * N / GROUP);
             m = load<E>((const u8*)at), s = load<E>((const u8*)at + p.scale_bytes / 2);
         }
 #pragma unroll
@@ -359,11 +347,37 @@ __device__ __forceinline__ void decode_tile(const Layout& L, const Plane& p, con
             const u32 code = Codes<E>::code(codes[k], i);
             x[i] = saturated<E>(p.keys ? decoded(code, least[i], step[i]) : decoded(code, m, s));
         }
-        uint4 v = pack<E>(x);
-        if (CENTRED && centre.on) {
-            v = quick ? centre.quick<E>(v, turned, row - head * L.block_tokens, t.column * N) : centre.shifted<E, ON>(v, row, t.column * N);
+        return pack<E>(x);
+    };
+    const auto put = [&](u32 k, const uint4& v) {
+        const u64 to = target(t.row + k * t.stride());
+        if (to != 0) __stcs((uint4*)to + t.column, v);
+    };
+    if (CENTRED && centre.on) {
+        // No element is so large then that a centre could make it too large.
+        bool near = centre.fits<E>();
+#pragma unroll
+        for (u32 i = 0; i < N; i++) near &= __fmaf_rn(2.0f * MOST, step[i], fabsf(least[i])) <= finite_max<E>() - centre.most;
+        if (near) {
+            // The rows of a tile are of one head.
+            const u32 head = t.row / L.block_tokens, token = t.row - head * L.block_tokens, d = t.column * N;
+            const Turned<E> turned = centre.of<E, ON>(head, d);
+            centre.of_kind(d, [&](auto kind) {
+#pragma unroll
+                for (u32 k = 0; k < LANE_ROWS; k++) put(k, centre.quick<E, kind.other>(decode(k), turned, token + k * t.stride(), d));
+            });
+            return;
         }
-        __stcs((uint4*)to + t.column, v);
+    }
+#pragma unroll
+    for (u32 k = 0; k < LANE_ROWS; k++) put(k, decode(k));
+    if (CENTRED && centre.on) {
+#pragma unroll 1
+        for (u32 k = 0; k < LANE_ROWS; k++) {
+            const u32 row = t.row + k * t.stride();
+            uint4* const at = (uint4*)target(row);
+            if (at) at[t.column] = centre.shifted<E, ON>(at[t.column], row, t.column * N);
+        }
     }
 }
 
@@ -380,9 +394,8 @@ __device__ __forceinline__ float decode_one(const Layout& L, const Plane& p, con
 // Decodes a whole plane back to rows as they were.
 template <u32 E> __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
     const Plane p(L, s.to, s.from, plane_of(L));
-    Centre centre(L, plane_of(L), s.index);
+    const Centre centre(L, plane_of(L), s.index);
     if (!plain && are_vectors<E>(L, p)) {
-        centre.turn<E>();
         for (u32 tile = threadIdx.x / 32; tile < Tile<E>::count(p, p.rows); tile += blockDim.x / 32) {
             decode_tile<E>(L, p, centre, Tile<E>(p, tile), [&](u32 row) { return p.raw + (u64)row * p.row_bytes; });
         }
@@ -397,10 +410,9 @@ template <u32 E> __device__ __forceinline__ void reopen_plane(const Layout& L, c
 template <u32 E> __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
     const u32 plane = plane_of_read(L), row_bytes = L.row_bytes[plane];
     const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
-    Centre centre(L, 2 * r.layer + plane, r.index);
+    const Centre centre(L, 2 * r.layer + plane, r.index);
     const u64 output = r.output[plane];
     if (!plain && are_vectors<E>(L, p) && (output & 15) == 0) {
-        centre.turn<E>();
         // Rows of each head from the beginning of a tile on.
         const u32 begin = r.first_token / TILE_ROWS * TILE_ROWS;
         const u32 rows = (r.first_token + r.tokens - begin + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;

@@ -5,7 +5,9 @@
 // multiprocessor's registers are enough for it.
 #define SEAL_BOUNDS __launch_bounds__(SEAL_THREADS, 3)
 #define SEAL_THREADS 128
-#ifndef CENTRED
+#ifdef CENTRED
+#define DECODE_BOUNDS __launch_bounds__(256, 3)
+#else
 // As few registers as there is room for five blocks with.
 #define DECODE_BOUNDS __launch_bounds__(256, 5)
 #endif
@@ -109,46 +111,44 @@ struct DecodeTables : Signs {
 };
 
 struct SealTables : Signs {
-    // The marked value of each place. Places that share a bank are seldom met at once.
-    float of_places[PLACES + 1];
-    // The blocks that a warp is at, and goes on to. Descriptors may lie in host memory: each is read once.
-    Convert steps[WARPS][2];
 #if CENTRED
+    // Cosines and sines of pairs, tokens of a block of as many as a warp beside each other. Little is left to caches here.
+    float2 turns[64][WARP];
     // The means of the head whose rows a warp seals, after the turn of the block: both dims of each pair, to be added.
-    alignas(16) float2 turned[WARPS][64];
+    alignas(16) float2 means[WARPS][64];
 
-    // Takes the centre off a row whose pairs all turn, the `threadIdx.x % WARP`th from row `first` of a plane on.
-    template <u32 E, u32 DIM> __device__ __forceinline__ void centre(float* y, const Layout& L, const Centre& centre, u32 first) {
-        const u32 lane = threadIdx.x % WARP, head = first / L.block_tokens, token = first - head * L.block_tokens + lane;
-        float2* here = turned[threadIdx.x / WARP];
+    // Takes the centre off a row whose pairs all turn, the `threadIdx.x % WARP`th from row `first` of a plane on: right if all of it is finite, and stays so.
+    template <u32 E, u32 DIM> __device__ __forceinline__ void centre(float* y, const Centre& centre, u32 first) {
+        const u32 lane = threadIdx.x % WARP, head = first / WARP;
+        float2* here = means[threadIdx.x / WARP];
         const u32 step = centre.apart == 1 ? 2 : 1;
+#pragma unroll
         for (u32 pair = lane; pair < DIM / 2; pair += WARP) {
             here[pair] = make_float2(-centre.turned_at(head, pair * step), -centre.turned_at(head, pair * step + centre.apart));
         }
         __syncwarp();
-        const float2* turns = (const float2*)L.centres.pair_turns + token;
-        if (centre.apart == 1) take_off<E, DIM, 2, 1>(y, here, turns, L.block_tokens);
-        else take_off<E, DIM, 1, DIM / 2>(y, here, turns, L.block_tokens);
+        if (centre.apart == 1) take_off<E, DIM, 2, 1>(y, here);
+        else take_off<E, DIM, 1, DIM / 2>(y, here);
     }
 
     // Pairs begin `STEP` dims from each other, and have their second dim `APART` from the first.
     template <u32 E, u32 DIM, u32 STEP, u32 APART>
-    static __device__ __forceinline__ void take_off(float* y, const float2* here, const float2* turns, u32 block_tokens) {
+    __device__ __forceinline__ void take_off(float* y, const float2* here) const {
 #pragma unroll
         for (u32 pair = 0; pair < DIM / 2; pair += 2) {
-            const float4 means = *(const float4*)(here + pair);
-            const float2 t = __ldg(turns + pair * block_tokens), u = __ldg(turns + (pair + 1) * block_tokens);
+            const float4 p = *(const float4*)(here + pair);
+            const float2 t = turns[pair][threadIdx.x % WARP], u = turns[pair + 1][threadIdx.x % WARP];
             float *const a = y + pair * STEP, *const b = a + STEP;
-            take_off(a[0], a[APART], means.x, means.y, t);
-            take_off(b[0], b[APART], means.z, means.w, u);
+            turn(a[0], a[APART], p.x, p.y, t);
+            turn(b[0], b[APART], p.z, p.w, u);
             // Neighbours are rounded together.
             if (STEP == 1) round<E>(a[0], b[0]), round<E>(a[APART], b[APART]);
             else round<E>(a[0], a[1]), round<E>(b[0], b[1]);
         }
     }
-    static __device__ __forceinline__ void take_off(float& a, float& b, float p, float q, float2 turn) {
-        a = __fmaf_rn(-q, turn.y, __fmaf_rn(p, turn.x, a));
-        b = __fmaf_rn(p, turn.y, __fmaf_rn(q, turn.x, b));
+    static __device__ __forceinline__ void turn(float& a, float& b, float p, float q, float2 by) {
+        a = __fmaf_rn(-q, by.y, __fmaf_rn(p, by.x, a));
+        b = __fmaf_rn(p, by.y, __fmaf_rn(q, by.x, b));
     }
     template <u32 E> static __device__ __forceinline__ void round(float& a, float& b) {
         const float before[2 * 4] = {a, b};
@@ -157,14 +157,21 @@ struct SealTables : Signs {
         a = after[0], b = after[1];
     }
 #endif
-
+    // The marked value of each place. Places that share a bank are seldom met at once.
+    float of_places[PLACES + 1];
+    // The blocks that a warp is at, and goes on to. Descriptors may lie in host memory: each is read once.
+    Convert steps[WARPS][2];
     // Codes of the rows that a warp seals at once: memory wants whole sectors, not what a lane has of one.
     alignas(16) u8 codes[WARPS][WARP * 80];
     // The rows themselves, if a thread has one of its own.
     alignas(128) u8 rows[WARPS][WARP * 256];
 
-    template <u32 E> __device__ __forceinline__ void fill() {
+    template <u32 E> __device__ __forceinline__ void fill(const Layout& L) {
         Signs::fill<E>();
+#if CENTRED
+        const u32 count = L.block_tokens == WARP ? min(L.centres.pairs, 64) * WARP : 0;
+        for (u32 i = threadIdx.x; i < count; i += blockDim.x) turns[i / WARP][i % WARP] = __ldg((const float2*)L.centres.pair_turns + i);
+#endif
         for (u32 place = threadIdx.x; place <= PLACES; place += blockDim.x) of_places[place] = marked_value_of(code_of_place(place));
         __syncthreads();
     }
@@ -443,21 +450,23 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
         const bool some = first + lane < end;
         asm volatile("cp.async.wait_all;" ::: "memory");
         __syncwarp();
-        const Centre centre(L, plane, CENTRED ? here.index : 0);
+#if CENTRED
+        const Centre centre(L, plane, here.index);
         // Rows of one head, all of whose dims turn.
-        const bool together = L.block_tokens % WARP == 0 && 2 * centre.pairs == N * UNIT;
-        if (CENTRED && centre.on && some && !together) {
+        const bool quick = L.block_tokens == WARP && 2 * centre.pairs == N * UNIT;
+        if (centre.on && !quick && some) {
 #pragma unroll 1
             for (u32 k = 0; k < N; k++) {
                 uint4* vector = (uint4*)(rows + place(lane, k));
                 *vector = centre.shifted<E, OFF>(*vector, first + lane, k * UNIT);
             }
         }
+#endif
         float y[N * UNIT];
 #pragma unroll
         for (u32 k = 0; k < N; k++) unpack<E>(*(const uint4*)(rows + place(lane, k)), y + k * UNIT);
 #if CENTRED
-        if (centre.on && together) tables.centre<E, N * UNIT>(y, L, centre, first);
+        if (centre.on && quick) tables.centre<E, N * UNIT>(y, centre, first);
 #endif
 #pragma unroll
         for (u32 i = 0; i < N * UNIT; i++) {
@@ -492,12 +501,22 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
 }
 
 // A row whose factor is no number, which no seal writes: the largest number, whatever the signs.
-template <u32 E> __device__ __noinline__ void put_largest(uint4* to, const Centre& centre, u32 row, u32 lane, u32 lanes) {
+template <u32 E> __device__ __noinline__ void put_largest(uint4* to, Centre centre, u32 row, u32 lane, u32 lanes) {
     float x[Vector<E>::N];
     for (u32 i = 0; i < Vector<E>::N; i++) x[i] = finite_max<E>();
     for (u32 vector = lane; vector < lanes * UNITS * VECTORS<E>; vector += lanes) {
         const uint4 v = pack<E>(x);
         to[vector] = centre.on ? centre.shifted<E, ON>(v, row, vector * Vector<E>::N) : v;
+    }
+}
+
+// Puts the centre back on what a thread has stored of a row. Rare, so it is kept out of the way of the others.
+template <u32 E> __device__ __noinline__ void put_centred(uint4* to, Centre centre, u32 row, u32 lane, u32 lanes) {
+    for (u32 k = 0; k < UNITS; k++) {
+        for (u32 part = 0; part < VECTORS<E>; part++) {
+            const u32 vector = (k * lanes + lane) * VECTORS<E> + part;
+            to[vector] = centre.shifted<E, ON>(to[vector], row, vector * Vector<E>::N);
+        }
     }
 }
 
@@ -532,20 +551,50 @@ __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre
             put_largest<E>(to, centre, at.x, lane, lanes);
             continue;
         }
+        const auto vector = [&](u32 k, u32 part) {
+            return tables.flipped(pack<E>(y + k * UNIT + part * Vector<E>::N), (k * lanes + lane) * VECTORS<E> + part);
+        };
+        if (CENTRED && quick && 2 * centre.apart == p.dim) {
+            // A thread has both dims of its pairs.
+            const u32 head = at.x / centre.block_tokens, token = at.x - head * centre.block_tokens;
+#pragma unroll
+            for (u32 k = 0; k < UNITS / 2; k++) {
+#pragma unroll
+                for (u32 part = 0; part < VECTORS<E>; part++) {
+                    constexpr u32 N = Vector<E>::N;
+                    const u32 dim = (k * lanes + lane) * UNIT + part * N;
+                    float a[N], b[N], of_a[N], of_b[N], c[N], s[N];
+                    unpack<E>(vector(k, part), a), unpack<E>(vector(k + UNITS / 2, part), b);
+                    Centre::load<N>(centre.turned + head * p.dim + dim, of_a);
+                    Centre::load<N>(centre.turned + head * p.dim + dim + centre.apart, of_b);
+                    Centre::load_table<N>(centre.cos + token * centre.pairs + dim, c);
+                    Centre::load_table<N>(centre.sin + token * centre.pairs + dim, s);
+#pragma unroll
+                    for (u32 i = 0; i < N; i++) {
+                        a[i] = __fmaf_rn(-of_b[i], s[i], __fmaf_rn(of_a[i], c[i], a[i]));
+                        b[i] = __fmaf_rn(of_a[i], s[i], __fmaf_rn(of_b[i], c[i], b[i]));
+                    }
+                    __stcs(to + (k * lanes + lane) * VECTORS<E> + part, pack<E>(a));
+                    __stcs(to + ((k + UNITS / 2) * lanes + lane) * VECTORS<E> + part, pack<E>(b));
+                }
+            }
+            continue;
+        }
+        const u32 head = CENTRED ? at.x / centre.block_tokens : 0, token = CENTRED ? at.x - head * centre.block_tokens : 0;
 #pragma unroll
         for (u32 k = 0; k < UNITS; k++) {
 #pragma unroll
             for (u32 part = 0; part < VECTORS<E>; part++) {
                 const u32 dim = (k * lanes + lane) * UNIT + part * Vector<E>::N;
-                uint4 v = tables.flipped(pack<E>(y + k * UNIT + part * Vector<E>::N), (k * lanes + lane) * VECTORS<E> + part);
-                if (CENTRED && centre.on) {
-                    const u32 head = at.x / centre.block_tokens;
-                    if (quick) v = centre.quick<E>(v, centre.of<E, ON>(centre.turned + head * p.dim, dim), at.x - head * centre.block_tokens, dim);
-                    else v = centre.shifted<E, ON>(v, at.x, dim);
+                uint4 v = vector(k, part);
+                if (CENTRED && quick) {
+                    const Turned<E> turned = centre.kept<E, ON>(head, dim);
+                    centre.of_kind(dim, [&](auto kind) { v = centre.quick<E, kind.other>(v, turned, token, dim); });
                 }
                 __stcs(to + (k * lanes + lane) * VECTORS<E> + part, v);
             }
         }
+        if (CENTRED && centre.on && !quick) put_centred<E>(to, centre, at.x, lane, lanes);
     }
 }
 
@@ -692,7 +741,7 @@ __device__ __forceinline__ void seal_planes(const Layout& L, const Convert* s, u
             plain_seal_rows<E>(L, s[i / L.planes], S.scratch, L.first_plane + i % L.planes * L.plane_step);
         return;
     }
-    S.tables.fill<E>();
+    S.tables.fill<E>(L);
     const u32 dim = L.dim[L.first_plane % 2], rows = L.kv_heads * L.block_tokens;
     if constexpr (E != F32) {
         if (dim == 128) return seal_own_rows<E, 16>(L, s, count, S.tables);

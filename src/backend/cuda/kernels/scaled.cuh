@@ -60,10 +60,11 @@ template <u32 E>
 __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32 lanes) {
     const u32 UNROLL = SEAL_UNROLL, N = Vector<E>::N;
     const Plane p(L, s.from, s.to, plane_of(L));
-    Centre centre(L, plane_of(L), s.index);
-    centre.turn<E>();
+    const Centre centre(L, plane_of(L), s.index);
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     const bool active = lane * 16 < p.row_bytes;
+    // Whether the rows of a thread are of one head, of which vectors of means can be had: all of them or none.
+    const bool quick = centre.fits<E>() && L.block_tokens % UNROLL == 0;
     bool bad = false;
     // The whole block takes every turn: shuffles need all lanes of a warp.
     for (u32 first = 0; first < p.rows; first += groups * UNROLL) {
@@ -79,20 +80,35 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32
             if (active && k < count) v[k] = __ldcs((const uint4*)(from + k * p.row_bytes));
         }
         if constexpr (CENTRED) {
-            // Rows of one head, if its means are kept.
-            const u32 head = min(row, p.rows - 1) / L.block_tokens, token = row - head * L.block_tokens;
-            Turned<E> turned;
-            if (centre.turned && active) turned = centre.of<E, OFF>(centre.turned + head * p.dim, lane * N);
+            if (quick) {
+                // Threads that have no rows look at the first ones.
+                const bool mine = active && count > 0;
+                const u32 head = mine ? row / L.block_tokens : 0, token = mine ? row - head * L.block_tokens : 0, d = mine ? lane * N : 0;
+                const Turned<E> turned = centre.of<E, OFF>(head, d);
+                centre.of_kind(d, [&](auto kind) {
 #pragma unroll
-            for (u32 k = 0; k < UNROLL; k++) {
-                if (!centre.on || !active || k >= count) continue;
-                const uint4 raw = v[k];
-                if (centre.turned) v[k] = centre.quick<E>(raw, turned, token + k, lane * N);
-                if (!centre.turned || abs_max_bits<E>(v[k]) >= infinity_bits<E>()) v[k] = centre.shifted<E, OFF>(raw, row + k, lane * N);
+                    for (u32 k = 0; k < UNROLL; k++) {
+                        const uint4 x = centre.quick<E, kind.other>(v[k], turned, token + k, d);
+                        if (mine) v[k] = x;
+                    }
+                });
             }
         }
+        bool again = centre.on && !quick;
 #pragma unroll
-        for (u32 k = 0; k < UNROLL; k++) most[k] = abs_max_bits<E>(v[k]);
+        for (u32 k = 0; k < UNROLL; k++) {
+            most[k] = abs_max_bits<E>(v[k]);
+            again |= CENTRED && quick && most[k] >= infinity_bits<E>();
+        }
+        if (CENTRED && again) {
+            // As it has to be done where something is not finite, or becomes so.
+#pragma unroll
+            for (u32 k = 0; k < UNROLL; k++) {
+                if (!active || k >= count) continue;
+                v[k] = centre.shifted<E, OFF>(*(const uint4*)(from + k * p.row_bytes), row + k, lane * N);
+                most[k] = abs_max_bits<E>(v[k]);
+            }
+        }
         for (u32 step = lanes / 2; step > 0; step /= 2) {
 #pragma unroll
             for (u32 k = 0; k < UNROLL; k++) most[k] = max(most[k], __shfl_xor_sync(0xffffffffu, most[k], step));
@@ -183,32 +199,50 @@ __device__ __forceinline__ uint4 decode_vector(uint2 codes, float scale) {
     return pack<E>(x);
 }
 
-// The means that a thread needs for the vectors of a column, as long as they are of one head.
-template <u32 E> struct Column {
-    Turned<E> turned;
-    u32 head = ~0u;
+// Whether no element under this scale is so large that a centre could make it too large.
+template <u32 E> __device__ __forceinline__ bool leaves_room(const Centre& centre, float scale) {
+    return fabsf(scale) <= (finite_max<E>() - centre.most) / Code::BOUND;
+}
 
-    // A decoded vector with its centre.
-    __device__ __forceinline__ uint4 centred(const Centre& centre, const uint4& v, float scale, u32 of_head, u32 token, u32 d) {
-        // No element is so large then that the centre could make it too large.
-        if (!centre.turned || !(fabsf(scale) <= (finite_max<E>() - centre.most) / Code::BOUND))
-            return centre.shifted<E, ON>(v, of_head * centre.block_tokens + token, d);
-        if (head != of_head) turned = centre.of<E, ON>(centre.turned + of_head * centre.dim, d), head = of_head;
-        return centre.quick<E>(v, turned, token, d);
+// Decodes vectors of consecutive tokens of a head and puts the centres of the first `tokens` back, but for the set that it gives: those go as
+// they are, and so do the others.
+template <u32 E, typename F>
+__device__ __forceinline__ u32 decode_centred(const Centre& centre, const Turned<E>& turned, u32 token, u32 tokens, u32 d, const uint2* codes, const float* scale, F put) {
+    u32 left = 0;
+    centre.of_kind(d, [&](auto kind) {
+#pragma unroll
+        for (u32 k = 0; k < DECODE_UNROLL; k++) {
+            const uint4 v = decode_vector<E>(codes[k], scale[k]);
+            const bool near = k < tokens && leaves_room<E>(centre, scale[k]);
+            left |= near ? 0 : 1u << k;
+            const uint4 x = centre.quick<E, kind.other>(v, turned, min(token + k, centre.block_tokens - 1), d);
+            put(k, near ? x : v);
+        }
+    });
+    return left;
+}
+
+// Puts centres back on what a thread has stored: of the rows in the set, whose places `place` gives if they are some. Rare, so it is out of
+// the way of the others.
+template <u32 E, typename F> __device__ __forceinline__ void put_centres(const Centre& centre, u32 set, u32 d, F place) {
+#pragma unroll 1
+    for (u32 k = 0; k < DECODE_UNROLL; k++) {
+        u32 row;
+        uint4* const at = set >> k & 1 ? place(k, row) : nullptr;
+        if (at) *at = centre.shifted<E, ON>(*at, row, d);
     }
-};
+}
 
 // Decodes a whole plane back to rows as they were.
 template <u32 E>
 __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
     const Plane p(L, s.to, s.from, plane_of(L));
-    Centre centre(L, plane_of(L), s.index);
+    const Centre centre(L, plane_of(L), s.index);
     const u32 N = Vector<E>::N, per_row = p.dim / N;
     if (!plain && are_vectors(p) && per_row <= blockDim.x) {
-        centre.turn<E>();
         const Columns c(per_row);
         if (!c.active) return;
-        Column<E> column;
+        const bool quick = centre.fits<E>() && L.block_tokens % DECODE_UNROLL == 0;
         for (u32 first = c.first(); first < p.rows; first += c.rows_at_once * DECODE_UNROLL) {
             uint2 codes[DECODE_UNROLL];
             float scale[DECODE_UNROLL];
@@ -218,16 +252,25 @@ __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, 
                 codes[k] = load_codes<E>(p.codes + (u64)row * p.dim + c.column * N);
                 scale[k] = read_scale<E>((const u8*)p.scales + (u64)row * p.scale_bytes);
             }
-#pragma unroll
-            for (u32 k = 0; k < DECODE_UNROLL; k++) {
+            u32 left = 0;
+            const auto put = [&](u32 k, uint4 v) {
                 const u32 row = first + k * c.apart();
-                if (row >= p.rows) continue;
-                uint4 v = decode_vector<E>(codes[k], scale[k]);
-                if (CENTRED && centre.on) {
-                    const u32 head = row / L.block_tokens;
-                    v = column.centred(centre, v, scale[k], head, row - head * L.block_tokens, c.column * N);
-                }
-                __stcs((uint4*)(p.raw + (u64)row * p.row_bytes) + c.column, v);
+                if (row < p.rows) __stcs((uint4*)(p.raw + (u64)row * p.row_bytes) + c.column, v);
+            };
+            if (quick) {
+                const u32 head = min(first, p.rows - 1) / L.block_tokens, token = first - head * L.block_tokens;
+                const Turned<E> turned = centre.of<E, ON>(head, c.column * N);
+                left = decode_centred<E>(centre, turned, token, DECODE_UNROLL, c.column * N, codes, scale, put);
+            } else {
+                left = ~0u;
+#pragma unroll
+                for (u32 k = 0; k < DECODE_UNROLL; k++) put(k, decode_vector<E>(codes[k], scale[k]));
+            }
+            if (centre.on && left) {
+                put_centres<E>(centre, left, c.column * N, [&](u32 k, u32& row) {
+                    row = first + k * c.apart();
+                    return row < p.rows ? (uint4*)(p.raw + (u64)row * p.row_bytes) + c.column : nullptr;
+                });
             }
         }
         return;
@@ -245,14 +288,12 @@ template <u32 E>
 __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
     const u32 plane = plane_of_read(L), N = Vector<E>::N, row_bytes = L.row_bytes[plane];
     const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
-    Centre centre(L, 2 * r.layer + plane, r.index);
+    const Centre centre(L, 2 * r.layer + plane, r.index);
     const u64 output = r.output[plane];
     const u32 rows = r.tokens * L.kv_heads, per_row = p.dim / N;
     if (!plain && are_vectors(p) && (output & 15) == 0 && per_row <= blockDim.x) {
-        centre.turn<E>();
         const Columns c(per_row);
         if (!c.active) return;
-        Column<E> column;
         for (u32 first = c.first() + blockIdx.z * c.rows_at_once * DECODE_UNROLL; first < rows;
              first += gridDim.z * c.rows_at_once * DECODE_UNROLL) {
             uint2 codes[DECODE_UNROLL];
@@ -265,15 +306,25 @@ __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool 
                 codes[k] = load_codes<E>(p.codes + (u64)place.row * p.dim + c.column * N);
                 scale[k] = read_scale<E>((const u8*)p.scales + (u64)place.row * p.scale_bytes);
             }
+            u32 left = ~0u;
+            const auto put = [&](u32 k, uint4 v) {
+                if (first + k * c.apart() < rows) __stcs((uint4*)(output + (u64)to[k] * row_bytes) + c.column, v);
+            };
+            if (centre.fits<E>()) {
+                const Place at(L, r, min(first, rows - 1));
+                const Turned<E> turned = centre.of<E, ON>(at.head, c.column * N);
+                // The next head's rows may begin before the last of these.
+                left = decode_centred<E>(centre, turned, at.token, r.first_token + r.tokens - at.token, c.column * N, codes, scale, put);
+            } else {
 #pragma unroll
-            for (u32 k = 0; k < DECODE_UNROLL; k++) {
-                if (first + k * c.apart() >= rows) continue;
-                uint4 v = decode_vector<E>(codes[k], scale[k]);
-                if (centre.on) {
-                    const Place place(L, r, first + k * c.apart());
-                    v = column.centred(centre, v, scale[k], place.head, place.token, c.column * N);
-                }
-                __stcs((uint4*)(output + (u64)to[k] * row_bytes) + c.column, v);
+                for (u32 k = 0; k < DECODE_UNROLL; k++) put(k, decode_vector<E>(codes[k], scale[k]));
+            }
+            if (centre.on && left) {
+                put_centres<E>(centre, left, c.column * N, [&](u32 k, u32& row) {
+                    const Place place(L, r, min(first + k * c.apart(), rows - 1));
+                    row = place.row;
+                    return first + k * c.apart() < rows ? (uint4*)(output + (u64)place.target * row_bytes) + c.column : nullptr;
+                });
             }
         }
         return;
