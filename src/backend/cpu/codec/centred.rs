@@ -21,7 +21,9 @@ impl<'a> Moves<'a> {
     /// The cosines and the sines of a row.
     #[inline]
     pub(super) fn turns(&self, row: usize) -> [&'a [f32]; 2] {
-        self.turns.map(|of_all| &of_all[row * self.pairs..][..self.pairs])
+        let [cos, sin] = self.turns;
+        let of_row = row * self.pairs..(row + 1) * self.pairs;
+        [&cos[of_row.clone()], &sin[of_row]]
     }
 
     /// What element `i` of a row becomes. What is no number stays so, for the check of the encoder.
@@ -67,6 +69,7 @@ pub(super) fn move_rows(
 }
 
 /// Some elements of a row, which `from` has, or `to` itself.
+#[inline(never)]
 pub(super) fn move_some<const COPY: bool>(
     element: ElementType,
     moves: &Moves,
