@@ -63,6 +63,11 @@ fn move_each<const E: u8, const COPY: bool, const PAIRS: usize>(
     let (rotated, constant) = moves.mean[..dim].split_at(2 * pairs);
     for row in 0..moves.rows {
         let from = if COPY { &src[row * row_bytes..][..row_bytes] } else { src };
+        if COPY {
+            for line in (0..row_bytes).step_by(64) {
+                super::avx512::prefetch(from, moves.rows * row_bytes + line);
+            }
+        }
         let to = &mut dst[row * dst_stride..][..row_bytes];
         let (from_pairs, from_constant) = from.split_at(if COPY { pairs_bytes } else { 0 });
         let (to_pairs, to_constant) = to.split_at_mut(pairs_bytes);

@@ -114,6 +114,8 @@ mod avx2_rotated;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod avx512_centred;
+#[cfg(target_arch = "x86_64")]
 mod avx512_grouped;
 #[cfg(target_arch = "x86_64")]
 mod avx512_rotated;
@@ -330,7 +332,7 @@ impl Kernels {
                 rotated_decode: avx512_rotated::decode,
                 grouped_encode: avx512_grouped::encode,
                 grouped_decode: avx512_grouped::decode,
-                move_rows: avx2_centred::move_rows,
+                move_rows: avx512_centred::move_rows,
             });
         }
         candidates
