@@ -184,7 +184,8 @@ fn large() {
             let plane_scales = of.scales_bytes(PLANE_ROWS);
             let (head_raw, head_codes) = (BLOCK_TOKENS * dim * element.bytes(), BLOCK_TOKENS * row_bytes);
             let head_scales = of.scales_bytes(BLOCK_TOKENS);
-            let (centres, mut less) = (Centres::new(dim), vec![0; head_raw]);
+            let (centres, mut less) = (Centres::new(dim), Buffer::new(head_raw));
+            let less = less.get(head_raw);
 
             let mut times = [const { Vec::new() }; 3];
             for _ in 0..if format == Format::Int8 { TURNS } else { SLOW_TURNS } {
@@ -193,8 +194,8 @@ fn large() {
                     if centred {
                         let outputs = codes.chunks_mut(head_codes).zip(scales.chunks_mut(head_scales));
                         for (src, (codes, scales)) in src.chunks(head_raw).zip(outputs) {
-                            kernels.subtract_centres(element, &centres.of_head(), src, &mut less);
-                            assert!(kernels.encode(of, &less, codes, scales));
+                            kernels.subtract_centres(element, &centres.of_head(), src, less);
+                            assert!(kernels.encode(of, less, codes, scales));
                         }
                         return;
                     }

@@ -183,15 +183,18 @@ impl CpuLane {
                 // A head after the other: what is left of it is encoded while it is in the nearest cache.
                 let tokens = 0..layout.block_tokens;
                 let head_bytes = layout.block_tokens * layout.row_bytes(plane);
-                self.centred.resize(head_bytes, 0);
+                // From the beginning of a cache line on.
+                self.centred.resize(head_bytes + 63, 0);
+                let line = self.centred.as_ptr().align_offset(64);
+                let centred = &mut self.centred[line..][..head_bytes];
                 let codes = codes.chunks_exact_mut(tokens.len() * of.row_bytes());
                 let scales = scales.chunks_exact_mut(of.scales_bytes(tokens.len()));
                 for (head, ((raw, codes), scales)) in
                     raw.chunks_exact(head_bytes).zip(codes).zip(scales).enumerate()
                 {
                     let keys = Keys { layer, head, position, tokens: tokens.clone() };
-                    centres.subtract(self.kernels, &keys, layout.element, raw, &mut self.centred);
-                    finite &= self.kernels.encode(of, &self.centred, codes, scales);
+                    centres.subtract(self.kernels, &keys, layout.element, raw, centred);
+                    finite &= self.kernels.encode(of, centred, codes, scales);
                 }
             }
         }

@@ -12,12 +12,16 @@
 
 use std::arch::x86_64::*;
 
-use super::avx2::{BF16, F16, F32, element_bytes, load_full, load_half, store_full, store_half};
+use super::avx2::{BF16, F16, F32, element_bytes, load_full, load_half, prefetch_l2, store_full, store_half};
 use super::centred::{Moves, move_some};
 use super::{ElementType, RopeLayout};
 
 /// Elements of a vector.
 const STEP: usize = 8;
+
+/// So many bytes before they are read, rows are asked for: halves of rows in turns are no order that the hardware's own prefetches
+/// would follow, and what is written is mostly encoded next, while nothing else asks for the rows behind.
+pub(super) const AHEAD: usize = 16 << 10;
 
 /// See [`centred::move_rows`](super::centred::move_rows).
 #[target_feature(enable = "avx2,fma,f16c")]
@@ -64,9 +68,7 @@ fn move_each<const E: u8, const COPY: bool, const PAIRS: usize>(
     for row in 0..moves.rows {
         let from = if COPY { &src[row * row_bytes..][..row_bytes] } else { src };
         if COPY {
-            for line in (0..row_bytes).step_by(64) {
-                super::avx512::prefetch(from, moves.rows * row_bytes + line);
-            }
+            (0..row_bytes).step_by(64).for_each(|at| prefetch_l2(from, AHEAD + at));
         }
         let to = &mut dst[row * dst_stride..][..row_bytes];
         let (from_pairs, from_constant) = from.split_at(if COPY { pairs_bytes } else { 0 });

@@ -474,6 +474,7 @@ pub(super) fn store_floats(to: &mut [f32; 16], value: __m512) {
 
 /// Asks for the cache line `at` bytes from the beginning of `from`, if there is such a line.
 #[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 pub(super) fn prefetch(from: &[u8], at: usize) {
     #[allow(
         unused_unsafe,

@@ -4,9 +4,9 @@
 
 use std::arch::x86_64::*;
 
-use super::avx2::{BF16, F16, F32, element_bytes, load_full, store_full};
-use super::avx2_centred::element;
-use super::avx512::{self, halves, load_some, load_wide, prefetch, store_some, store_wide};
+use super::avx2::{BF16, F16, F32, element_bytes, load_full, prefetch_l2, store_full};
+use super::avx2_centred::{AHEAD, element};
+use super::avx512::{self, halves, load_some, load_wide, store_some, store_wide};
 use super::centred::{Moves, move_some};
 use super::{ElementType, RopeLayout};
 
@@ -58,8 +58,7 @@ fn move_each<const E: u8, const COPY: bool, const PAIRS: usize>(
     for row in 0..moves.rows {
         let from = if COPY { &src[row * row_bytes..][..row_bytes] } else { src };
         if COPY {
-            // What is written is mostly encoded next, and nothing asks for the rows behind these meanwhile.
-            (0..row_bytes).step_by(64).for_each(|at| prefetch(from, moves.rows * row_bytes + at));
+            (0..row_bytes).step_by(64).for_each(|at| prefetch_l2(from, AHEAD + at));
         }
         let to = &mut dst[row * dst_stride..][..row_bytes];
         let (from_pairs, from_constant) = from.split_at(if COPY { pairs_bytes } else { 0 });
