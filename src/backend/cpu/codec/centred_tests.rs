@@ -65,7 +65,8 @@ impl Case {
         let mut turn = || (100.0 * chance.unit()).sin_cos();
         let block: Vec<[f32; 2]> = (0..pairs).map(|_| turn().into()).collect();
         let (sin, cos) = (0..rows * pairs).map(|_| turn()).unzip();
-        let mean = (0..dim).map(|_| if chance.bits() % 9 == 0 { 0.0 } else { largest * chance.unit() });
+        let mean =
+            (0..dim).map(|_| if chance.bits().is_multiple_of(9) { 0.0 } else { largest * chance.unit() });
         Case { element, rows, mean: mean.collect(), turn: block, row_turns: [cos, sin], layout }
     }
 
