@@ -2,7 +2,7 @@
 //!
 //! `cargo bench --bench codec` runs criterion's groups on one plane of a block (8 heads of 32 tokens, in cache) and
 //! on the row copies of a decode step. It ends with a table: 256 MiB of elements, far beyond the caches, coded in
-//! calls of one plane each as the runtime does, and `memcpy` of as much, measured in turns. Rates count bytes read
+//! calls of one plane each as the runtime does (of one head each where keys are told apart from centres, `+rc`), and `memcpy` of as much, measured in turns. Rates count bytes read
 //! plus bytes written, for all three.
 
 use std::hint::black_box;
@@ -10,10 +10,11 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput};
 use half::{bf16, f16};
-use kv_cache::codec::Kernels;
-use kv_cache::{ElementType, Format, Plane, RowFormat};
+use kv_cache::codec::{Kernels, RowCentres};
+use kv_cache::{ElementType, Format, Plane, RopeLayout, RowFormat};
 
-const PLANE_ROWS: usize = 8 * 32;
+const BLOCK_TOKENS: usize = 32;
+const PLANE_ROWS: usize = 8 * BLOCK_TOKENS;
 const LARGE_BYTES: usize = 256 << 20;
 const TURNS: usize = 15;
 const SLOW_TURNS: usize = 3;
@@ -119,6 +120,32 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
+/// What keys of one head of a block are told apart from.
+struct Centres {
+    mean: Vec<f32>,
+    turn: Vec<[f32; 2]>,
+    row_turns: [Vec<f32>; 2],
+}
+
+impl Centres {
+    fn new(dim: usize) -> Self {
+        let freq = |pair: usize| 10_000f32.powf(-2.0 * pair as f32 / dim as f32);
+        let of_token = |token: usize| (0..dim / 2).map(move |pair| (token as f32 * freq(pair)).sin_cos());
+        let (sin, cos) = (0..BLOCK_TOKENS).flat_map(of_token).unzip();
+        Centres {
+            mean: (0..dim).map(|at| (at % 7) as f32 - 3.0).collect(),
+            turn: of_token(5 * BLOCK_TOKENS).map(|(sin, cos)| [cos, sin]).collect(),
+            row_turns: [cos, sin],
+        }
+    }
+
+    fn of_head(&self) -> RowCentres<'_> {
+        let row_turns = self.row_turns.each_ref().map(|of_all| &of_all[..]);
+        let (mean, turn) = (&self.mean, &self.turn);
+        RowCentres { rows: BLOCK_TOKENS, mean, turn, row_turns, layout: RopeLayout::HalfSplit }
+    }
+}
+
 /// The table of the large buffers: `int8` on every element type, the other formats on f16.
 fn large() {
     let kernels = Kernels::tuned();
@@ -142,34 +169,65 @@ fn large() {
         // Planes differ in formats with scales for groups alone.
         let planes = |format: Format| if format.is_grouped() { &Plane::BOTH[..] } else { &Plane::BOTH[1..] };
         let cases = formats.flat_map(|format| planes(format).iter().map(move |plane| (format, *plane)));
-        for ((format, plane), dim) in cases.flat_map(|case| [64, 128].map(|dim| (case, dim))) {
+        // Of formats whose speeds lie far apart.
+        let centred = |format| matches!(format, Format::Int8 | Format::R4);
+        let cases = cases.flat_map(|(format, plane)| {
+            let both = if centred(format) { &[false, true][..] } else { &[false] };
+            both.iter().map(move |centred| (format, plane, *centred))
+        });
+        for ((format, plane, centred), dim) in cases.flat_map(|case| [64, 128].map(|dim| (case, dim))) {
             let rows = LARGE_BYTES / element.bytes() / dim;
             let of = RowFormat { format, element, plane, dim };
             let row_bytes = of.row_bytes();
             let (codes, scales) = (codes.get(rows * row_bytes), scales.get(of.scales_bytes(rows)));
             let (plane_raw, plane_codes) = (PLANE_ROWS * dim * element.bytes(), PLANE_ROWS * row_bytes);
             let plane_scales = of.scales_bytes(PLANE_ROWS);
+            let (head_raw, head_codes) = (BLOCK_TOKENS * dim * element.bytes(), BLOCK_TOKENS * row_bytes);
+            let head_scales = of.scales_bytes(BLOCK_TOKENS);
+            let (centres, mut less) = (Centres::new(dim), Buffer::new(head_raw));
+            let less = less.get(head_raw);
 
             let mut times = [const { Vec::new() }; 3];
             for _ in 0..if format == Format::Int8 { TURNS } else { SLOW_TURNS } {
                 times[0].push(seconds(|| copy.copy_from_slice(black_box(src))));
                 times[1].push(seconds(|| {
+                    if centred {
+                        let outputs = codes.chunks_mut(head_codes).zip(scales.chunks_mut(head_scales));
+                        for (src, (codes, scales)) in src.chunks(head_raw).zip(outputs) {
+                            kernels.subtract_centres(element, &centres.of_head(), src, less);
+                            assert!(kernels.encode(of, less, codes, scales));
+                        }
+                        return;
+                    }
                     let outputs = codes.chunks_mut(plane_codes).zip(scales.chunks_mut(plane_scales));
                     for (src, (codes, scales)) in src.chunks(plane_raw).zip(outputs) {
                         assert!(kernels.encode(of, src, codes, scales));
                     }
                 }));
                 times[2].push(seconds(|| {
+                    let row = dim * element.bytes();
+                    if centred {
+                        let inputs = codes.chunks(head_codes).zip(scales.chunks(head_scales));
+                        for (dst, (codes, scales)) in dst.chunks_mut(head_raw).zip(inputs) {
+                            kernels.decode(of, 0, codes, scales, dst, row);
+                            kernels.add_centres(element, &centres.of_head(), dst, row);
+                        }
+                        return;
+                    }
                     let inputs = codes.chunks(plane_codes).zip(scales.chunks(plane_scales));
                     for (dst, (codes, scales)) in dst.chunks_mut(plane_raw).zip(inputs) {
-                        kernels.decode(of, 0, codes, scales, dst, dim * element.bytes());
+                        kernels.decode(of, 0, codes, scales, dst, row);
                     }
                 }));
             }
             black_box((&*dst, &*copy));
             let coded = (LARGE_BYTES + codes.len() + scales.len()) as f64 / 1e9;
             let [memcpy, encode, decode] = times;
-            let what = if format.is_grouped() { format!("{format} ({plane:?})") } else { format.to_string() };
+            let what = match format {
+                _ if centred => format!("{format}+rc"),
+                _ if format.is_grouped() => format!("{format} ({plane:?})"),
+                _ => format.to_string(),
+            };
             report(&format!("{what} encode {label} D={dim}"), coded, encode, &memcpy);
             report(&format!("{what} decode {label} D={dim}"), coded, decode, &memcpy);
         }

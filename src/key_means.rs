@@ -11,7 +11,7 @@ use std::path::Path;
 use kv_cache_actors::geometry::{ElementType, Geometry, Rope, RopeLayout};
 use serde::{Deserialize, Serialize};
 
-use crate::backend::cpu::codec::{finite_max, load_row, store_row};
+use crate::backend::cpu::codec::{Kernels, RowCentres};
 use crate::error::BuildError;
 
 /// Mean keys of a model before rotation, `[layers, kv_heads, key_dim]`: a small file, made once from any text by
@@ -171,9 +171,7 @@ pub(crate) fn dims_of(layout: RopeLayout, pairs: usize, pair: usize) -> (usize, 
 /// The means as a device uses them: where the mean key lies at any position of any block.
 ///
 /// The centre of a key is its head's mean, rotated as the key was: by the turn of its block, once for all keys of a head in it, and then by that
-/// of its place in the block. The first turns a pair `(x, y)` into `p = x·cos - y·sin` and `q = x·sin + y·cos`. The second is part of
-/// the sum: a key's first dim `a` becomes `fma(-q, sin, fma(p, cos, a))`, its second `b` becomes `fma(p, sin, fma(q, cos, b))`, with the signs of `p` and `q`
-/// changed to subtract. All of it is f32, each operation rounded, so that every device finds the same numbers.
+/// of its place in the block. The [codec](crate::backend::cpu::codec) has the arithmetic: every device finds the same numbers.
 #[derive(Debug)]
 pub(crate) struct Centres {
     kv_heads: usize,
@@ -244,49 +242,40 @@ impl Centres {
         1.01 * std::f32::consts::SQRT_2 * mean * turn.max(1.0)
     }
 
-    /// The mean of a head after the turn of its block, times `sign`.
-    fn turned(&self, keys: &Keys, sign: f32) -> Vec<f32> {
-        let at = (keys.layer * self.kv_heads + keys.head) * self.key_dim;
-        let mut turned: Vec<f32> = self.means[at..at + self.key_dim].iter().map(|mean| sign * mean).collect();
-        let block = keys.position as usize / self.block_tokens;
-        for (pair, [cos, sin]) in self.block_turns[block * self.pairs..][..self.pairs].iter().enumerate() {
-            let (a, b) = dims_of(self.layout, self.pairs, pair);
-            let (x, y) = (turned[a], turned[b]);
-            (turned[a], turned[b]) = (x * cos - y * sin, x * sin + y * cos);
-        }
-        turned
+    /// Subtracts the centres from rows, one after the other, on their way from `from` to `to`.
+    pub(crate) fn subtract(
+        &self,
+        kernels: Kernels,
+        keys: &Keys,
+        element: ElementType,
+        from: &[u8],
+        to: &mut [u8],
+    ) {
+        kernels.subtract_centres(element, &self.of(keys), from, to);
     }
 
-    /// Subtracts the centres from rows of `element`s that begin `stride` bytes apart.
-    pub(crate) fn subtract(&self, keys: &Keys, element: ElementType, rows: &mut [u8], stride: usize) {
-        self.shift(keys, element, rows, stride, -1.0);
+    /// Adds the centres to rows that begin `stride` bytes apart: the inverse of [`Centres::subtract`], but for rounding.
+    pub(crate) fn add(
+        &self,
+        kernels: Kernels,
+        keys: &Keys,
+        element: ElementType,
+        rows: &mut [u8],
+        stride: usize,
+    ) {
+        kernels.add_centres(element, &self.of(keys), rows, stride);
     }
 
-    /// The inverse of [`Centres::subtract`], but for rounding.
-    pub(crate) fn add(&self, keys: &Keys, element: ElementType, rows: &mut [u8], stride: usize) {
-        self.shift(keys, element, rows, stride, 1.0);
-    }
-
-    fn shift(&self, keys: &Keys, element: ElementType, rows: &mut [u8], stride: usize, sign: f32) {
-        let (turned, mut row) = (self.turned(keys, sign), vec![0.0f32; self.key_dim]);
-        let (row_bytes, max) = (self.key_dim * element.bytes(), finite_max(element));
-        for (at, token) in keys.tokens.clone().enumerate() {
-            let bytes = &mut rows[at * stride..][..row_bytes];
-            load_row(element, bytes, &mut row);
-            let [cos, sin] =
-                self.token_turns.each_ref().map(|of_all| &of_all[token * self.pairs..][..self.pairs]);
-            // What is no number stays so, for the check of the encoder.
-            let kept = |x: f32, shifted: f32| if x.is_finite() { shifted.clamp(-max, max) } else { x };
-            for (pair, (&cos, &sin)) in cos.iter().zip(sin).enumerate() {
-                let (a, b) = dims_of(self.layout, self.pairs, pair);
-                let (p, q) = (turned[a], turned[b]);
-                row[a] = kept(row[a], q.mul_add(-sin, p.mul_add(cos, row[a])));
-                row[b] = kept(row[b], p.mul_add(sin, q.mul_add(cos, row[b])));
-            }
-            for (x, mean) in row.iter_mut().zip(&turned).skip(2 * self.pairs) {
-                *x = kept(*x, *x + mean);
-            }
-            store_row(element, &row, bytes);
+    fn of(&self, keys: &Keys) -> RowCentres<'_> {
+        let mean = (keys.layer * self.kv_heads + keys.head) * self.key_dim;
+        let turn = keys.position as usize / self.block_tokens * self.pairs;
+        let of_tokens = keys.tokens.start * self.pairs..keys.tokens.end * self.pairs;
+        RowCentres {
+            rows: keys.tokens.len(),
+            mean: &self.means[mean..mean + self.key_dim],
+            turn: &self.block_turns[turn..turn + self.pairs],
+            row_turns: self.token_turns.each_ref().map(|of_all| &of_all[of_tokens.clone()]),
+            layout: self.layout,
         }
     }
 }
@@ -372,11 +361,17 @@ mod tests {
                         .flat_map(|token| keys(layer, position + token)[10 * head..10 * (head + 1)].to_vec())
                         .collect();
                     let which = Keys { layer: layer as usize, head, position, tokens: 1..4 };
-                    let mut bytes = bytemuck::cast_slice(&rows).to_vec();
-                    centres.subtract(&which, ElementType::F32, &mut bytes, 40);
+                    let (kernels, mut bytes) = (Kernels::best(), vec![0; size_of_val(&rows[..])]);
+                    centres.subtract(
+                        kernels,
+                        &which,
+                        ElementType::F32,
+                        bytemuck::cast_slice(&rows),
+                        &mut bytes,
+                    );
                     let left: Vec<f32> = bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect();
                     assert!(left.iter().all(|x| x.abs() < 1e-3), "{position}: {left:?}");
-                    centres.add(&which, ElementType::F32, &mut bytes, 40);
+                    centres.add(kernels, &which, ElementType::F32, &mut bytes, 40);
                     for (got, x) in bytes.chunks_exact(4).zip(&rows) {
                         let got: f32 = bytemuck::pod_read_unaligned(got);
                         assert!((got - x).abs() < 1e-5 * x.abs().max(1.0), "{got} {x}");
@@ -393,9 +388,9 @@ mod tests {
         builder.add(0, 0, &[-60000.0, 1.0, 1.0, 1.0]);
         let centres = Centres::new(&builder.finish(), &geometry, 100).unwrap();
         let row = [60000.0, f32::NAN, f32::INFINITY, 1.0].map(half::f16::from_f32);
-        let mut bytes = bytemuck::cast_slice(&row).to_vec();
+        let mut bytes = [0; 8];
         let keys = Keys { layer: 0, head: 0, position: 64, tokens: 3..4 };
-        centres.subtract(&keys, ElementType::F16, &mut bytes, 8);
+        centres.subtract(Kernels::best(), &keys, ElementType::F16, bytemuck::cast_slice(&row), &mut bytes);
         let row: Vec<half::f16> = bytes.chunks_exact(2).map(bytemuck::pod_read_unaligned).collect();
         assert_eq!(row[0], half::f16::MAX);
         assert!(row[1].is_nan());

@@ -20,7 +20,7 @@ mod view;
 
 /// The arithmetic of the CPU device, usable by itself.
 pub mod codec {
-    pub use crate::backend::cpu::codec::Kernels;
+    pub use crate::backend::cpu::codec::{Kernels, RowCentres};
 }
 
 /// What only a CUDA device has: tensors that are on it already, points on its streams, and block tables for kernels.

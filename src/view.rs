@@ -387,7 +387,7 @@ impl<'a> BlockView<'a> {
         if let (Some(centres), Plane::Key) = (&self.pinned.centres, plane) {
             let tokens = self.piece.inside.clone();
             let position = self.piece.first_token - tokens.start as u32;
-            centres.add(&Keys { layer: self.layer, head, position, tokens }, T::TYPE, out, row);
+            centres.add(*KERNELS, &Keys { layer: self.layer, head, position, tokens }, T::TYPE, out, row);
         }
         Ok(())
     }

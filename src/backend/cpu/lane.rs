@@ -36,6 +36,7 @@ impl Backend for CpuBackend {
             kernels: self.kernels,
             centres: self.centres.clone(),
             layout: *block,
+            centred: Vec::new(),
             done: Vec::new(),
         };
         Ok(Lanes { compute: lane(), upload: lane(), download: lane() })
@@ -48,6 +49,8 @@ pub(crate) struct CpuLane {
     kernels: Kernels,
     centres: Option<Arc<Centres>>,
     layout: BlockLayout,
+    /// Keys of a head that are being sealed, less their centres.
+    centred: Vec<u8>,
     done: Vec<Launch>,
 }
 
@@ -149,7 +152,7 @@ impl CpuLane {
     }
 
     /// Encodes a whole block; true if all is finite.
-    fn seal(&self, format: BlockFormat, position: u32, from: usize, to: usize) -> bool {
+    fn seal(&mut self, format: BlockFormat, position: u32, from: usize, to: usize) -> bool {
         let layout = &self.layout;
         let sealed = FormatLayout::new(format, layout);
         let all = 0..layout.rows_per_plane();
@@ -173,21 +176,26 @@ impl CpuLane {
                     finite &= self.kernels.copy_rows(of.element, raw, row, codes, row, row, all.len());
                     continue;
                 }
-                let mut centred = Vec::new();
-                let rows = match (&self.centres, plane) {
-                    (Some(centres), Plane::Key) => {
-                        centred.extend_from_slice(raw);
-                        let row = layout.row_bytes(plane);
-                        let head_bytes = layout.block_tokens * row;
-                        for (head, rows) in centred.chunks_exact_mut(head_bytes).enumerate() {
-                            let keys = Keys { layer, head, position, tokens: 0..layout.block_tokens };
-                            centres.subtract(&keys, layout.element, rows, row);
-                        }
-                        &centred
-                    }
-                    _ => raw,
+                let (Some(centres), Plane::Key) = (&self.centres, plane) else {
+                    finite &= self.kernels.encode(of, raw, codes, scales);
+                    continue;
                 };
-                finite &= self.kernels.encode(of, rows, codes, scales);
+                // A head after the other: what is left of it is encoded while it is in the nearest cache.
+                let tokens = 0..layout.block_tokens;
+                let head_bytes = layout.block_tokens * layout.row_bytes(plane);
+                // From the beginning of a cache line on.
+                self.centred.resize(head_bytes + 63, 0);
+                let line = self.centred.as_ptr().align_offset(64);
+                let centred = &mut self.centred[line..][..head_bytes];
+                let codes = codes.chunks_exact_mut(tokens.len() * of.row_bytes());
+                let scales = scales.chunks_exact_mut(of.scales_bytes(tokens.len()));
+                for (head, ((raw, codes), scales)) in
+                    raw.chunks_exact(head_bytes).zip(codes).zip(scales).enumerate()
+                {
+                    let keys = Keys { layer, head, position, tokens: tokens.clone() };
+                    centres.subtract(self.kernels, &keys, layout.element, raw, centred);
+                    finite &= self.kernels.encode(of, centred, codes, scales);
+                }
             }
         }
         finite
@@ -304,7 +312,7 @@ impl CpuLane {
             _ => {
                 self.kernels.decode(of, rows.start % of.scale_rows(), codes, scales, target, stride);
                 if let (Some(centres), Plane::Key) = (&self.centres, plane) {
-                    centres.add(which, element, target, stride);
+                    centres.add(self.kernels, which, element, target, stride);
                 }
             }
         }

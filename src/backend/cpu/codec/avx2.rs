@@ -506,3 +506,17 @@ pub(super) fn store_full(to: &mut [u8], i: usize, value: __m256i) {
     // SAFETY: invariant 2: the slice has room for 32 bytes.
     unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), value) }
 }
+
+/// Asks for the cache line `at` bytes from the beginning of `from`, as far as the second nearest cache, if there is such a line.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn prefetch_l2(from: &[u8], at: usize) {
+    #[allow(
+        unused_unsafe,
+        reason = "some compilers of the range that is supported have it as an unsafe function"
+    )]
+    // SAFETY: a prefetch is allowed at every address.
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T1>(from.as_ptr().wrapping_add(at).cast())
+    }
+}

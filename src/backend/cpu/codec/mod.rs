@@ -74,6 +74,16 @@
 //! The error of a value is at most `s / 2`, plus the rounding to the element type, plus `n` times what rounding took from the step.
 //! A group with a NaN or an infinity gets zeros and the floor step.
 //!
+//! # Centres
+//!
+//! Rows may be stored as what they differ from their centres by. All rows of a head have the same centre but for two turns, which
+//! turn pairs `(x, y)` of elements: one that all rows have in common, and one of each row.
+//!
+//! - The first makes of the mean's pairs `p = x·cos - y·sin` and `q = x·sin + y·cos`, each operation rounded.
+//! - The second is part of the sum: a row's first element `a` of a pair becomes `fma(-q, sin, fma(p, cos, a))`, its second `b` becomes
+//!   `fma(p, sin, fma(q, cos, b))`; elements in no pair have the mean added. To subtract, the mean's signs are changed at the beginning.
+//! - The sum is limited to the finite range of the element type and rounded to it. What is not finite stays as it is.
+//!
 //! # Stores
 //!
 //! All stores are ordinary ones. Non-temporal stores were measured: on buffers far beyond the caches they change
@@ -87,6 +97,7 @@
 //! 2. Vector loads and stores go through the few helpers at the end of each instruction set's file. These take
 //!    bounds-checked slices or arrays and use the unaligned forms.
 
+mod centred;
 mod fp8;
 mod grouped;
 mod rotated;
@@ -95,15 +106,22 @@ mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx2_centred;
+#[cfg(target_arch = "x86_64")]
 mod avx2_grouped;
 #[cfg(target_arch = "x86_64")]
 mod avx2_rotated;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
+mod avx512_centred;
+#[cfg(target_arch = "x86_64")]
 mod avx512_grouped;
 #[cfg(target_arch = "x86_64")]
 mod avx512_rotated;
+
+#[cfg(test)]
+mod centred_tests;
 
 #[cfg(test)]
 mod format_tests;
@@ -119,7 +137,9 @@ use std::time::{Duration, Instant};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use kv_cache_actors::format::{Format, RowFormat};
-use kv_cache_actors::geometry::{ElementType, Plane};
+use kv_cache_actors::geometry::{ElementType, Plane, RopeLayout};
+
+use centred::Moves;
 
 /// The least scale of f16 rows, 2^-24: the smallest positive f16.
 const SCALE_FLOOR_F16: f16 = f16::from_bits(1);
@@ -189,6 +209,47 @@ type GroupedEncode = unsafe fn(RowFormat, &[u8], &mut [u8], &mut [u8]) -> bool;
 /// `(rows, skip, codes, scales, dst, dst_stride)`
 type GroupedDecode = unsafe fn(RowFormat, usize, &[u8], &[u8], &mut [u8], usize);
 
+/// `(element, moves, src, dst, dst_stride)`
+type MoveRows = unsafe fn(ElementType, &Moves, Option<&[u8]>, &mut [u8], usize);
+
+/// What rows of one head are told apart from: a mean, turned as the rows were.
+///
+/// [`Kernels::subtract_centres`] and [`Kernels::add_centres`] say what becomes of rows.
+#[derive(Clone, Copy, Debug)]
+pub struct RowCentres<'a> {
+    /// How many rows there are.
+    pub rows: usize,
+    /// `[dim]`: the mean before any turn. Finite numbers.
+    pub mean: &'a [f32],
+    /// `[pairs]`: cosine and sine of the turn that all rows have in common. The dims behind those of the pairs do not turn.
+    pub turn: &'a [[f32; 2]],
+    /// `[rows, pairs]`: the cosines and the sines of the turns that rows have of their own.
+    pub row_turns: [&'a [f32]; 2],
+    /// Which elements are a pair.
+    pub layout: RopeLayout,
+}
+
+impl RowCentres<'_> {
+    /// The mean, times `sign`, behind the turn that all rows have in common.
+    fn turned(&self, sign: f32, turned: &mut [f32]) {
+        turned.iter_mut().zip(self.mean).for_each(|(turned, mean)| *turned = sign * mean);
+        let turn = |x: &mut f32, y: &mut f32, [cos, sin]: [f32; 2]| {
+            (*x, *y) = (*x * cos - *y * sin, *x * sin + *y * cos);
+        };
+        let rotated = &mut turned[..2 * self.turn.len()];
+        match self.layout {
+            RopeLayout::HalfSplit => {
+                let (x, y) = rotated.split_at_mut(self.turn.len());
+                x.iter_mut().zip(y).zip(self.turn).for_each(|((x, y), by)| turn(x, y, *by));
+            }
+            RopeLayout::Interleaved => {
+                let (pairs, _) = rotated.as_chunks_mut();
+                pairs.iter_mut().zip(self.turn).for_each(|([x, y], by)| turn(x, y, *by));
+            }
+        }
+    }
+}
+
 /// A set of kernels for one instruction set. All sets yield identical bytes.
 ///
 /// ```
@@ -215,6 +276,7 @@ pub struct Kernels {
     rotated_decode: RotatedDecode,
     grouped_encode: GroupedEncode,
     grouped_decode: GroupedDecode,
+    move_rows: MoveRows,
 }
 
 impl Kernels {
@@ -231,6 +293,7 @@ impl Kernels {
             rotated_decode: rotated::decode,
             grouped_encode: grouped::encode,
             grouped_decode: grouped::decode,
+            move_rows: centred::move_rows,
         }
     }
 
@@ -252,6 +315,7 @@ impl Kernels {
                 rotated_decode: avx2_rotated::decode,
                 grouped_encode: avx2_grouped::encode,
                 grouped_decode: avx2_grouped::decode,
+                move_rows: avx2_centred::move_rows,
             });
         }
         #[cfg(target_arch = "x86_64")]
@@ -268,6 +332,7 @@ impl Kernels {
                 rotated_decode: avx512_rotated::decode,
                 grouped_encode: avx512_grouped::encode,
                 grouped_decode: avx512_grouped::decode,
+                move_rows: avx512_centred::move_rows,
             });
         }
         candidates
@@ -384,6 +449,59 @@ impl Kernels {
                 (self.rotated_decode)(bits, element, dim, codes, scales, dst, dst_stride)
             },
         }
+    }
+
+    /// Writes to `dst` what the rows of `src`, as many as there are centres, differ from these by; both are `[rows, dim]` elements.
+    ///
+    /// What is not finite stays as it is; all else stays finite.
+    ///
+    /// # Panics
+    /// If the lengths of the slices do not agree.
+    pub fn subtract_centres(&self, element: ElementType, centres: &RowCentres, src: &[u8], dst: &mut [u8]) {
+        let row_bytes = centres.mean.len().saturating_mul(element.bytes());
+        assert!(centres.rows.checked_mul(row_bytes) == Some(src.len()), "src is not [rows, dim]");
+        self.move_rows(element, centres, -1.0, Some(src), dst, row_bytes);
+    }
+
+    /// Adds the centres to rows that begin `stride` bytes apart: the inverse of [`subtract_centres`](Self::subtract_centres), but
+    /// for rounding. What lies between the rows is left alone.
+    ///
+    /// # Panics
+    /// If the lengths of the slices do not agree, or if the rows lie outside `dst` or overlap.
+    pub fn add_centres(&self, element: ElementType, centres: &RowCentres, rows: &mut [u8], stride: usize) {
+        self.move_rows(element, centres, 1.0, None, rows, stride);
+    }
+
+    fn move_rows(
+        &self,
+        element: ElementType,
+        centres: &RowCentres,
+        sign: f32,
+        src: Option<&[u8]>,
+        dst: &mut [u8],
+        dst_stride: usize,
+    ) {
+        let RowCentres { rows, mean, turn, row_turns, layout } = *centres;
+        let (dim, pairs) = (mean.len(), turn.len());
+        let row_bytes = dim.saturating_mul(element.bytes());
+        assert!(pairs <= dim / 2, "more pairs than elements");
+        let turns = rows.checked_mul(pairs);
+        assert!(row_turns.iter().all(|of| Some(of.len()) == turns), "the turns are not [rows, pairs]");
+        assert!(holds_rows(dst.len(), dst_stride, row_bytes, rows), "a row lies outside dst");
+        assert!(rows < 2 || dst_stride >= row_bytes, "rows of dst overlap");
+        // Heads have mostly room on the stack.
+        let (mut few, mut many) = ([0.0; 256], Vec::new());
+        let turned = match few.get_mut(..dim) {
+            Some(few) => few,
+            None => {
+                many.resize(dim, 0.0);
+                &mut many[..]
+            }
+        };
+        centres.turned(sign, turned);
+        let moves = Moves { rows, mean: turned, pairs, layout, turns: row_turns };
+        // SAFETY: invariant 1.
+        unsafe { (self.move_rows)(element, &moves, src, dst, dst_stride) }
     }
 
     /// The shortest of a few times that round trips of 32 f16 rows take in the formats whose kernels differ most, within a fifth of a

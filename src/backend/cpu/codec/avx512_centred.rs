@@ -1,0 +1,221 @@
+//! Centres of rows with AVX-512: 16 elements a step, and as many of their fellows where these lie apart; the last step may have fewer.
+//!
+//! The [AVX2 kernels](super::avx2_centred) say why the bytes are those of the definition.
+
+use std::arch::x86_64::*;
+
+use super::avx2::{BF16, F16, F32, element_bytes, load_full, prefetch_l2, store_full};
+use super::avx2_centred::{AHEAD, element};
+use super::avx512::{self, halves, load_some, load_wide, store_some, store_wide};
+use super::centred::{Moves, move_some};
+use super::{ElementType, RopeLayout};
+
+/// Elements of a vector.
+const STEP: usize = 16;
+
+/// See [`centred::move_rows`](super::centred::move_rows).
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+pub(super) fn move_rows(
+    element: ElementType,
+    moves: &Moves,
+    src: Option<&[u8]>,
+    dst: &mut [u8],
+    dst_stride: usize,
+) {
+    match element {
+        ElementType::F16 => move_all::<F16>(moves, src, dst, dst_stride),
+        ElementType::Bf16 => move_all::<BF16>(moves, src, dst, dst_stride),
+        ElementType::F32 => move_all::<F32>(moves, src, dst, dst_stride),
+    }
+}
+
+/// The common head dims, if all of their elements turn, have loops of known length.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn move_all<const E: u8>(moves: &Moves, src: Option<&[u8]>, dst: &mut [u8], dst_stride: usize) {
+    let pairs = if moves.mean.len() == 2 * moves.pairs { moves.pairs } else { 0 };
+    match (src, pairs) {
+        (Some(src), 32) => move_each::<E, true, 32>(moves, src, dst, dst_stride),
+        (Some(src), 64) => move_each::<E, true, 64>(moves, src, dst, dst_stride),
+        (Some(src), _) => move_each::<E, true, 0>(moves, src, dst, dst_stride),
+        (None, 32) => move_each::<E, false, 32>(moves, &[], dst, dst_stride),
+        (None, 64) => move_each::<E, false, 64>(moves, &[], dst, dst_stride),
+        (None, _) => move_each::<E, false, 0>(moves, &[], dst, dst_stride),
+    }
+}
+
+/// Moves rows, from `src` to `dst` or where they are. `PAIRS` are all that there is, or it is 0 for any.
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn move_each<const E: u8, const COPY: bool, const PAIRS: usize>(
+    moves: &Moves,
+    src: &[u8],
+    dst: &mut [u8],
+    dst_stride: usize,
+) {
+    let (dim, pairs) = if PAIRS == 0 { (moves.mean.len(), moves.pairs) } else { (2 * PAIRS, PAIRS) };
+    let (row_bytes, pairs_bytes) = (dim * element_bytes(E), 2 * pairs * element_bytes(E));
+    let (rotated, constant) = moves.mean[..dim].split_at(2 * pairs);
+    for row in 0..moves.rows {
+        let from = if COPY { &src[row * row_bytes..][..row_bytes] } else { src };
+        if COPY {
+            (0..row_bytes).step_by(64).for_each(|at| prefetch_l2(from, AHEAD + at));
+        }
+        let to = &mut dst[row * dst_stride..][..row_bytes];
+        let (from_pairs, from_constant) = from.split_at(if COPY { pairs_bytes } else { 0 });
+        let (to_pairs, to_constant) = to.split_at_mut(pairs_bytes);
+        let [cos, sin] = moves.turns(row);
+        let turns = [&cos[..pairs], &sin[..pairs]];
+        let by_definition = |some, to: &mut [u8]| move_some::<COPY>(element(E), moves, row, some, from, to);
+        if moves.layout == RopeLayout::HalfSplit {
+            let done = halves_apart::<E, COPY, PAIRS>(rotated, turns, from_pairs, to_pairs);
+            if done < pairs {
+                by_definition(done..pairs, to_pairs);
+                by_definition(pairs + done..2 * pairs, to_pairs);
+            }
+        } else {
+            let done = neighbours::<E, COPY, PAIRS>(rotated, turns, from_pairs, to_pairs);
+            if done < 2 * pairs {
+                by_definition(done..2 * pairs, to_pairs);
+            }
+        }
+        let done = unturned::<E, COPY>(constant, from_constant, to_constant);
+        if done < constant.len() {
+            by_definition(2 * pairs + done..dim, to);
+        }
+    }
+}
+
+/// Moves pairs whose halves lie apart, and returns how many: what is left is for the definition.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn halves_apart<const E: u8, const COPY: bool, const PAIRS: usize>(
+    mean: &[f32],
+    [cos, sin]: [&[f32]; 2],
+    from: &[u8],
+    to: &mut [u8],
+) -> usize {
+    let pairs = if PAIRS == 0 { cos.len() } else { PAIRS };
+    let (p, q) = mean.split_at(pairs);
+    let bytes = pairs * element_bytes(E);
+    let (x_to, y_to) = to.split_at_mut(bytes);
+    let (x_from, y_from) = from.split_at(if COPY { bytes } else { 0 });
+    let mut at = 0;
+    while at < pairs {
+        let x = elements::<E>(if COPY { x_from } else { x_to }, at);
+        let y = elements::<E>(if COPY { y_from } else { y_to }, at);
+        let (p, q, cos, sin) = (floats(p, at), floats(q, at), floats(cos, at), floats(sin, at));
+        let x = rounded::<E>(_mm512_fnmadd_ps(q, sin, _mm512_fmadd_ps(p, cos, x)));
+        let y = rounded::<E>(_mm512_fmadd_ps(p, sin, _mm512_fmadd_ps(q, cos, y)));
+        if !all_finite::<E>(x, y) {
+            return at;
+        }
+        put::<E>(x_to, at, x);
+        put::<E>(y_to, at, y);
+        at += STEP;
+    }
+    pairs
+}
+
+/// [`halves_apart`], for pairs of neighbours: returns how many elements it has moved.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn neighbours<const E: u8, const COPY: bool, const PAIRS: usize>(
+    mean: &[f32],
+    [cos, sin]: [&[f32]; 2],
+    from: &[u8],
+    to: &mut [u8],
+) -> usize {
+    // Each element has the numbers of its pair, and the first of a pair the sine's negative.
+    let twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    let negative = _mm512_castsi512_ps(_mm512_set1_epi64(0x8000_0000));
+    let count = if PAIRS == 0 { mean.len() } else { 2 * PAIRS };
+    let mut at = 0;
+    while at < count {
+        let x = elements::<E>(if COPY { from } else { to }, at);
+        let cos = _mm512_permutexvar_ps(twice, floats(cos, at / 2));
+        let sin = _mm512_permutexvar_ps(twice, floats(sin, at / 2));
+        let mean = floats(mean, at);
+        let fellows = _mm512_permute_ps::<0b10_11_00_01>(mean);
+        let x = _mm512_fmadd_ps(mean, cos, x);
+        let x = rounded::<E>(_mm512_fmadd_ps(fellows, _mm512_xor_ps(sin, negative), x));
+        if !all_finite::<E>(x, x) {
+            return at;
+        }
+        put::<E>(to, at, x);
+        at += STEP;
+    }
+    count
+}
+
+/// [`halves_apart`], for elements that do not turn.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn unturned<const E: u8, const COPY: bool>(mean: &[f32], from: &[u8], to: &mut [u8]) -> usize {
+    let mut at = 0;
+    while at < mean.len() {
+        let x = elements::<E>(if COPY { from } else { to }, at);
+        let x = rounded::<E>(_mm512_add_ps(x, floats(mean, at)));
+        if !all_finite::<E>(x, x) {
+            return at;
+        }
+        put::<E>(to, at, x);
+        at += STEP;
+    }
+    mean.len()
+}
+
+/// The floats from number `at` on, and zeros where there are no more.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn floats(from: &[f32], at: usize) -> __m512 {
+    let from: &[u8] = bytemuck::cast_slice(&from[at..]);
+    _mm512_castsi512_ps(if from.len() >= 64 { load_wide(from, 0) } else { load_some(from) })
+}
+
+/// The elements from number `at` on, and zeros where there are no more.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn elements<const E: u8>(from: &[u8], at: usize) -> __m512 {
+    let from = &from[at * element_bytes(E)..];
+    let whole = from.len() >= STEP * element_bytes(E);
+    match E {
+        F32 => _mm512_castsi512_ps(if whole { load_wide(from, 0) } else { load_some(from) }),
+        _ if whole => avx512::floats::<E>(load_full(from, 0)),
+        _ => avx512::floats::<E>(_mm512_castsi512_si256(load_some(from))),
+    }
+}
+
+/// Rounded to elements, which are the lower half if they have 16 bits.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn rounded<const E: u8>(x: __m512) -> __m512i {
+    if E == F32 { _mm512_castps_si512(x) } else { _mm512_castsi256_si512(halves::<E>(x)) }
+}
+
+/// Writes elements from number `at` on, as many as there is room for.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn put<const E: u8>(to: &mut [u8], at: usize, x: __m512i) {
+    let to = &mut to[at * element_bytes(E)..];
+    if to.len() < STEP * element_bytes(E) {
+        store_some(to, x);
+    } else if E == F32 {
+        store_wide(to, 0, x);
+    } else {
+        store_full(to, 0, _mm512_castsi512_si256(x));
+    }
+}
+
+/// Whether no element of two vectors is beyond the largest.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn all_finite<const E: u8>(x: __m512i, y: __m512i) -> bool {
+    if E == F32 {
+        let twice = _mm512_max_epu32(_mm512_add_epi32(x, x), _mm512_add_epi32(y, y));
+        return _mm512_cmpge_epu32_mask(twice, _mm512_set1_epi32(0xFF00_0000_u32.cast_signed())) == 0;
+    }
+    let (x, y) = (_mm512_castsi512_si256(x), _mm512_castsi512_si256(y));
+    let twice = _mm256_max_epu16(_mm256_add_epi16(x, x), _mm256_add_epi16(y, y));
+    let infinity = if E == F16 { 0xF800_u16 } else { 0xFF00 };
+    _mm256_cmpge_epu16_mask(twice, _mm256_set1_epi16(infinity.cast_signed())) == 0
+}
