@@ -12,7 +12,7 @@ use crate::device::OnDevice;
 
 /// `(block_tokens, layers, kv_heads, key_dim, value_dim)`: every width that a kernel treats on its own, also with rows that no warp or
 /// thread block comes out even with, and odd ones.
-const SHAPES: [(u32, u32, u32, u32, u32); 16] = [
+const SHAPES: [(u32, u32, u32, u32, u32); 18] = [
     (32, 2, 2, 16, 16),
     (32, 2, 2, 64, 80),
     (32, 1, 2, 128, 128),
@@ -29,6 +29,8 @@ const SHAPES: [(u32, u32, u32, u32, u32); 16] = [
     (7, 1, 5, 128, 64),
     (1, 1, 1, 64, 128),
     (32, 5, 3, 64, 64),
+    (32, 1, 33, 128, 16),
+    (32, 1, 2, 128, 128),
 ];
 
 /// One more or less than the bits of `x`: its neighbours, if it is not zero.
@@ -131,20 +133,29 @@ async fn rig<E: Number>(
     Some(Rig::new(&combo, builder).await)
 }
 
-/// Mean keys of a kind, and how keys of the geometry rotate.
+/// Mean keys of a kind, some of which are zero, and how keys of the geometry rotate: in some shapes only half of their dims.
 fn some_means(geometry: &mut Geometry, seed: u64) -> tempfile::NamedTempFile {
     let group = &mut geometry.groups[0];
-    let rotary_dims = group.key_dim / 2 * 2;
+    let (shape, kind) = (seed / 100, seed / 10);
+    let (rotary_dims, attention_scale) = match shape % 8 {
+        7 => (group.key_dim / 4 * 2, 1.25),
+        _ => (group.key_dim / 2 * 2, 1.0),
+    };
     group.rope = Some(Rope {
         inv_freq: (0..rotary_dims / 2).map(|i| 100f32.powf(-(i as f32) / rotary_dims as f32)).collect(),
         rotary_dims,
-        layout: if seed.is_multiple_of(20) { RopeLayout::HalfSplit } else { RopeLayout::Interleaved },
-        attention_scale: 1.0,
+        layout: if (shape + kind).is_multiple_of(2) {
+            RopeLayout::HalfSplit
+        } else {
+            RopeLayout::Interleaved
+        },
+        attention_scale,
     });
     let (layers, count) = (group.layers, group.kv_heads * group.key_dim);
     let mut means = KeyMeansBuilder::new(geometry).unwrap();
     for layer in 0..layers {
-        let keys: Vec<f32> = (0..count).map(|at| ((at * 7 + layer) % 31) as f32 - 12.0).collect();
+        let mean = |at| if at % 16 < 4 { 0.0 } else { ((at * 7 + layer) % 31) as f32 - 12.0 };
+        let keys: Vec<f32> = (0..count).map(mean).collect();
         means.add(layer, 3, &keys);
     }
     let file = tempfile::NamedTempFile::new().unwrap();

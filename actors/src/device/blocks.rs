@@ -548,9 +548,9 @@ impl BlockStore {
         self.sealing > 0
     }
 
-    /// Whether raw slots come of blocks that are being sealed, or may come of some that wait for it.
-    pub(super) fn seals_make_room(&self) -> bool {
-        (self.is_sealing() || !self.to_seal.is_empty()) && !self.seals_fail
+    /// Blocks that are being sealed, or wait for it, at most: a raw slot comes of each. None while the device does not carry seals out.
+    pub(super) fn blocks_to_seal(&self) -> usize {
+        if self.seals_fail { 0 } else { self.sealing + self.to_seal.len() }
     }
 
     /// The next full block with a slot to seal it into.

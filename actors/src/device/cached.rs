@@ -381,6 +381,23 @@ impl BlockStore {
             || self.raw_available(to_be_vacant) >= to_be_vacant && self.beyond_quota(owner, wanted).is_none()
     }
 
+    /// Bytes of slots that may be free once all has gone that may: of what sequences hold a part becomes free, at most all of it.
+    fn freeable_bytes(&self) -> u64 {
+        match self.may_make_room() {
+            true => self.ledger.cached_bytes().max(self.pool.sealed_bytes()),
+            false => self.ledger.cached_bytes(),
+        }
+    }
+
+    /// Whether an owner who lacks so many raw slots may have them once full blocks have been sealed that wait for it, or are about to be.
+    pub(super) fn seals_may_suffice(&mut self, owner: u32, wanted: usize) -> bool {
+        let from_seals = self.blocks_to_seal();
+        let to_be_vacant = self.with_promises(owner, wanted);
+        from_seals > 0
+            && self.beyond_quota(owner, wanted).is_none()
+            && to_be_vacant <= self.pool.raw_available_without(self.freeable_bytes()) + from_seals
+    }
+
     /// Sees to it that an owner can have `wanted` raw slots, at the cost of what nobody holds.
     ///
     /// For his quota his own blocks are re-encoded, and then go.
@@ -401,15 +418,10 @@ impl BlockStore {
             return if fits && self.ledger.flights_of(owner) > 0 { Room::Soon } else { Room::Never };
         }
         let to_be_vacant = self.with_promises(owner, wanted);
-        // Of what sequences hold a part becomes free, at most all of it.
-        let freeable = match self.may_make_room() {
-            true => self.ledger.cached_bytes().max(self.pool.sealed_bytes()),
-            false => self.ledger.cached_bytes(),
-        };
         let nothing_goes = self.evictor.unheld() == 0
             && !self.may_make_room()
             && !self.pool.draining_class().is_some_and(SizeClass::is_sealed);
-        if nothing_goes || to_be_vacant > self.pool.raw_available_without(freeable) {
+        if nothing_goes || to_be_vacant > self.pool.raw_available_without(self.freeable_bytes()) {
             return Room::Never;
         }
         while self.beyond_quota(owner, wanted).is_some() {

@@ -249,7 +249,7 @@ pub struct DeviceCore {
     /// The first operation not looked at yet of each submission that has some, in submission order.
     ready: VecDeque<OpRef>,
     /// What waits for blocks to have moved, in order: writes to blocks that are on their way to other slots, and whatever needs raw slots
-    /// that moves will make. The sequences are busy with it.
+    /// that moves or seals will make. The sequences are busy with it.
     pub(super) waiting_for_moves: Vec<OpRef>,
     /// Memory of [`DeviceCore::land_rows`].
     resumed: Vec<u32>,
@@ -882,7 +882,10 @@ impl DeviceCore {
     /// Sees to it that an owner can have `wanted` raw slots. With [`Room::Soon`], `op` is looked at again when something has landed.
     pub(super) fn make_room(&mut self, op: OpRef, owner: u32, wanted: usize) -> Room {
         loop {
-            if !self.blocks.has_room(owner, wanted) && self.seal_for_room() {
+            if self.blocks.has_room(owner, wanted) {
+                return Room::Now;
+            }
+            if self.blocks.seals_may_suffice(owner, wanted) && self.seal_for_room() {
                 self.waiting_for_moves.push(op);
                 return Room::Soon;
             }
@@ -904,9 +907,6 @@ impl DeviceCore {
 
     /// Seals what waits for it. True if raw slots will come of what is under way.
     fn seal_for_room(&mut self) -> bool {
-        if !self.blocks.seals_make_room() {
-            return false;
-        }
         if self.blocks.wants_to_seal() {
             self.seal_some();
         }

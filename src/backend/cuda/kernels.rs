@@ -212,10 +212,11 @@ impl Kernels {
         let mut modules = Vec::new();
         for &format in formats.into().formats() {
             let keys = module(format.keys, centres.is_some())?;
-            let values = match format.values == format.keys && !(centres.is_some() && format.keys.is_rotated()) {
-                true => keys.clone(),
-                false => module(format.values, false)?,
-            };
+            let values =
+                match format.values == format.keys && !(centres.is_some() && format.keys.is_rotated()) {
+                    true => keys.clone(),
+                    false => module(format.values, false)?,
+                };
             modules.push((format, [keys, values]));
         }
         let tables = centres.map(|centres| Tables::upload(gpu, centres)).transpose()?;
@@ -268,7 +269,8 @@ impl Kernels {
                 // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise. Centres want a cache for their
                 // tables beside it, where they are not in shared memory too.
                 if rotated {
-                    let has_tables_in_cache = tables.is_some() && planes.contains(&Plane::Key) && name != "seal";
+                    let has_tables_in_cache =
+                        tables.is_some() && planes.contains(&Plane::Key) && name != "seal";
                     function.prefer_shared_memory(if has_tables_in_cache { 50 } else { 100 })?;
                 }
                 Ok::<_, DriverError>(function)

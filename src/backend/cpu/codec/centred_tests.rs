@@ -96,9 +96,9 @@ impl Case {
                     RopeLayout::HalfSplit => (pair, pairs + pair),
                     RopeLayout::Interleaved => (2 * pair, 2 * pair + 1),
                 };
-                let [x_mean, y_mean] = [first, second].map(|at| sign * self.mean[at]);
+                let [x_mean, y_mean] = [first, second].map(|at| self.mean[at]);
                 let [cos, sin] = self.turn[pair];
-                let (p, q) = (x_mean * cos - y_mean * sin, x_mean * sin + y_mean * cos);
+                let (p, q) = (sign * (x_mean * cos - y_mean * sin), sign * (x_mean * sin + y_mean * cos));
                 let [cos, sin] = self.row_turns.each_ref().map(|of_all| of_all[row * pairs + pair]);
                 let (a, b) = (x[first], x[second]);
                 x[first] = kept(a, (-q).mul_add(sin, p.mul_add(cos, a)));

@@ -81,7 +81,7 @@
 //!
 //! - The first makes of the mean's pairs `p = x·cos - y·sin` and `q = x·sin + y·cos`, each operation rounded.
 //! - The second is part of the sum: a row's first element `a` of a pair becomes `fma(-q, sin, fma(p, cos, a))`, its second `b` becomes
-//!   `fma(p, sin, fma(q, cos, b))`; elements in no pair have the mean added. To subtract, the mean's signs are changed at the beginning.
+//!   `fma(p, sin, fma(q, cos, b))`; elements in no pair have the mean added. To subtract, the signs of `p`, `q` and the mean are changed before.
 //! - The sum is limited to the finite range of the element type and rounded to it. What is not finite stays as it is.
 //!
 //! # Stores
@@ -232,7 +232,7 @@ pub struct RowCentres<'a> {
 impl RowCentres<'_> {
     /// The mean, times `sign`, behind the turn that all rows have in common.
     fn turned(&self, sign: f32, turned: &mut [f32]) {
-        turned.iter_mut().zip(self.mean).for_each(|(turned, mean)| *turned = sign * mean);
+        turned.copy_from_slice(self.mean);
         let turn = |x: &mut f32, y: &mut f32, [cos, sin]: [f32; 2]| {
             (*x, *y) = (*x * cos - *y * sin, *x * sin + *y * cos);
         };
@@ -247,6 +247,7 @@ impl RowCentres<'_> {
                 pairs.iter_mut().zip(self.turn).for_each(|([x, y], by)| turn(x, y, *by));
             }
         }
+        turned.iter_mut().for_each(|mean| *mean *= sign);
     }
 }
 

@@ -268,7 +268,7 @@ struct Columns {
 };
 
 // Sealed keys are differences from a centre: the mean key of their head, rotated as they are, by the turn of the block and that of the
-// token in it. The arithmetic is that of `Centres` in key_means.rs. Modules that are compiled with CENTRED know it, others skip it.
+// token in it. The arithmetic is that of `RowCentres` in cpu/codec. Modules that are compiled with CENTRED know it, others skip it.
 
 // What the means of all heads of a plane may be for a thread block to keep them turned.
 #define TURNED_MAX 4096

@@ -250,6 +250,7 @@ template <u32 E> __device__ __forceinline__ void seal_tiles(const Layout& L, con
             again = seal_keys<E>(L, p, t, v);
         }
         if (__any_sync(0xffffffffu, again)) {
+#pragma unroll
             for (u32 k = 0; k < LANE_ROWS; k++) {
                 if (t.active) v[k] = centre.shifted<E, OFF>(*from(k), t.row + k * t.stride(), t.column * N);
             }

@@ -112,8 +112,6 @@ struct DecodeTables : Signs {
 
 struct SealTables : Signs {
 #if CENTRED
-    // Cosines and sines of pairs, tokens of a block of as many as a warp beside each other. Little is left to caches here.
-    float2 turns[64][WARP];
     // The means of the head whose rows a warp seals, after the turn of the block: both dims of each pair, to be added.
     alignas(16) float2 means[WARPS][64];
 
@@ -127,17 +125,19 @@ struct SealTables : Signs {
             here[pair] = make_float2(-centre.turned_at(head, pair * step), -centre.turned_at(head, pair * step + centre.apart));
         }
         __syncwarp();
-        if (centre.apart == 1) take_off<E, DIM, 2, 1>(y, here);
-        else take_off<E, DIM, 1, DIM / 2>(y, here);
+        // Tokens of a pair are beside each other.
+        const float2* turns = (const float2*)centre.L.centres.pair_turns + lane;
+        if (centre.apart == 1) take_off<E, DIM, 2, 1>(y, here, turns);
+        else take_off<E, DIM, 1, DIM / 2>(y, here, turns);
     }
 
     // Pairs begin `STEP` dims from each other, and have their second dim `APART` from the first.
     template <u32 E, u32 DIM, u32 STEP, u32 APART>
-    __device__ __forceinline__ void take_off(float* y, const float2* here) const {
+    static __device__ __forceinline__ void take_off(float* y, const float2* here, const float2* turns) {
 #pragma unroll
         for (u32 pair = 0; pair < DIM / 2; pair += 2) {
             const float4 p = *(const float4*)(here + pair);
-            const float2 t = turns[pair][threadIdx.x % WARP], u = turns[pair + 1][threadIdx.x % WARP];
+            const float2 t = __ldg(turns + pair * WARP), u = __ldg(turns + (pair + 1) * WARP);
             float *const a = y + pair * STEP, *const b = a + STEP;
             turn(a[0], a[APART], p.x, p.y, t);
             turn(b[0], b[APART], p.z, p.w, u);
@@ -166,12 +166,8 @@ struct SealTables : Signs {
     // The rows themselves, if a thread has one of its own.
     alignas(128) u8 rows[WARPS][WARP * 256];
 
-    template <u32 E> __device__ __forceinline__ void fill(const Layout& L) {
+    template <u32 E> __device__ __forceinline__ void fill() {
         Signs::fill<E>();
-#if CENTRED
-        const u32 count = L.block_tokens == WARP ? min(L.centres.pairs, 64) * WARP : 0;
-        for (u32 i = threadIdx.x; i < count; i += blockDim.x) turns[i / WARP][i % WARP] = __ldg((const float2*)L.centres.pair_turns + i);
-#endif
         for (u32 place = threadIdx.x; place <= PLACES; place += blockDim.x) of_places[place] = marked_value_of(code_of_place(place));
         __syncthreads();
     }
@@ -741,7 +737,7 @@ __device__ __forceinline__ void seal_planes(const Layout& L, const Convert* s, u
             plain_seal_rows<E>(L, s[i / L.planes], S.scratch, L.first_plane + i % L.planes * L.plane_step);
         return;
     }
-    S.tables.fill<E>(L);
+    S.tables.fill<E>();
     const u32 dim = L.dim[L.first_plane % 2], rows = L.kv_heads * L.block_tokens;
     if constexpr (E != F32) {
         if (dim == 128) return seal_own_rows<E, 16>(L, s, count, S.tables);
