@@ -142,31 +142,28 @@ fn a_full_cache_has_sealed_and_re_encoded_all_that_it_can() {
                 sinks_as_sealed: rng.one_in(2),
                 sinks: rng.one_in(4),
                 window_blocks: rng.below(3),
-                ..KeepRaw::default()
             },
             max_tokens: 1024,
             ..Setup::small(Format::Int8)
         };
         let mut rig = Rig::new(&setup);
-        let mut sequences = Vec::new();
-        for write in 1.. {
-            let sequence = rig.open(1);
-            let ticket = append(&mut rig, sequence.id(), write << 16, rng.between(1, 6));
-            // Or quiet moments come when they come.
+        let sequences: Vec<_> = (0..800).map(|_| rig.open(1)).collect();
+        let mut refused = None;
+        for (at, sequence) in sequences.iter().enumerate() {
+            let ticket = append(&mut rig, sequence.id(), (at as u64 + 1) << 16, rng.between(1, 6));
+            // With a quiet moment before it, or without.
             if rng.one_in(2) {
                 rig.settle();
             }
-            let answer = finish(&mut rig, ticket);
-            sequences.push(sequence);
-            if let Err(error) = answer {
-                assert!(matches!(error, Error::Capacity { .. }), "{error:?}");
+            refused = finish(&mut rig, ticket).err();
+            if refused.is_some() {
                 break;
             }
         }
+        assert!(matches!(refused, Some(Error::Capacity { .. })), "{refused:?}");
         rig.settle();
-        let (holdings, counters) = (rig.core().holdings(), *rig.core_mut().counters());
+        let holdings = rig.core().holdings();
         assert_eq!(holdings.to_seal, 0, "seed {seed}: {holdings:?} of {setup:#?}");
-
         drop(sequences);
         rig.settle();
         rig.assert_empty();
