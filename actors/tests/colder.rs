@@ -97,34 +97,38 @@ fn what_comes_back_from_the_host_has_others_re_encoded_before_any_makes_way() {
     rig.settle();
 }
 
+/// A write of 8 blocks to the second of two sequences, where the first has taken all raw room.
+fn write_without_room(rig: &mut Rig) -> ([OpenSequence; 2], Ticket) {
+    let second = rig.open(2);
+    let first = take_raw_room(rig);
+    let ticket = append(rig, second.id(), 900_000, 8);
+    ([first, second], ticket)
+}
+
 #[test]
 fn a_write_waits_for_what_is_to_be_sealed() {
     let mut rig = rig(0);
-    let second = rig.open(2);
-    let first = take_raw_room(&mut rig);
-    let ticket = append(&mut rig, second.id(), 900_000, 8);
+    let (sequences, ticket) = write_without_room(&mut rig);
     let answer = finish(&mut rig, ticket);
     assert!(matches!(answer, Ok(Outcome::Appended { .. })), "{answer:?}");
-    drop((first, second));
+    drop(sequences);
     rig.settle();
 }
 
 #[test]
 fn a_write_does_not_wait_for_seals_that_fail() {
     let mut rig = rig(0);
-    let second = rig.open(2);
-    let first = take_raw_room(&mut rig);
-    let ticket = append(&mut rig, second.id(), 900_000, 8);
+    let (sequences, ticket) = write_without_room(&mut rig);
     rig.flush();
     rig.device.fail(LaneKind::Compute, false);
     let answer = finish(&mut rig, ticket);
     assert!(matches!(answer, Err(Error::Capacity { .. })), "{answer:?}");
     // The next one tries again.
     rig.settle();
-    let ticket = append(&mut rig, second.id(), 900_000, 8);
+    let ticket = append(&mut rig, sequences[1].id(), 900_000, 8);
     let answer = finish(&mut rig, ticket);
     assert!(matches!(answer, Ok(Outcome::Appended { .. })), "{answer:?}");
-    drop((first, second));
+    drop(sequences);
     rig.settle();
 }
 

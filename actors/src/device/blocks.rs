@@ -550,7 +550,11 @@ impl BlockStore {
 
     /// Blocks that are being sealed, or wait for it, at most: a raw slot comes of each. None while the device does not carry seals out.
     pub(super) fn blocks_to_seal(&self) -> usize {
-        if self.seals_fail { 0 } else { self.sealing + self.to_seal.len() }
+        if self.seals_fail { 0 } else { self.waiting_to_seal() }
+    }
+
+    fn waiting_to_seal(&self) -> usize {
+        self.to_seal.len() + self.sealing
     }
 
     /// The next full block with a slot to seal it into.
@@ -691,7 +695,7 @@ impl BlockStore {
         counters.blocks_cached = self.evictor.unheld() as u64;
         counters.bytes_cached = self.ledger.cached_bytes();
         counters.blocks_sealed = self.sealed_blocks;
-        counters.blocks_waiting_to_seal = (self.to_seal.len() + self.sealing) as u64;
+        counters.blocks_waiting_to_seal = self.waiting_to_seal() as u64;
         counters.slots_quarantined = self.pool.quarantined() as u64;
         counters.blocks_host = self.pool.used(SizeClass::Host) as u64;
         counters.blocks_colder =

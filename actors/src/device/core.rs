@@ -882,10 +882,8 @@ impl DeviceCore {
     /// Sees to it that an owner can have `wanted` raw slots. With [`Room::Soon`], `op` is looked at again when something has landed.
     pub(super) fn make_room(&mut self, op: OpRef, owner: u32, wanted: usize) -> Room {
         loop {
-            if self.blocks.has_room(owner, wanted) {
-                return Room::Now;
-            }
-            if self.blocks.seals_may_suffice(owner, wanted) && self.seal_for_room() {
+            let is_short = !self.blocks.has_room(owner, wanted);
+            if is_short && self.blocks.seals_may_suffice(owner, wanted) && self.seal_for_room() {
                 self.waiting_for_moves.push(op);
                 return Room::Soon;
             }

@@ -623,7 +623,7 @@ impl Drop for Module {
 }
 
 impl Function {
-    /// Asks for as much shared memory of each multiprocessor as there is: for a kernel whose blocks need much of it and little cache.
+    /// Asks for so many percent of each multiprocessor's shared memory: for a kernel whose blocks need much of it and little cache.
     ///
     /// # Errors
     /// Those of the driver.

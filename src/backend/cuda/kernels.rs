@@ -266,12 +266,11 @@ impl Kernels {
             let rotated = format.is_rotated();
             let function = |module: &Arc<Module>, name: &str| {
                 let function = pick(module, name, element)?;
-                // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise. Centres want a cache for their
-                // tables beside it, where they are not in shared memory too.
+                // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise. To put centres back wants a
+                // cache for their tables beside it.
                 if rotated {
-                    let has_tables_in_cache =
-                        tables.is_some() && planes.contains(&Plane::Key) && name != "seal";
-                    function.prefer_shared_memory(if has_tables_in_cache { 50 } else { 100 })?;
+                    let adds_centres = tables.is_some() && planes.contains(&Plane::Key) && name != "seal";
+                    function.prefer_shared_memory(if adds_centres { 50 } else { 100 })?;
                 }
                 Ok::<_, DriverError>(function)
             };

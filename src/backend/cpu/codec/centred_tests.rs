@@ -4,35 +4,11 @@ use half::{bf16, f16};
 use kv_cache_actors::geometry::RopeLayout;
 use proptest::prelude::*;
 
+use super::tests::{Chance, bytes_of};
 use super::{ElementType, Kernels, RowCentres, finite_max};
 
 const ELEMENTS: [ElementType; 3] = [ElementType::F16, ElementType::Bf16, ElementType::F32];
 const LAYOUTS: [RopeLayout; 2] = [RopeLayout::HalfSplit, RopeLayout::Interleaved];
-
-/// xorshift64*.
-struct Chance(u64);
-
-impl Chance {
-    fn bits(&mut self) -> u32 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        (self.0.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 32) as u32
-    }
-
-    /// Uniform in [-1, 1).
-    fn unit(&mut self) -> f32 {
-        (self.bits() >> 8) as f32 / (1 << 23) as f32 - 1.0
-    }
-}
-
-fn bytes_of(element: ElementType, value: f32) -> Vec<u8> {
-    match element {
-        ElementType::F16 => f16::from_f32(value).to_le_bytes().to_vec(),
-        ElementType::Bf16 => bf16::from_f32(value).to_le_bytes().to_vec(),
-        ElementType::F32 => value.to_le_bytes().to_vec(),
-    }
-}
 
 fn value_of(element: ElementType, bytes: &[u8]) -> f32 {
     match element {

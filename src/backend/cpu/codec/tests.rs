@@ -11,10 +11,10 @@ const ELEMENTS: [ElementType; 3] = [ElementType::F16, ElementType::Bf16, Element
 const DIMS: [usize; 8] = [1, 3, 8, 64, 80, 128, 129, 256];
 
 /// xorshift64*: enough chance for a test, and the same on every run.
-struct Chance(u64);
+pub(super) struct Chance(pub(super) u64);
 
 impl Chance {
-    fn bits(&mut self) -> u32 {
+    pub(super) fn bits(&mut self) -> u32 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -26,13 +26,13 @@ impl Chance {
     }
 
     /// Uniform in [-1, 1).
-    fn unit(&mut self) -> f32 {
+    pub(super) fn unit(&mut self) -> f32 {
         (self.bits() >> 8) as f32 / (1 << 23) as f32 - 1.0
     }
 }
 
 /// Rounds to the element type.
-fn bytes_of(element: ElementType, value: f32) -> Vec<u8> {
+pub(super) fn bytes_of(element: ElementType, value: f32) -> Vec<u8> {
     match element {
         ElementType::F16 => f16::from_f32(value).to_le_bytes().to_vec(),
         ElementType::Bf16 => bf16::from_f32(value).to_le_bytes().to_vec(),
