@@ -7,83 +7,13 @@ use std::arch::x86_64::*;
 use super::avx2::{BF16, F16, F32, element_bytes, load_full, prefetch_l2, store_full};
 use super::avx2_centred::{AHEAD, element};
 use super::avx512::{self, halves, load_some, load_wide, store_some, store_wide};
-use super::centred::{Moves, move_some};
+use super::centred::{Moves, by_steps, move_some};
 use super::{ElementType, RopeLayout};
 
 /// Elements of a vector.
 const STEP: usize = 16;
 
-/// See [`centred::move_rows`](super::centred::move_rows).
-#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-pub(super) fn move_rows(
-    element: ElementType,
-    moves: &Moves,
-    src: Option<&[u8]>,
-    dst: &mut [u8],
-    dst_stride: usize,
-) {
-    match element {
-        ElementType::F16 => move_all::<F16>(moves, src, dst, dst_stride),
-        ElementType::Bf16 => move_all::<BF16>(moves, src, dst, dst_stride),
-        ElementType::F32 => move_all::<F32>(moves, src, dst, dst_stride),
-    }
-}
-
-/// The common head dims, if all of their elements turn, have loops of known length.
-#[inline]
-#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-fn move_all<const E: u8>(moves: &Moves, src: Option<&[u8]>, dst: &mut [u8], dst_stride: usize) {
-    let pairs = if moves.mean.len() == 2 * moves.pairs { moves.pairs } else { 0 };
-    match (src, pairs) {
-        (Some(src), 32) => move_each::<E, true, 32>(moves, src, dst, dst_stride),
-        (Some(src), 64) => move_each::<E, true, 64>(moves, src, dst, dst_stride),
-        (Some(src), _) => move_each::<E, true, 0>(moves, src, dst, dst_stride),
-        (None, 32) => move_each::<E, false, 32>(moves, &[], dst, dst_stride),
-        (None, 64) => move_each::<E, false, 64>(moves, &[], dst, dst_stride),
-        (None, _) => move_each::<E, false, 0>(moves, &[], dst, dst_stride),
-    }
-}
-
-/// Moves rows, from `src` to `dst` or where they are. `PAIRS` are all that there is, or it is 0 for any.
-#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-fn move_each<const E: u8, const COPY: bool, const PAIRS: usize>(
-    moves: &Moves,
-    src: &[u8],
-    dst: &mut [u8],
-    dst_stride: usize,
-) {
-    let (dim, pairs) = if PAIRS == 0 { (moves.mean.len(), moves.pairs) } else { (2 * PAIRS, PAIRS) };
-    let (row_bytes, pairs_bytes) = (dim * element_bytes(E), 2 * pairs * element_bytes(E));
-    let (rotated, constant) = moves.mean[..dim].split_at(2 * pairs);
-    for row in 0..moves.rows {
-        let from = if COPY { &src[row * row_bytes..][..row_bytes] } else { src };
-        if COPY {
-            (0..row_bytes).step_by(64).for_each(|at| prefetch_l2(from, AHEAD + at));
-        }
-        let to = &mut dst[row * dst_stride..][..row_bytes];
-        let (from_pairs, from_constant) = from.split_at(if COPY { pairs_bytes } else { 0 });
-        let (to_pairs, to_constant) = to.split_at_mut(pairs_bytes);
-        let [cos, sin] = moves.turns(row);
-        let turns = [&cos[..pairs], &sin[..pairs]];
-        let by_definition = |some, to: &mut [u8]| move_some::<COPY>(element(E), moves, row, some, from, to);
-        if moves.layout == RopeLayout::HalfSplit {
-            let done = halves_apart::<E, COPY, PAIRS>(rotated, turns, from_pairs, to_pairs);
-            if done < pairs {
-                by_definition(done..pairs, to_pairs);
-                by_definition(pairs + done..2 * pairs, to_pairs);
-            }
-        } else {
-            let done = neighbours::<E, COPY, PAIRS>(rotated, turns, from_pairs, to_pairs);
-            if done < 2 * pairs {
-                by_definition(done..2 * pairs, to_pairs);
-            }
-        }
-        let done = unturned::<E, COPY>(constant, from_constant, to_constant);
-        if done < constant.len() {
-            by_definition(2 * pairs + done..dim, to);
-        }
-    }
-}
+by_steps!("avx512vl,avx512dq,avx512vbmi");
 
 /// Moves pairs whose halves lie apart, and returns how many: what is left is for the definition.
 #[inline]
