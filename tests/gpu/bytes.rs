@@ -211,18 +211,26 @@ async fn same_rows<E: OnDevice>(pair: [&Rig<E>; 2], block_tokens: u32, calm: boo
     }
 }
 
+#[tokio::main(flavor = "current_thread")]
+async fn every_shape<E: OnDevice>(format: BlockFormat) {
+    for at in 0..SHAPES.len() {
+        for rope in [None, Some(RopeLayout::HalfSplit), Some(RopeLayout::Interleaved)] {
+            same_bytes::<E>(format, at, rope).await;
+        }
+    }
+}
+
 macro_rules! same_bytes {
     ($($name:ident: $element:ty),*) => {
         $(
-            #[tokio::test]
-            async fn $name() {
-                for at in 0..SHAPES.len() {
+            #[test]
+            fn $name() {
+                // A thread for each: it is the CPU that has most to do.
+                std::thread::scope(|scope| {
                     for format in FORMATS.into_iter().filter(|format| !format.is_raw()) {
-                        for rope in [None, Some(RopeLayout::HalfSplit), Some(RopeLayout::Interleaved)] {
-                            same_bytes::<$element>(format, at, rope).await;
-                        }
+                        scope.spawn(move || every_shape::<$element>(format));
                     }
-                }
+                });
             }
         )*
     };

@@ -780,14 +780,37 @@ mod tests {
         Some(Gpu::shared(0).unwrap())
     }
 
-    #[test]
-    fn plain_kernels_give_the_same_bytes() {
-        let Some(gpu) = gpu() else { return };
-        for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
-            for centred in [false, true] {
-                plain_kernels_of(&gpu, format, centred);
+    /// A test for each format, so that they run beside each other, and a sanitizer over some.
+    macro_rules! of_each_format {
+        ($test:ident) => {
+            mod $test {
+                super::of_each_format!($test, int8: Int8, fp8: Fp8, int4: Int4, int2: Int2, r4: R4, r3: R3, r2: R2);
             }
-        }
+        };
+        ($test:ident, $($name:ident: $format:ident),*) => {
+            $(
+                #[test]
+                fn $name() {
+                    if let Some(gpu) = super::gpu() {
+                        super::$test(&gpu, super::Format::$format);
+                    }
+                }
+            )*
+        };
+    }
+    use of_each_format;
+
+    of_each_format!(plain_kernels_give_the_same_bytes);
+    of_each_format!(plain_kernels_with_means_give_the_same_bytes);
+    of_each_format!(blocks_are_sealed_alike_alone_and_among_others);
+    of_each_format!(random_bytes_decode_as_on_the_cpu);
+
+    fn plain_kernels_give_the_same_bytes(gpu: &Arc<Gpu>, format: Format) {
+        plain_kernels_of(gpu, format, false);
+    }
+
+    fn plain_kernels_with_means_give_the_same_bytes(gpu: &Arc<Gpu>, format: Format) {
+        plain_kernels_of(gpu, format, true);
     }
 
     /// Every plane of a raw block by the CPU codec, and whether all of it is finite.
@@ -829,14 +852,10 @@ mod tests {
     }
 
     /// Many blocks in one launch are those that they are each in its own, each has its own flag, and all are as the CPU has them.
-    #[test]
-    fn blocks_are_sealed_alike_alone_and_among_others() {
-        let Some(gpu) = gpu() else { return };
-        for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
-            for element in [ElementType::F16, ElementType::Bf16, ElementType::F32] {
-                for dim in [if format.is_rotated() { 64 } else { 80 }, 128] {
-                    many_blocks(&gpu, format, element, dim);
-                }
+    fn blocks_are_sealed_alike_alone_and_among_others(gpu: &Arc<Gpu>, format: Format) {
+        for element in [ElementType::F16, ElementType::Bf16, ElementType::F32] {
+            for dim in [if format.is_rotated() { 64 } else { 80 }, 128] {
+                many_blocks(gpu, format, element, dim);
             }
         }
     }
@@ -898,24 +917,20 @@ mod tests {
     }
 
     /// Also what no seal ever wrote decodes, and to the same bytes: scales that are no numbers among it.
-    #[test]
-    fn random_bytes_decode_as_on_the_cpu() {
-        let Some(gpu) = gpu() else { return };
+    fn random_bytes_decode_as_on_the_cpu(gpu: &Arc<Gpu>, format: Format) {
         let mut rng = SmallRng::seed_from_u64(5);
-        for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
-            for element in [ElementType::F16, ElementType::Bf16, ElementType::F32] {
-                for dim in [32, 64, 80, 128, 256, 7] {
-                    let layout = Geometry::new(2, 3, dim, element).block_tokens(32).layout().unwrap();
-                    let bench = Bench::new(&gpu, layout, format.into());
-                    let kernels = Kernels::load(&gpu, &layout, format, None).unwrap();
-                    for _ in 0..8 {
-                        let bytes: Vec<u8> = (0..bench.sealed.bytes()).map(|_| rng.random()).collect();
-                        bench.sealed.write_on(&bench.stream, &bytes).unwrap();
-                        let on_gpu = bench.reopened(&kernels);
-                        let on_cpu = decoded_on_cpu(&layout, format, &bytes);
-                        let differs = on_gpu.iter().zip(&on_cpu).position(|(a, b)| a != b);
-                        assert_eq!(differs, None, "{format}, {element:?}, heads of {dim}");
-                    }
+        for element in [ElementType::F16, ElementType::Bf16, ElementType::F32] {
+            for dim in [32, 64, 80, 128, 256, 7] {
+                let layout = Geometry::new(2, 3, dim, element).block_tokens(32).layout().unwrap();
+                let bench = Bench::new(gpu, layout, format.into());
+                let kernels = Kernels::load(gpu, &layout, format, None).unwrap();
+                for _ in 0..8 {
+                    let bytes: Vec<u8> = (0..bench.sealed.bytes()).map(|_| rng.random()).collect();
+                    bench.sealed.write_on(&bench.stream, &bytes).unwrap();
+                    let on_gpu = bench.reopened(&kernels);
+                    let on_cpu = decoded_on_cpu(&layout, format, &bytes);
+                    let differs = on_gpu.iter().zip(&on_cpu).position(|(a, b)| a != b);
+                    assert_eq!(differs, None, "{format}, {element:?}, heads of {dim}");
                 }
             }
         }
