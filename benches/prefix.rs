@@ -3,9 +3,10 @@
 //! `cargo bench --bench prefix` prints nanoseconds per block, and the throughput of several threads against as many times one:
 //!
 //! - *match*: threads look prompts up in one shard's index, inline, as callers do; also while the shard's own thread keeps changing it;
-//! - *cycle*: match, allocate, register, release and evict, each thread on a shard of its own, as each device has: the median of seven
-//!   rounds;
+//! - *cycle*: match, allocate, register, release and evict, each thread on a shard of its own, as each device has;
 //! - *in registers*: a loop without memory, as often. Virtual cores that share a core, or a clock that falls, slow that down as well.
+//!
+//! All are medians of seven rounds.
 
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,6 +22,10 @@ const CAPACITY: usize = 50_000;
 const PROMPT_BLOCKS: usize = 24;
 const PROMPTS: usize = 4000;
 const ROUNDS: usize = 7;
+/// Prompts that a thread looks up in a round.
+const MATCHES: usize = 100_000;
+/// Requests that it goes through in one.
+const REQUESTS: usize = 20_000;
 
 /// Prompts that begin alike in groups of 8: the first half of their blocks is the group's.
 fn prompts(seed: u32) -> Vec<Vec<BlockKey>> {
@@ -97,16 +102,18 @@ fn main() {
                     }
                 });
             }
-            let mut alone = 0.0;
-            for &threads in &counts {
-                let orders: Vec<Vec<usize>> = (0..threads as u64).map(|seed| order(seed, 20_000)).collect();
-                let ns = ns_per_block(orders, 20_000 * PROMPT_BLOCKS, |order| {
-                    for &prompt in order.iter() {
-                        drop(std::hint::black_box(index.lease(&prompts[prompt])));
-                    }
-                });
-                report(if writing { "match beside changes" } else { "match" }, threads, ns, &mut alone);
+            let mut took = vec![Vec::new(); counts.len()];
+            for _ in 0..ROUNDS {
+                for (rounds, &threads) in took.iter_mut().zip(&counts) {
+                    let orders = (0..threads as u64).map(|seed| order(seed, MATCHES)).collect();
+                    rounds.push(ns_per_block(orders, MATCHES * PROMPT_BLOCKS, |order: &mut Vec<usize>| {
+                        for &prompt in order.iter() {
+                            drop(std::hint::black_box(index.lease(&prompts[prompt])));
+                        }
+                    }));
+                }
             }
+            report(if writing { "match beside changes" } else { "match" }, &counts, took);
             stop.store(true, Ordering::Relaxed);
         });
     }
@@ -119,14 +126,14 @@ fn main() {
         for (at, &threads) in counts.iter().enumerate() {
             took[0][at].push(ns_per_block(
                 (0..threads as u64).collect(),
-                20_000 * PROMPT_BLOCKS,
+                REQUESTS * PROMPT_BLOCKS,
                 in_registers,
             ));
             for (row, (_, policy)) in (1..).zip(policies) {
                 let shards: Vec<_> = (0..threads as u64)
-                    .map(|seed| (Bookkeeping::new(CAPACITY / 4, policy), order(seed, 20_000)))
+                    .map(|seed| (Bookkeeping::new(CAPACITY / 4, policy), order(seed, REQUESTS)))
                     .collect();
-                let ns = ns_per_block(shards, 20_000 * PROMPT_BLOCKS, |(shard, order)| {
+                let ns = ns_per_block(shards, REQUESTS * PROMPT_BLOCKS, |(shard, order)| {
                     for (now, &prompt) in (0..).zip(order.iter()) {
                         shard.request(now, &prompts[prompt]).expect("it has room");
                     }
@@ -136,25 +143,26 @@ fn main() {
         }
     }
     for (name, row) in ["in registers"].into_iter().chain(policies.map(|(name, _)| name)).zip(took) {
-        let mut alone = 0.0;
-        for (mut rounds, &threads) in row.into_iter().zip(&counts) {
-            rounds.sort_by(f64::total_cmp);
-            report(name, threads, rounds[rounds.len() / 2], &mut alone);
-        }
+        report(name, &counts, row);
     }
 }
 
 /// As many independent operations as keep a core busy, and no memory: what more threads cost each other on this machine by themselves.
 fn in_registers(seed: &mut u64) {
     let mixed = |number: u64| (number ^ number >> 29).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(17);
-    let steps = 60 * 20_000 * PROMPT_BLOCKS as u64;
+    let steps = 60 * (REQUESTS * PROMPT_BLOCKS) as u64;
     *seed = (*seed..*seed + steps).fold(0, |all, number| all ^ mixed(number));
 }
 
-fn report(name: &str, threads: usize, ns: f64, alone: &mut f64) {
-    if threads == 1 {
-        *alone = ns;
+/// The medians of what each number of threads took, beside what one did.
+fn report(name: &str, counts: &[usize], took: Vec<Vec<f64>>) {
+    let median = |mut rounds: Vec<f64>| {
+        rounds.sort_by(f64::total_cmp);
+        rounds[rounds.len() / 2]
+    };
+    let medians: Vec<f64> = took.into_iter().map(median).collect();
+    for (threads, ns) in counts.iter().zip(&medians) {
+        let growth = medians[0] / ns;
+        println!("{name:<22} {threads:>3} threads {ns:>8.1} ns a block, {growth:.2} of linear");
     }
-    let growth = *alone / ns;
-    println!("{name:<22} {threads:>3} threads {ns:>8.1} ns a block, {growth:.2} of linear");
 }
