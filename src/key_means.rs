@@ -11,8 +11,11 @@ use std::path::Path;
 use kv_cache_actors::geometry::{ElementType, Geometry, Rope, RopeLayout};
 use serde::{Deserialize, Serialize};
 
-use crate::backend::cpu::codec::{Kernels, RowCentres};
+use crate::backend::cpu::codec::{Kernels, RowCentres, finite_max};
 use crate::error::BuildError;
+
+/// Bytes that the turns of all blocks of the longest sequence may take: of 134 M tokens in blocks of 32, keys of 128 dims.
+const TABLE_BYTES_MOST: u64 = 2 << 30;
 
 /// Mean keys of a model before rotation, `[layers, kv_heads, key_dim]`: a small file, made once from any text by
 /// [`KeyMeansBuilder`] and named by [`Quantisation::key_means`](crate::Quantisation::key_means).
@@ -22,6 +25,8 @@ pub struct KeyMeans {
     layers: u32,
     kv_heads: u32,
     key_dim: u32,
+    /// How the keys were rotated.
+    rope: Option<Rope>,
     /// Tokens that they are the mean of.
     tokens: u64,
     means: Vec<f32>,
@@ -80,9 +85,9 @@ impl KeyMeans {
 /// let mut means = KeyMeansBuilder::new(&geometry)?;
 /// // Keys of two tokens of layer 0, as the model would append them: `[tokens, kv_heads, key_dim]`.
 /// means.add(0, 0, &[1.0, 2.0, 3.0, 4.0, 3.0, 2.0, 1.0, 0.0]);
-/// let means = means.finish();
+/// let means = means.finish()?;
 /// assert_eq!(means.mean(0, 0), Some(&[2.0, 2.0, 2.0, 2.0][..]));
-/// # Ok::<(), kv_cache::ConfigError>(())
+/// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 #[derive(Debug)]
 pub struct KeyMeansBuilder {
@@ -130,13 +135,40 @@ impl KeyMeansBuilder {
     }
 
     /// The means. Those of layers of which nothing was added are 0, which changes nothing.
-    pub fn finish(self) -> KeyMeans {
-        let per_layer = self.kv_heads as usize * self.key_dim as usize;
-        let mean = |(at, sum): (usize, &f64)| (sum / self.tokens[at / per_layer].max(1) as f64) as f32;
-        let means = self.sums.iter().enumerate().map(mean).collect();
-        let tokens = self.tokens.iter().copied().max().unwrap_or_default();
-        KeyMeans { layers: self.layers, kv_heads: self.kv_heads, key_dim: self.key_dim, tokens, means }
+    ///
+    /// # Errors
+    /// Nothing was added, or what was is not finite.
+    pub fn finish(self) -> Result<KeyMeans, KeyMeansError> {
+        let KeyMeansBuilder { layers, kv_heads, key_dim, rope, sums, tokens } = self;
+        let per_layer = kv_heads as usize * key_dim as usize;
+        let mean = |(at, sum): (usize, &f64)| (sum / tokens[at / per_layer].max(1) as f64) as f32;
+        let means: Vec<f32> = sums.iter().enumerate().map(mean).collect();
+        if let Some(at) = means.iter().position(|mean| !mean.is_finite()) {
+            return Err(KeyMeansError::NotFinite { layer: (at / per_layer) as u32 });
+        }
+        let tokens = tokens.iter().copied().max().unwrap_or_default();
+        if tokens == 0 {
+            return Err(KeyMeansError::NoKeys);
+        }
+        Ok(KeyMeans { layers, kv_heads, key_dim, rope, tokens, means })
     }
+}
+
+/// Why there are no mean keys.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KeyMeansError {
+    /// Nothing was added.
+    #[error("there are no keys to take the mean of: add some of every layer")]
+    NoKeys,
+    /// A key that was added is not finite, or they are too large for a mean.
+    #[error(
+        "the mean of the keys of layer {layer} is not finite: leave out keys that are not, and compute in a wider type"
+    )]
+    NotFinite {
+        /// Which layer.
+        layer: u32,
+    },
 }
 
 /// A key of one head before rotation, from what it is behind its `turns`.
@@ -168,6 +200,15 @@ pub(crate) fn dims_of(layout: RopeLayout, pairs: usize, pair: usize) -> (usize, 
     }
 }
 
+/// Whether keys are rotated alike, as far as a file of the one's frequencies can tell.
+fn turn_alike(rope: &Rope, other: &Rope) -> bool {
+    let near = |a: f32, b: f32| (a - b).abs() <= 1e-6 * a.abs().max(b.abs());
+    rope.rotary_dims == other.rotary_dims
+        && rope.layout == other.layout
+        && near(rope.attention_scale, other.attention_scale)
+        && rope.inv_freq.iter().zip(&other.inv_freq).all(|(a, b)| near(*a, *b))
+}
+
 /// The means as a device uses them: where the mean key lies at any position of any block.
 ///
 /// The centre of a key is its head's mean, rotated as the key was: by the turn of its block, once for all keys of a head in it, and then by that
@@ -192,7 +233,7 @@ impl Centres {
     /// For sequences of up to `max_tokens` tokens.
     ///
     /// # Errors
-    /// In words, if the means are those of another geometry.
+    /// In words, if the means are those of another geometry, or too large for its elements, or the tables would be too large.
     pub(crate) fn new(means: &KeyMeans, geometry: &Geometry, max_tokens: u32) -> Result<Centres, String> {
         let group = &geometry.groups[0];
         let (of_means, of_cache) =
@@ -200,6 +241,22 @@ impl Centres {
         if of_means != of_cache {
             return Err(format!(
                 "they are of [layers, kv_heads, key_dim] {of_means:?}, the cache of {of_cache:?}: calibrate this model"
+            ));
+        }
+        let rotated_alike = match (&means.rope, &group.rope) {
+            (Some(rope), Some(of_cache)) => turn_alike(rope, of_cache),
+            (rope, of_cache) => rope.is_none() && of_cache.is_none(),
+        };
+        if !rotated_alike {
+            return Err("keys were rotated in another way than `rope` of the cache's geometry says when they were made: calibrate this model".to_owned());
+        }
+        let pairs = group.rope.as_ref().map_or(0, |rope| rope.inv_freq.len()) as u64;
+        let table_bytes = u64::from(max_tokens).div_ceil(u64::from(geometry.block_tokens))
+            * pairs
+            * size_of::<[f32; 2]>() as u64;
+        if table_bytes > TABLE_BYTES_MOST {
+            return Err(format!(
+                "max_tokens = {max_tokens} wants a table of {table_bytes} bytes, of {TABLE_BYTES_MOST} at most: use fewer, or larger blocks"
             ));
         }
         let table = |positions: &mut dyn Iterator<Item = u64>, rope: &Rope| -> Vec<[f32; 2]> {
@@ -220,7 +277,7 @@ impl Centres {
                 (table(starts, rope), [0, 1].map(|part| of_tokens.iter().map(|turn| turn[part]).collect()))
             }
         };
-        Ok(Centres {
+        let centres = Centres {
             kv_heads: group.kv_heads as usize,
             key_dim: group.key_dim as usize,
             block_tokens: geometry.block_tokens as usize,
@@ -229,11 +286,19 @@ impl Centres {
             means: means.means.clone(),
             block_turns,
             token_turns,
-        })
+        };
+        let (most, room) = (centres.bound(), finite_max(group.element) / 2.0);
+        // A key and its centre are both in range then, and what they differ by too.
+        if most > room {
+            return Err(format!(
+                "a mean key may be as large as {most:e} where it stands, of {room:e} at most in {:?}: calibrate this model",
+                group.element
+            ));
+        }
+        Ok(centres)
     }
 
     /// No centre is larger, wherever it stands.
-    #[cfg(feature = "cuda")]
     pub(crate) fn bound(&self) -> f32 {
         let most = |all: &mut dyn Iterator<Item = f32>| all.fold(0.0, f32::max);
         let mean = most(&mut self.means.iter().map(|x| x.abs()));
@@ -348,7 +413,7 @@ mod tests {
                     builder.add(layer, chunk.start, &all);
                 }
             }
-            let means = builder.finish();
+            let means = builder.finish().unwrap();
             for (got, expected) in means.mean(1, 2).unwrap().iter().zip(mean(1, 2)) {
                 assert!((f64::from(*got) - expected).abs() < 1e-4, "{got} {expected}");
             }
@@ -385,8 +450,8 @@ mod tests {
     fn what_is_no_number_stays_so_and_what_is_large_stays_finite() {
         let geometry = Geometry::new(1, 1, 4, ElementType::F16);
         let mut builder = KeyMeansBuilder::new(&geometry).unwrap();
-        builder.add(0, 0, &[-60000.0, 1.0, 1.0, 1.0]);
-        let centres = Centres::new(&builder.finish(), &geometry, 100).unwrap();
+        builder.add(0, 0, &[-20000.0, 1.0, 1.0, 1.0]);
+        let centres = Centres::new(&builder.finish().unwrap(), &geometry, 100).unwrap();
         let row = [60000.0, f32::NAN, f32::INFINITY, 1.0].map(half::f16::from_f32);
         let mut bytes = [0; 8];
         let keys = Keys { layer: 0, head: 0, position: 64, tokens: 3..4 };
@@ -403,7 +468,7 @@ mod tests {
         let path = folder.path().join("means.json");
         let mut builder = KeyMeansBuilder::new(&geometry(None)).unwrap();
         builder.add(1, 0, &(0..60).map(|x| x as f32 / 7.0).collect::<Vec<_>>());
-        let means = builder.finish();
+        let means = builder.finish().unwrap();
         means.save(&path).unwrap();
         assert_eq!(KeyMeans::load(&path).unwrap(), means);
         let refused = |text: &str| {
@@ -411,7 +476,7 @@ mod tests {
             KeyMeans::load(&path).unwrap_err().to_string()
         };
         let of = |numbers: &str| {
-            format!(r#"{{"layers":1,"kv_heads":1,"key_dim":2,"tokens":5,"means":{numbers}}}"#)
+            format!(r#"{{"layers":1,"kv_heads":1,"key_dim":2,"rope":null,"tokens":5,"means":{numbers}}}"#)
         };
         assert!(refused(&of("[1.0]")).contains("1 numbers for [1, 1, 2]"));
         assert!(refused(&of("[1.0, 1e99]")).contains("means.json"));
@@ -419,5 +484,31 @@ mod tests {
         assert!(KeyMeans::load(folder.path().join("none")).is_err());
         let other = Geometry::new(1, 1, 4, ElementType::F16);
         assert!(Centres::new(&means, &other, 10).unwrap_err().contains("[2, 3, 10]"));
+    }
+
+    #[test]
+    fn means_that_no_model_has_are_refused() {
+        let one = |geometry: &Geometry, key: [f32; 10]| {
+            let mut builder = KeyMeansBuilder::new(geometry).unwrap();
+            builder.add(0, 0, &key.repeat(3));
+            builder.finish()
+        };
+        let [interleaved, half_split, in_part] = ropes().try_into().unwrap();
+        let rotated = geometry(Some(half_split.clone()));
+        assert_eq!(KeyMeansBuilder::new(&rotated).unwrap().finish(), Err(KeyMeansError::NoKeys));
+        assert_eq!(one(&rotated, [f32::NAN; 10]), Err(KeyMeansError::NotFinite { layer: 0 }));
+        let means = one(&rotated, [2.0; 10]).unwrap();
+        Centres::new(&means, &rotated, 1000).unwrap();
+        let other = Rope { inv_freq: vec![0.5; 5], ..half_split };
+        for rope in [Some(interleaved), Some(in_part), Some(other), None] {
+            let refused = Centres::new(&means, &geometry(rope), 1000).unwrap_err();
+            assert!(refused.contains("rotated in another way"), "{refused}");
+        }
+        assert!(Centres::new(&means, &rotated, u32::MAX).unwrap_err().contains("max_tokens = 4294967295"));
+        let mut of_halves = rotated.clone();
+        of_halves.groups[0].element = ElementType::F16;
+        let large = one(&rotated, [30_000.0; 10]).unwrap();
+        Centres::new(&large, &rotated, 1000).unwrap();
+        assert!(Centres::new(&large, &of_halves, 1000).unwrap_err().contains("at most in F16"));
     }
 }

@@ -68,7 +68,7 @@ pub use config::{CacheConfig, Compression, CompressionMethod, Devices, Quantisat
 pub use element::Element;
 pub use error::{BuildError, ConfigError, Error, ErrorKind};
 pub use half;
-pub use key_means::{KeyMeans, KeyMeansBuilder};
+pub use key_means::{KeyMeans, KeyMeansBuilder, KeyMeansError};
 pub use kv_cache_actors::batch::Invalidate;
 pub use kv_cache_actors::block::{BlockKey, ExtraIdentity, HashSecret};
 pub use kv_cache_actors::dropping::{KeyScore, TokenScores};

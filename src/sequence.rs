@@ -50,7 +50,8 @@ pub struct SequenceInfo {
     pub sealed_blocks: u32,
     /// Of those, blocks in the host tier.
     pub host_blocks: u32,
-    /// Full blocks in the element type that are about to be sealed: those that are to [stay raw](crate::Quantisation) are not.
+    /// Full blocks in the element type that are about to be sealed: those that are to [stay raw](crate::Quantisation) are not, nor
+    /// those that cannot be, since they held what is not finite ([`ShardStats`](crate::ShardStats) counts them as failures).
     pub blocks_to_seal: u32,
 }
 
@@ -98,7 +99,9 @@ impl Sequence {
         let full = stored as usize / self.runtime.layout.block_tokens;
         let to_seal = state.blocks.iter().take(full.saturating_sub(keep.window_blocks));
         let to_seal = to_seal.skip(usize::from(keep.sinks)).filter(|&&block| block != BlockId::DROPPED);
-        let blocks_to_seal = to_seal.filter(|block| !sealed(block)).count() as u32;
+        let waits =
+            |block: &&BlockId| places.get(**block).is_none_or(|place| !place.sealed && !place.unsealable);
+        let blocks_to_seal = to_seal.filter(waits).count() as u32;
         SequenceInfo {
             committed: state.committed,
             staged: state.staged.clone(),

@@ -244,6 +244,8 @@ pub struct Place {
     pub history: History,
     /// Whether the block is sealed (into a format that may be `raw` itself).
     pub sealed: bool,
+    /// Whether it stays raw for good: sealing found a value that is not finite.
+    pub unsealable: bool,
 }
 
 /// The place of every block of a shard: written by the device thread, read inline by anybody.
@@ -266,7 +268,7 @@ struct Whereabouts {
 }
 
 /// `(class, sealed, rung)` of the numbers in [`Places`].
-const STORED: [(SizeClass, bool, u8); 8] = [
+const STORED: [(SizeClass, bool, u8); 9] = [
     (SizeClass::Raw, false, 0),
     (SizeClass::Raw, true, 0),
     (SizeClass::Sealed, true, 0),
@@ -275,7 +277,11 @@ const STORED: [(SizeClass, bool, u8); 8] = [
     (SizeClass::Host, true, 0),
     (SizeClass::Host, true, 1),
     (SizeClass::Host, true, 2),
+    (SizeClass::Raw, false, 0),
 ];
+
+/// The number of a raw block that is never sealed.
+const UNSEALABLE: u64 = 8;
 
 impl Places {
     pub(crate) fn new(blocks: usize, formats: Ladder) -> Self {
@@ -289,9 +295,9 @@ impl Places {
 
     #[inline]
     pub(crate) fn publish(&self, id: BlockId, block: &Block) {
-        let sealed = block.state == BlockState::Sealed;
         let stored = match block.class {
-            SizeClass::Raw => u64::from(sealed),
+            SizeClass::Raw if block.state == BlockState::Unsealable => UNSEALABLE,
+            SizeClass::Raw => u64::from(block.state == BlockState::Sealed),
             SizeClass::Host => 5 + u64::from(block.rung),
             // Their numbers follow each other in both.
             class => class as u64 - SizeClass::Sealed as u64 + 2,
@@ -320,6 +326,7 @@ impl Places {
             format: if sealed { self.formats.rung(rung) } else { BlockFormat::RAW },
             history: History::new(self.formats, been_through(past, sealed.then_some(rung))),
             sealed,
+            unsealable: word & 15 == UNSEALABLE,
         })
     }
 }

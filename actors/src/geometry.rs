@@ -65,6 +65,9 @@ pub struct Rope {
     pub attention_scale: f32,
 }
 
+/// Scales of the attention are near 1; with much larger ones keys would leave the range of f16.
+const SCALE_MOST: f32 = 1000.0;
+
 fn one() -> f32 {
     1.0
 }
@@ -172,6 +175,15 @@ impl Geometry {
                     rope.inv_freq.len(),
                     fix,
                 ));
+            }
+            if let Some(freq) = rope.inv_freq.iter().find(|freq| !freq.is_finite()) {
+                let fix = "use finite numbers";
+                return Err(ConfigError::invalid("geometry.groups[0].rope.inv_freq", freq, fix));
+            }
+            let scale = rope.attention_scale;
+            if !(1.0 / SCALE_MOST..=SCALE_MOST).contains(&scale) {
+                let fix = format!("use {} to {SCALE_MOST}; 1 for plain RoPE", 1.0 / SCALE_MOST);
+                return Err(ConfigError::invalid("geometry.groups[0].rope.attention_scale", scale, fix));
             }
         }
         let layout = BlockLayout {

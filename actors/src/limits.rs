@@ -33,6 +33,8 @@ pub struct Ledger {
     unfilled_bytes: u64,
     /// What nobody holds, of all owners.
     cached_bytes: u64,
+    /// Of that, what is protected: it does not go for others.
+    protected_bytes: u64,
 }
 
 impl Account {
@@ -49,7 +51,7 @@ fn changed(sum: u64, change: i64) -> u64 {
 }
 
 impl Ledger {
-    /// A new owner, with the next number.
+    /// A new owner, with the next number: protected from the beginning if something is reserved for him.
     pub fn open(&mut self, limits: TenantLimits) {
         let account = Account { limits, ..Account::default() };
         self.unfilled_bytes += account.unfilled_bytes();
@@ -69,7 +71,14 @@ impl Ledger {
         account.used_bytes = changed(account.used_bytes, bytes);
         self.unfilled_bytes = self.unfilled_bytes - unfilled + account.unfilled_bytes();
         let is_protected = account.is_protected();
-        (was_protected != is_protected).then_some(is_protected)
+        if was_protected == is_protected {
+            return None;
+        }
+        match is_protected {
+            true => self.protected_bytes += account.cached_bytes,
+            false => self.protected_bytes -= account.cached_bytes,
+        }
+        Some(is_protected)
     }
 
     /// Changes how much of what an owner uses is held by nobody.
@@ -77,6 +86,9 @@ impl Ledger {
     pub fn change_cached(&mut self, owner: u32, bytes: i64) {
         let account = &mut self.accounts[owner as usize];
         account.cached_bytes = changed(account.cached_bytes, bytes);
+        if account.is_protected() {
+            self.protected_bytes = changed(self.protected_bytes, bytes);
+        }
         self.cached_bytes = changed(self.cached_bytes, bytes);
     }
 
@@ -94,6 +106,18 @@ impl Ledger {
     /// Bytes of all owners that nobody holds.
     pub fn cached_bytes(&self) -> u64 {
         self.cached_bytes
+    }
+
+    /// Bytes that nobody holds and that may go for an owner: all but those of others who are protected.
+    pub fn evictable_bytes(&self, owner: u32) -> u64 {
+        let account = &self.accounts[owner as usize];
+        let own = if account.is_protected() { account.cached_bytes } else { 0 };
+        self.cached_bytes - self.protected_bytes + own
+    }
+
+    /// Whether there is what nobody holds, and all of it is protected.
+    pub fn is_all_protected(&self) -> bool {
+        self.protected_bytes > 0 && self.protected_bytes == self.cached_bytes
     }
 
     /// Bytes of an owner that nobody holds.
@@ -141,10 +165,15 @@ mod tests {
         assert_eq!((ledger.promised_to_others_bytes(0), ledger.promised_to_others_bytes(1)), (40, 0));
         assert_eq!(ledger.change(0, 500), None);
         assert_eq!(ledger.change(1, 30), None, "still within its reserve");
+        ledger.change_cached(1, 20);
+        ledger.change_cached(0, 7);
+        assert_eq!((ledger.evictable_bytes(0), ledger.evictable_bytes(1)), (7, 27));
         assert_eq!((ledger.promised_to_others_bytes(0), ledger.quota_left_bytes(1)), (10, Some(70)));
         assert_eq!(ledger.change(1, 80), Some(false));
+        assert_eq!((ledger.evictable_bytes(0), ledger.evictable_bytes(1)), (27, 27));
         assert_eq!((ledger.promised_to_others_bytes(0), ledger.quota_left_bytes(1)), (0, Some(0)));
         assert_eq!(ledger.change(1, -110), Some(true));
+        assert_eq!(ledger.evictable_bytes(0), 7);
         assert_eq!((ledger.promised_to_others_bytes(0), ledger.quota_left_bytes(0)), (40, None));
     }
 }

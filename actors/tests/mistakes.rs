@@ -479,8 +479,11 @@ fn a_block_that_turns_out_not_finite_when_sealed_loses_its_key() {
     assert!(rig.core().block_key(handle.id(), 0).is_some());
     let (bytes, pin) = pin(&rig, &handle, 0);
     drop(pin);
+    let block = handle.shared().state().blocks[0];
+    assert!(!rig.core().blocks().place(block).unwrap().unsealable);
     rig.device.damage(bytes.start, f32::INFINITY);
     rig.settle();
+    assert!(rig.core().blocks().place(block).unwrap().unsealable, "nobody has to wait for its seal");
     assert_eq!(rig.core().block_key(handle.id(), 0), None);
     assert_eq!(rig.core_mut().counters().seal_failures, 1);
     assert!(!rig.core().wants_to_seal(), "it is not tried again and again");

@@ -123,7 +123,7 @@ async fn main() -> anyhow::Result<()> {
     eprintln!("{}, {of}", model.config().name);
     let texts = run::Texts::cut(&tokenizer, &text, args.tokens, args.passage_tokens, model.config())?;
     if let Some(file) = &args.calibrate {
-        run::calibrate(&model, &texts.other).await?.means.finish().save(file)?;
+        run::calibrate(&model, &texts.other).await?.means.finish()?.save(file)?;
         println!("mean keys of {} tokens: {}", texts.other.len(), file.display());
         return Ok(());
     }
@@ -162,7 +162,7 @@ async fn main() -> anyhow::Result<()> {
             bases.insert(percent, calibration.basis(model.config(), percent)?);
         }
         if make_means {
-            calibration.means.finish().save(made.path())?;
+            calibration.means.finish()?.save(made.path())?;
             means = made.path().to_owned();
         }
     }

@@ -196,20 +196,24 @@ pub fn geometry(shape: (u32, u32, u32, u32, u32), element: ElementType) -> Geome
     geometry
 }
 
-/// Every setup with every element type, each `raw`, in `int8` and in one of the other formats, on one shape each: all setups see all
-/// shapes, and all formats run.
+/// Every setup with every element type, each `raw`, in `int8` and in one of the other formats (one element type in two), on one shape each:
+/// all setups see all shapes, and all formats run.
 pub fn combos() -> impl Iterator<Item = Combo> {
-    all_combos()
-        .enumerate()
-        .filter(|(at, _)| {
-            let (shape, rest) = (at % SHAPES.len(), at / SHAPES.len());
-            let (element, rest) = (rest % ELEMENTS.len(), rest / ELEMENTS.len());
-            let (format, setup) = (rest % FORMATS.len(), rest / FORMATS.len());
-            let turn = 2 + (element + setup) % (FORMATS.len() - 2);
-            let kind = ELEMENTS.len() * format.min(2) + element;
-            (format < 2 || format == turn) && shape == (kind + setup) % SHAPES.len()
+    SETUPS.iter().enumerate().filter(|(_, setup)| is_wanted(setup)).flat_map(|(at, setup)| {
+        ELEMENTS.into_iter().enumerate().flat_map(move |(element_at, element)| {
+            let turn = ELEMENTS.len() * at + element_at;
+            let other = |turn: usize| 2 + turn % (FORMATS.len() - 2);
+            let second = (element_at == at % ELEMENTS.len()).then(|| other(turn + 4));
+            [0, 1, other(turn)].into_iter().chain(second).map(move |format_at| {
+                let shape_at = match format_at {
+                    0 | 1 => ELEMENTS.len() * format_at + element_at + at,
+                    // Those with blocks of several tokens.
+                    _ => [1, 2, 4, 5][turn % 4],
+                };
+                Combo::new(setup, FORMATS[format_at], element, SHAPES[shape_at % SHAPES.len()])
+            })
         })
-        .map(|(_, combo)| combo)
+    })
 }
 
 /// Whether a setup's name begins with `KV_CACHE_TEST_SETUPS`, if that is set: `cuda` for what needs a GPU, say.
@@ -222,11 +226,7 @@ pub fn all_combos() -> impl Iterator<Item = Combo> {
     SETUPS.iter().filter(|setup| is_wanted(setup)).flat_map(|setup| {
         FORMATS.into_iter().flat_map(move |format| {
             ELEMENTS.into_iter().flat_map(move |element| {
-                SHAPES.into_iter().map(move |shape| Combo {
-                    setup,
-                    format: fitting(format, shape.1),
-                    geometry: shaped(format, shape, element),
-                })
+                SHAPES.into_iter().map(move |shape| Combo::new(setup, format, element, shape))
             })
         })
     })
@@ -239,6 +239,15 @@ pub const ROOM_TOKENS: u64 = 1024;
 pub const HOST_TIER_BLOCKS: u32 = 17;
 
 impl Combo {
+    fn new(
+        setup: &'static Setup,
+        format: BlockFormat,
+        element: ElementType,
+        shape: (u32, u32, u32, u32, u32),
+    ) -> Combo {
+        Combo { setup, format: fitting(format, shape.1), geometry: shaped(format, shape, element) }
+    }
+
     /// The builder with room for [`ROOM_TOKENS`] raw tokens; prints the reason if this machine lacks the backend.
     pub fn builder(&self) -> Option<CacheBuilder> {
         let block = self.geometry.layout().unwrap();

@@ -318,7 +318,7 @@ async fn mean_keys_stay_what_they_are() {
         let mut means = KeyMeansBuilder::new(&geometry).unwrap();
         means.add(0, 0, &mean);
         let file = tempfile::NamedTempFile::new().unwrap();
-        means.finish().save(file.path()).unwrap();
+        means.finish().unwrap().save(file.path()).unwrap();
         let combo = Combo { setup, format: LADDER[0].into(), geometry };
         let Some(builder) = combo.builder() else { continue };
         let builder = builder

@@ -107,7 +107,7 @@ fn calibrated(geometry: &Geometry) -> tempfile::NamedTempFile {
         means.add(layer as u32, 500, keys);
     }
     let file = tempfile::NamedTempFile::new().unwrap();
-    means.finish().save(file.path()).unwrap();
+    means.finish().unwrap().save(file.path()).unwrap();
     file
 }
 
@@ -253,7 +253,9 @@ async fn a_file_of_another_model_is_refused() {
     let geometry = geometry((16, 2, 2, 64, 24), ElementType::F16);
     let file = tempfile::NamedTempFile::new().unwrap();
     let of_other = Geometry::new(3, 2, 64, ElementType::F16);
-    KeyMeansBuilder::new(&of_other).unwrap().finish().save(file.path()).unwrap();
+    let mut means = KeyMeansBuilder::new(&of_other).unwrap();
+    means.add(0, 0, &[1.0; 128]);
+    means.finish().unwrap().save(file.path()).unwrap();
     let build = |path: std::path::PathBuf, format| {
         let builder =
             Cache::builder(geometry.clone()).devices(Devices::cpu(1)).memory_bytes_per_device(1 << 20);

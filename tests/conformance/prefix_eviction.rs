@@ -534,6 +534,44 @@ async fn racer(rig: Arc<Rig<f32>>, texts: Arc<Vec<Tokens<f32>>>, mut rng: SmallR
     }
 }
 
+/// What others leave to a tenant is his from the beginning, and his own writes may have it.
+#[tokio::test]
+async fn what_is_cached_within_a_reserve_goes_for_its_owner_alone() {
+    for setup in 0..SETUPS.len() {
+        whole_case(format!("setup {setup}"), reserved(setup)).await;
+    }
+}
+
+async fn reserved(setup: usize) {
+    let combo = small(setup);
+    let Some(builder) = combo.builder() else { return };
+    // All of them have room for the reserve, also those with several shards.
+    let bytes = memory(&combo, 96);
+    let limits = TenantLimits { quota_bytes: None, reserve_bytes: bytes / 4 };
+    let builder = builder.memory_bytes_per_device(bytes).configure(|c| {
+        c.tenants.insert("reserved".into(), limits);
+    });
+    let rig = Rig::<f32>::new(&combo, builder).await;
+    let open =
+        async |text: &Tokens<f32>| rig.cache.open("reserved", options().prompt(&text.ids)).await.unwrap();
+    let writes = async |text: &Tokens<f32>| {
+        let sequence = open(text).await;
+        let rest = text.slice(sequence.len() as usize..text.len());
+        sequence.append(&rest.ids, &rest.keys, &rest.values).await.unwrap();
+        sequence.close().await.unwrap();
+    };
+    let text = rig.text(4 * rig.block() + 1);
+    writes(&text).await;
+    press(&rig).await;
+    assert_eq!(open(&text).await.len(), 4 * rig.block(), "{combo}");
+    // As much as there is room for in all.
+    let room = rig.cache.stats().shards.len() as u32 * shard_blocks(&rig);
+    for _ in 0..room.div_ceil(8) + 8 {
+        writes(&rig.text(8 * rig.block())).await;
+    }
+    rig.finish().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn many_tasks_want_the_same_prompts() {
     for (setup, seed) in [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)] {

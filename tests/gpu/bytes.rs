@@ -152,7 +152,7 @@ fn some_means(geometry: &mut Geometry, layout: RopeLayout, in_part: bool) -> tem
         means.add(layer, 3, &keys);
     }
     let file = tempfile::NamedTempFile::new().unwrap();
-    means.finish().save(file.path()).unwrap();
+    means.finish().unwrap().save(file.path()).unwrap();
     file
 }
 

@@ -665,9 +665,10 @@ impl BlockStore {
                 self.sealed_anew(id);
             }
             Some(false) => {
-                // Appending checks every element, so this is memory that changed under us: keep the raw bytes.
+                // Appending checks every element, so memory has changed under us, or what keys are told apart from is no number: keep the raw bytes.
                 counters.seal_failures += 1;
                 self.get_mut(id).state = BlockState::Unsealable;
+                self.publish(id);
                 self.withdraw(id);
                 self.get_mut(id).has_key = false;
                 self.free_slot(SizeClass::Sealed, slot);

@@ -267,8 +267,13 @@ impl BlockStore {
     /// Frees a block for an owner who wants so many raw slots: one of his own if it is his quota that he lacks. False if none can go.
     pub(super) fn evict_one_for(&mut self, owner: u32, wanted: usize, counters: &mut CoreCounters) -> bool {
         if self.beyond_quota(owner, wanted).is_none() {
-            return self.evict_one(counters);
+            return self.evict_one(counters) || self.evict_one_of(owner, counters);
         }
+        self.evict_one_of(owner, counters)
+    }
+
+    /// Evicts one of an owner's, protected or not. False if there is none, or somebody has just pinned it.
+    fn evict_one_of(&mut self, owner: u32, counters: &mut CoreCounters) -> bool {
         let victim = self.evictor.victim_of(owner, self.now_ms);
         victim.is_some_and(|victim| self.try_evict(victim, counters))
     }
@@ -332,7 +337,11 @@ impl BlockStore {
     /// A new owner, with the next number.
     pub(super) fn open_owner(&mut self, number: u32, limits: TenantLimits) {
         self.ledger.open(limits);
-        if limits.quota_bytes.is_some() {
+        let is_reserved = limits.reserve_bytes > 0;
+        if is_reserved {
+            self.evictor.protect(number, true);
+        }
+        if limits.quota_bytes.is_some() || is_reserved {
             self.evictor.order(number);
         }
     }
@@ -381,11 +390,11 @@ impl BlockStore {
             || self.raw_available(to_be_vacant) >= to_be_vacant && self.beyond_quota(owner, wanted).is_none()
     }
 
-    /// Bytes of slots that may be free once all has gone that may: of what sequences hold a part becomes free, at most all of it.
-    fn freeable_bytes(&self) -> u64 {
+    /// Bytes of slots that may be free for an owner once all has gone that may: of what sequences hold a part becomes free, at most all of it.
+    fn freeable_bytes(&self, owner: u32) -> u64 {
         match self.may_make_room() {
             true => self.ledger.cached_bytes().max(self.pool.sealed_bytes()),
-            false => self.ledger.cached_bytes(),
+            false => self.ledger.evictable_bytes(owner),
         }
     }
 
@@ -395,7 +404,7 @@ impl BlockStore {
         let to_be_vacant = self.with_promises(owner, wanted);
         from_seals > 0
             && self.beyond_quota(owner, wanted).is_none()
-            && to_be_vacant <= self.pool.raw_available_without(self.freeable_bytes()) + from_seals
+            && to_be_vacant <= self.pool.raw_available_without(self.freeable_bytes(owner)) + from_seals
     }
 
     /// Sees to it that an owner can have `wanted` raw slots, at the cost of what nobody holds.
@@ -421,7 +430,7 @@ impl BlockStore {
         let nothing_goes = self.evictor.unheld() == 0
             && !self.may_make_room()
             && !self.pool.draining_class().is_some_and(SizeClass::is_sealed);
-        if nothing_goes || to_be_vacant > self.pool.raw_available_without(self.freeable_bytes()) {
+        if nothing_goes || to_be_vacant > self.pool.raw_available_without(self.freeable_bytes(owner)) {
             return Room::Never;
         }
         while self.beyond_quota(owner, wanted).is_some() {
@@ -456,7 +465,8 @@ impl BlockStore {
             if self.recode_for_room(false, counters) {
                 return Room::Soon;
             }
-            if !self.evict_one(counters) {
+            // His own are not protected from himself.
+            if !self.evict_one(counters) && !self.evict_one_of(owner, counters) {
                 // What has made way for others to be re-encoded may do.
                 return if self.pool.raw_available() >= to_be_vacant { Room::Now } else { Room::Never };
             }

@@ -277,7 +277,8 @@ impl BlockStore {
         }
         loop {
             let mut lacks_slot = false;
-            let takes_held = !spares_held && self.evictor.unheld() == 0;
+            let nothing_goes = self.evictor.unheld() == 0 || self.ledger.is_all_protected();
+            let takes_held = !spares_held && nothing_goes;
             for (whose, rung) in TURNS.into_iter().filter(|(whose, _)| *whose == Whose::Cached || takes_held)
             {
                 let mut planned = Planned::One;

@@ -771,7 +771,7 @@ mod tests {
             let keys: Vec<f32> = (0..count).map(|at| ((at + layer) % 23) as f32 - 9.0).collect();
             means.add(layer, 7, &keys);
         }
-        Centres::new(&means.finish(), &geometry, 1000).unwrap()
+        Centres::new(&means.finish().unwrap(), &geometry, 1000).unwrap()
     }
 
     /// None, and why, without one.

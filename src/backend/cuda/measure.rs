@@ -105,7 +105,8 @@ fn some_centres(geometry: &Geometry) -> Result<Centres, String> {
     let keys: Vec<f32> =
         (0..group.kv_heads * group.key_dim).map(|at| (at % 23) as f32 / 23.0 - 0.5).collect();
     (0..group.layers).for_each(|layer| means.add(layer, 1, &keys));
-    Centres::new(&means.finish(), geometry, SEQUENCE_TOKENS)
+    let means = means.finish().map_err(|error| error.to_string())?;
+    Centres::new(&means, geometry, SEQUENCE_TOKENS)
 }
 
 fn measure(
