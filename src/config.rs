@@ -579,11 +579,12 @@ impl CacheConfig {
         }
     }
 
-    /// Keys that want means, and have none: rotated, a constant takes all the codes.
+    /// Keys that want means, and have none: rotated, a constant takes all the codes, and of one scale a row most. Scales of channels know it.
     pub(crate) fn keys_without_means(&self) -> Option<Format> {
         let formats = self.formats();
-        let mut keys = formats.formats().iter().map(|format| format.keys);
-        let wants = keys.find(|format| format.is_rotated());
+        let keys = || formats.formats().iter().map(|format| format.keys);
+        let wants = keys().find(|format| format.is_rotated());
+        let wants = wants.or_else(|| keys().find(|format| *format != Format::Raw && !format.is_grouped()));
         wants.filter(|_| self.quantisation.key_means.is_none())
     }
 
@@ -603,7 +604,7 @@ mod tests {
     use crate::ElementType;
 
     #[test]
-    fn rotated_keys_want_means() {
+    fn keys_want_means() {
         let mut config = CacheConfig::new(Geometry::new(1, 1, 64, ElementType::F16));
         let mut wants = |format, values, colder: &[Format], means: Option<&str>| {
             let quantisation = &mut config.quantisation;
@@ -612,7 +613,9 @@ mod tests {
             quantisation.key_means = means.map(PathBuf::from);
             config.keys_without_means()
         };
-        assert_eq!(wants(Format::Int8, None, &[], None), None);
+        assert_eq!(wants(Format::Int8, None, &[], None), Some(Format::Int8));
+        assert_eq!(wants(Format::Int8, None, &[], Some("means")), None);
+        assert_eq!(wants(Format::Raw, Some(Format::Int8), &[], None), None);
         assert_eq!(wants(Format::Int4, Some(Format::R2), &[], None), None);
         assert_eq!(wants(Format::R3, Some(Format::Int4), &[], None), Some(Format::R3));
         assert_eq!(wants(Format::Int8, None, &[Format::R4, Format::R2], None), Some(Format::R4));

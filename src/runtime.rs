@@ -57,7 +57,15 @@ pub(crate) fn open(
     mut config: CacheConfig,
 ) -> Result<(Runtime, impl Future<Output = ()> + Send + 'static), BuildError> {
     let (layout, pool) = config.plan()?;
-    if let Some(format) = config.keys_without_means() {
+    let without_means = config.keys_without_means();
+    if let Some(format) = without_means.filter(|format| !format.is_rotated()) {
+        tracing::info!(
+            target: "kv_cache::quantisation",
+            %format,
+            "keys are stored without the model's mean keys: if its key projection has a bias, name them in quantisation.key_means, or answers lose accuracy"
+        );
+    }
+    if let Some(format) = without_means.filter(|format| format.is_rotated()) {
         tracing::warn!(
             target: "kv_cache::quantisation",
             %format,

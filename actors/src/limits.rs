@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Bounds of one tenant, in bytes of each device's slab.
+/// Bounds of one tenant, in bytes of each device's slab. Blocks of a [shared domain](crate::sequence::OpenOptions::shared_domain) are not the tenant's.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TenantLimits {

@@ -237,7 +237,8 @@ impl OpenOptions {
     }
 
     /// Sets the domain to share with, instead of the tenant's own sequences. All that is known of a domain is its name: give it only to
-    /// those who may see whether its prompts are cached.
+    /// those who may see whether its prompts are cached. Blocks are the domain's then, which has no limits: they count for no tenant's
+    /// quota, and no reserve is theirs.
     #[must_use]
     pub fn shared_domain(mut self, domain: impl Into<String>) -> Self {
         self.shared_domain = Some(domain.into());

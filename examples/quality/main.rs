@@ -40,6 +40,7 @@ mod retrieval;
 mod run;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
@@ -95,7 +96,7 @@ struct Args {
     layers: Vec<u32>,
     /// Instead of formats: what token dropping forgets of facts in so many texts, half of whose tokens stay.
     #[arg(long, value_name = "TEXTS")]
-    retrieval: Option<usize>,
+    retrieval: Option<NonZeroUsize>,
     /// The model's matrices on a GPU (needs `--features candle-cuda`); the cache stays in host memory.
     #[arg(long)]
     gpu: bool,
@@ -114,14 +115,19 @@ async fn main() -> anyhow::Result<()> {
     ensure!(args.tokens > 1 && args.passage_tokens > 1, "there is nothing to predict in fewer than 2 tokens");
     let path = llm::fetch::model(Some(&args.model))?;
     let (text, of) = match &args.corpus {
-        Some(path) => (std::fs::read_to_string(path)?, path.display().to_string()),
+        Some(path) => {
+            let text = std::fs::read_to_string(path);
+            (text.with_context(|| format!("the text {}", path.display()))?, path.display().to_string())
+        }
         None => (llm::fetch::brown()?, "the Brown corpus".to_owned()),
     };
     let tokenizer = Tokenizer::from_gguf(&path)?;
     // Rounding activations to 8 bits would hide what the formats lose.
     let model = Model::load(&path, Weights::Single, &llm::device(args.gpu)?)?;
     eprintln!("{}, {of}", model.config().name);
-    let texts = run::Texts::cut(&tokenizer, &text, args.tokens, args.passage_tokens, model.config())?;
+    // What is only calibrated scores nothing.
+    let tokens = if args.calibrate.is_some() || args.calibrate_basis.is_some() { 0 } else { args.tokens };
+    let texts = run::Texts::cut(&tokenizer, &text, tokens, args.passage_tokens, model.config())?;
     if let Some(file) = &args.calibrate {
         run::calibrate(&model, &texts.other).await?.means.finish()?.save(file)?;
         println!("mean keys of {} tokens: {}", texts.other.len(), file.display());
@@ -141,7 +147,7 @@ async fn main() -> anyhow::Result<()> {
         return Ok(());
     }
     if let Some(texts) = args.retrieval {
-        let rows = retrieval::recall(&model, &tokenizer, &tokenizer.encode(&text)?, texts, 0.5).await?;
+        let rows = retrieval::recall(&model, &tokenizer, &tokenizer.encode(&text)?, texts.get(), 0.5).await?;
         for row in &rows {
             println!("{}", if args.json { serde_json::to_string(row)? } else { row.line() });
         }

@@ -125,9 +125,12 @@ impl Texts {
         );
         // Enough text for that many tokens, cut between characters.
         let cut = |bytes: usize| text.char_indices().map(|(at, _)| at).find(|at| *at >= bytes);
-        let mut ids = tokenizer.encode(&text[..cut(8 * tokens).unwrap_or(text.len())])?;
+        let mut ids = tokenizer.encode(&text[..cut(tokens.saturating_mul(8)).unwrap_or(text.len())])?;
         ids.truncate(tokens);
         let end = cut(text.len().saturating_sub(8 * CALIBRATION_TOKENS)).unwrap_or_default();
+        // Of a short text there is less, or nothing.
+        let scored = tokenizer.decode(&ids)?.len();
+        let end = cut(scored.max(end)).unwrap_or(text.len());
         let mut other = tokenizer.encode(&text[end..])?;
         other.truncate(CALIBRATION_TOKENS);
         let passages = ids.chunks(passage_tokens).map(<[u32]>::to_vec).filter(|ids| ids.len() > 1).collect();
@@ -151,6 +154,10 @@ impl Calibration {
 
 /// Of keys as the model computes them over a raw cache.
 pub(crate) async fn calibrate(model: &Model, tokens: &[u32]) -> anyhow::Result<Calibration> {
+    ensure!(
+        !tokens.is_empty(),
+        "the text is too short: nothing of it is left that is not scored, of which mean keys could be made"
+    );
     let raw = Kind::of(Format::Raw);
     let cache = open(model, &raw, Path::new(""), PASSAGE_TOKENS).await?;
     let geometry = model.geometry(f16::TYPE);

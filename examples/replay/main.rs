@@ -59,7 +59,7 @@ struct Options {
     #[arg(long)]
     trace: PathBuf,
     /// Blocks of 512 tokens that the cache has room for, one run each.
-    #[arg(long, value_delimiter = ',', required = true, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_delimiter = ',', required = true, value_parser = clap::value_parser!(u32).range(1..=1 << 27))]
     capacity_blocks: Vec<u32>,
     /// What decides which block goes.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "auto")]
