@@ -1,5 +1,7 @@
 //! Token dropping by scores: what stays is what it was, where it was, and nobody else notices.
 
+use std::ops::Range;
+
 use kv_cache::*;
 
 use super::views::look;
@@ -23,14 +25,19 @@ async fn read_each<E: Number>(sequence: &Sequence, positions: &[u32], layers: u3
     all
 }
 
-/// Rows are the same, or have been sealed again in between. Keys of grouped formats then share their scales with others.
-fn assert_alike<E: Number>(rig: &Rig<E>, before: &[(Vec<E>, Vec<E>)], after: &[(Vec<E>, Vec<E>)]) {
+/// Rows of these layers, one after the other, are the same, or have been sealed again in between. Keys of grouped formats then share their scales
+/// with others.
+fn assert_alike<E: Number>(
+    rig: &Rig<E>,
+    layers: Range<u32>,
+    before: &[(Vec<E>, Vec<E>)],
+    after: &[(Vec<E>, Vec<E>)],
+) {
     assert_eq!(before.len(), after.len());
     let layout = &rig.layout;
-    // Layer by layer.
-    let of_layer = (before.len() / layout.layers).max(1);
+    let of_layer = (before.len() / layers.len()).max(1);
     for (at, (before, after)) in before.iter().zip(after).enumerate() {
-        let layer = at / of_layer;
+        let layer = layers.start as usize + at / of_layer;
         for (dim, plane, before, after) in [
             (layout.key_dim, Plane::Key, &before.0, &after.0),
             (layout.value_dim, Plane::Value, &before.1, &after.1),
@@ -79,7 +86,12 @@ async fn kept_tokens_are_what_and_where_they_were<E: Number>(rig: Rig<E>) {
     let kept = |layer: u32| positions.iter().map(move |at| (layer * all + at) as usize);
     let expected: Vec<_> =
         (0..rig.layers()).flat_map(|layer| kept(layer).map(|at| before[at].clone())).collect();
-    assert_alike(&rig, &expected, &read_each::<E>(&sequence, &positions, rig.layers()).await);
+    assert_alike(
+        &rig,
+        0..rig.layers(),
+        &expected,
+        &read_each::<E>(&sequence, &positions, rig.layers()).await,
+    );
     // Views and tables say where the tokens stood.
     for layer in 0..rig.layers() {
         let view = sequence.view(layer).unwrap();
@@ -96,7 +108,7 @@ async fn kept_tokens_are_what_and_where_they_were<E: Number>(rig: Rig<E>) {
         let values = seen.values.chunks(heads * rig.layout.value_dim).map(<[E]>::to_vec);
         let seen: Vec<_> = keys.zip(values).collect();
         let first = (layer * keep) as usize;
-        assert_alike(&rig, &expected[first..first + keep as usize], &seen);
+        assert_alike(&rig, layer..layer + 1, &expected[first..first + keep as usize], &seen);
     }
     let table = rig.cache.block_table(&[&sequence], 0).unwrap();
     let row = &table.sequences[0];
@@ -175,7 +187,7 @@ async fn forks_and_prompts_keep_what_they_had<E: Number>(rig: Rig<E>) {
     thin.append(&new.ids[..1], &rig.tokens(1).keys, &rig.tokens(1).values).await.unwrap();
     assert_eq!((sequence.len(), thin.len()), (all + rig.block() + 1, all + 1));
     for sequence in [&sequence, &thin] {
-        assert_alike(&rig, &kept, &read_each::<E>(sequence, &positions, rig.layers()).await);
+        assert_alike(&rig, 0..rig.layers(), &kept, &read_each::<E>(sequence, &positions, rig.layers()).await);
     }
     // Prompts find what was computed before anything was dropped, and nothing that was copied or computed after.
     drop(fork);
