@@ -51,7 +51,7 @@ pub struct SequenceInfo {
     /// Of those, blocks in the host tier.
     pub host_blocks: u32,
     /// Full blocks in the element type that are about to be sealed: those that are to [stay raw](crate::Quantisation) are not, nor
-    /// those that cannot be, since they held what is not finite ([`ShardStats`](crate::ShardStats) counts them as failures).
+    /// those that cannot be, since they held what is not finite ([`CoreCounters::seal_failures`](crate::CoreCounters::seal_failures) counts them).
     pub blocks_to_seal: u32,
 }
 
