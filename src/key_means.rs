@@ -250,9 +250,9 @@ impl Centres {
         if !rotated_alike {
             return Err("keys were rotated in another way than `rope` of the cache's geometry says when they were made: calibrate this model".to_owned());
         }
-        let pairs = group.rope.as_ref().map_or(0, |rope| rope.inv_freq.len()) as u64;
+        let pairs = group.rope.as_ref().map_or(0, |rope| rope.inv_freq.len());
         let table_bytes = u64::from(max_tokens).div_ceil(u64::from(geometry.block_tokens))
-            * pairs
+            * pairs as u64
             * size_of::<[f32; 2]>() as u64;
         if table_bytes > TABLE_BYTES_MOST {
             return Err(format!(
@@ -281,7 +281,7 @@ impl Centres {
             kv_heads: group.kv_heads as usize,
             key_dim: group.key_dim as usize,
             block_tokens: geometry.block_tokens as usize,
-            pairs: group.rope.as_ref().map_or(0, |rope| rope.inv_freq.len()),
+            pairs,
             layout: group.rope.as_ref().map_or(RopeLayout::Interleaved, |rope| rope.layout),
             means: means.means.clone(),
             block_turns,

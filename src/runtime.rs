@@ -57,21 +57,19 @@ pub(crate) fn open(
     mut config: CacheConfig,
 ) -> Result<(Runtime, impl Future<Output = ()> + Send + 'static), BuildError> {
     let (layout, pool) = config.plan()?;
-    let without_means = config.keys_without_means();
-    if let Some(format) = without_means.filter(|format| !format.is_rotated()) {
-        tracing::info!(
+    match config.keys_without_means() {
+        None => {}
+        Some(format) if !format.is_rotated() => tracing::info!(
             target: "kv_cache::quantisation",
             %format,
             "keys are stored without the model's mean keys: if its key projection has a bias, name them in quantisation.key_means, or answers lose accuracy"
-        );
-    }
-    if let Some(format) = without_means.filter(|format| format.is_rotated()) {
-        tracing::warn!(
+        ),
+        Some(format) => tracing::warn!(
             target: "kv_cache::quantisation",
             %format,
             "keys are stored in a rotated format without the model's mean keys: if its key projection has a bias, answers are ruined; make the file \
              with KeyMeansBuilder and name it in quantisation.key_means, or store keys in int4"
-        );
+        ),
     }
     let means = config.key_means()?;
     let centres = means.as_ref().map(|means| Centres::new(means, &config.geometry, config.max_tokens));

@@ -51,11 +51,13 @@ fn changed(sum: u64, change: i64) -> u64 {
 }
 
 impl Ledger {
-    /// A new owner, with the next number: protected from the beginning if something is reserved for him.
-    pub fn open(&mut self, limits: TenantLimits) {
+    /// A new owner, with the next number. Returns whether his cached blocks are protected: from the beginning, if something is reserved for him.
+    pub fn open(&mut self, limits: TenantLimits) -> bool {
         let account = Account { limits, ..Account::default() };
+        let is_protected = account.is_protected();
         self.unfilled_bytes += account.unfilled_bytes();
         self.accounts.push(account);
+        is_protected
     }
 
     /// Changes what an owner uses, and returns whether his cached blocks are protected from now on, if that has changed.
@@ -160,8 +162,11 @@ mod tests {
     #[test]
     fn reserves_and_quotas_follow_what_is_used() {
         let mut ledger = Ledger::default();
-        ledger.open(TenantLimits::default());
-        ledger.open(TenantLimits { quota_bytes: Some(100), reserve_bytes: 40 });
+        assert!(!ledger.open(TenantLimits::default()));
+        assert!(
+            ledger.open(TenantLimits { quota_bytes: Some(100), reserve_bytes: 40 }),
+            "from the beginning"
+        );
         assert_eq!((ledger.promised_to_others_bytes(0), ledger.promised_to_others_bytes(1)), (40, 0));
         assert_eq!(ledger.change(0, 500), None);
         assert_eq!(ledger.change(1, 30), None, "still within its reserve");

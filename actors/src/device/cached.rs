@@ -266,10 +266,8 @@ impl BlockStore {
 
     /// Frees a block for an owner who wants so many raw slots: one of his own if it is his quota that he lacks. False if none can go.
     pub(super) fn evict_one_for(&mut self, owner: u32, wanted: usize, counters: &mut CoreCounters) -> bool {
-        if self.beyond_quota(owner, wanted).is_none() {
-            return self.evict_one(counters) || self.evict_one_of(owner, counters);
-        }
-        self.evict_one_of(owner, counters)
+        let within_quota = self.beyond_quota(owner, wanted).is_none();
+        within_quota && self.evict_one(counters) || self.evict_one_of(owner, counters)
     }
 
     /// Evicts one of an owner's, protected or not. False if there is none, or somebody has just pinned it.
@@ -336,12 +334,11 @@ impl BlockStore {
 
     /// A new owner, with the next number.
     pub(super) fn open_owner(&mut self, number: u32, limits: TenantLimits) {
-        self.ledger.open(limits);
-        let is_reserved = limits.reserve_bytes > 0;
-        if is_reserved {
+        let is_protected = self.ledger.open(limits);
+        if is_protected {
             self.evictor.protect(number, true);
         }
-        if limits.quota_bytes.is_some() || is_reserved {
+        if limits.quota_bytes.is_some() || is_protected {
             self.evictor.order(number);
         }
     }
