@@ -198,6 +198,18 @@ impl Descriptors {
     }
 }
 
+/// Whether keys are for the kernels of pairs that lie half a row apart (`HALVES_KERNELS` in the sources): all dims turn, halves of rows are a power of
+/// two of vectors, and the means of all heads fit into a thread block's shared memory.
+fn has_halves(block: &BlockLayout, centres: &abi::CentreTables) -> bool {
+    const MEANS_MOST: usize = 4096;
+    block.element.bytes() == 2
+        && centres.apart != 1
+        && 2 * centres.pairs as usize == block.key_dim
+        && [32, 64, 128, 256].contains(&block.key_dim)
+        && block.block_tokens.is_multiple_of(8)
+        && block.kv_heads * block.key_dim <= MEANS_MOST
+}
+
 impl Kernels {
     /// Loads the kernels for blocks of `block` that are sealed, and re-encoded, as `formats` says.
     /// Sealed keys are differences from `centres`, if there are any.
@@ -253,23 +265,25 @@ impl Kernels {
             ElementType::Bf16 => "_bf16",
             ElementType::F32 => "_f32",
         };
-        let pick = |module: &Module, name: &str, element: &str| {
-            let name = format!("{name}{element}");
-            module.function(&name).or_else(|error| {
-                tracing::warn!(target: "kv_cache::cuda", kernel = name, %error, "a kernel cannot be loaded: the plain one runs instead");
-                module.function(&format!("plain_{name}"))
+        let pick = |module: &Module, kind: &str, name: &str, element: &str| {
+            let kernel = format!("{kind}{name}{element}");
+            module.function(&kernel).or_else(|error| {
+                tracing::warn!(target: "kv_cache::cuda", kernel, %error, "a kernel cannot be loaded: the plain one runs instead");
+                module.function(&format!("plain_{name}{element}"))
             })
         };
         let centres = tables.as_ref().map(|tables| tables.at).unwrap_or_default();
         let of_planes = |place: &FormatLayout, planes: &[Plane], module: Option<&Arc<Module>>| {
             let format = if planes == [Plane::Value] { place.format().values } else { place.format().keys };
             let rotated = format.is_rotated();
+            let centred = tables.as_ref().filter(|_| planes.contains(&Plane::Key));
+            let halves = !rotated && centred.is_some_and(|tables| has_halves(block, &tables.at));
             let function = |module: &Arc<Module>, name: &str| {
-                let function = pick(module, name, element)?;
+                let function = pick(module, if halves { "halves_" } else { "" }, name, element)?;
                 // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise. To put centres back wants a
                 // cache for their tables beside it.
                 if rotated {
-                    let adds_centres = tables.is_some() && planes.contains(&Plane::Key) && name != "seal";
+                    let adds_centres = centred.is_some() && name != "seal";
                     function.prefer_shared_memory(if adds_centres { 50 } else { 100 })?;
                 }
                 Ok::<_, DriverError>(function)
@@ -286,7 +300,7 @@ impl Kernels {
                 reopen: module.map(|module| function(module, "reopen")).transpose()?,
                 read: match module {
                     Some(module) => function(module, "read")?,
-                    None => pick(&cache, "read_raw", "")?,
+                    None => pick(&cache, "", "read_raw", "")?,
                 },
             })
         };
@@ -312,9 +326,9 @@ impl Kernels {
             block: *block,
             sealed,
             _tables: tables,
-            append: pick(&cache, "append", "")?,
-            move_blocks: pick(&cache, "move_blocks", "")?,
-            carry_blocks: pick(&cache, "carry_blocks", "")?,
+            append: pick(&cache, "", "append", "")?,
+            move_blocks: pick(&cache, "", "move_blocks", "")?,
+            carry_blocks: pick(&cache, "", "carry_blocks", "")?,
             signal: cache.function("signal")?,
             _modules: modules.into_iter().chain([cache]).collect(),
         })
@@ -512,6 +526,7 @@ mod tests {
     use super::super::measure::upload;
     use super::*;
     use crate::backend::cpu::codec::Kernels as Codec;
+    use crate::backend::cpu::codec::fp8::to_e4m3;
 
     /// The seal kernel multiplies where the CPU divides: for f16 that never shows.
     #[test]
@@ -526,8 +541,8 @@ mod tests {
     /// nothing of it is subnormal yet, and the largest is far from infinity.
     #[test]
     fn corrected_reciprocals_give_the_same_f32_scales() {
-        // Of int8, int4 and int2.
-        for codes in [127.0f32, 7.5, 1.5] {
+        // Of int8, fp8, int4 and int2.
+        for codes in [127.0f32, 448.0, 7.5, 1.5] {
             let corrected = |most: f32| {
                 let near = most * (1.0 / codes);
                 near.mul_add(-codes, most).mul_add(1.0 / codes, near)
@@ -544,6 +559,59 @@ mod tests {
                     assert_eq!(corrected(most).max(floor), (most / codes).max(floor), "{most:e} / {codes}");
                 }
             }
+        }
+    }
+
+    /// A reciprocal as the kernels make it, from one that may be off by one in the last place.
+    fn near_reciprocal(x: f32, off: i32) -> f32 {
+        let near = f32::from_bits(x.recip().to_bits().wrapping_add_signed(off));
+        (-x).mul_add(near, 1.0).mul_add(near, near)
+    }
+
+    /// Codes of `int8` come without a division.
+    #[test]
+    fn products_with_the_reciprocal_give_the_same_int8_codes() {
+        const WHOLE: f32 = 12_582_912.0;
+        let code = |rounded: f32| (rounded.to_bits() as u8).cast_signed();
+        let check = |x: f32, scale: f32, coded: f32| {
+            let exact = (x / scale).round_ties_even();
+            assert_eq!(f32::from(code(coded)), exact, "{x:e} / {scale:e}");
+        };
+        // What is left of an element in a scale, and not: exponents of both only shift it.
+        let elements = |most: f32, bits: u32| {
+            let one = 1.0f32.to_bits() >> (23 - bits);
+            let all = (0..11 << bits).map(move |at| f32::from_bits((one + at) << (23 - bits)) / 8.0);
+            all.take_while(move |x| *x <= most)
+        };
+        for off in [-1, 0, 1] {
+            for scale in (0..1 << 10).map(|bits| f32::from_bits(1.0f32.to_bits() + (bits << 13))) {
+                let inverse = near_reciprocal(scale, off);
+                let most = (127.0 * scale) * (1.0 + 2f32.powi(-11));
+                elements(most, 10)
+                    .for_each(|x| check(x, scale, x.mul_add(inverse, 1536.0) + (WHOLE - 1536.0)));
+            }
+            for most in (0..1 << 7).map(|bits| f32::from_bits(0x42fe_0000 + (bits << 16))) {
+                let scale = most / 127.0;
+                let inverse = near_reciprocal(scale, off);
+                elements(most, 7).for_each(|x| {
+                    let near = x * inverse;
+                    check(x, scale, (-near).mul_add(scale, x).mul_add(inverse, near) + WHOLE);
+                });
+            }
+        }
+    }
+
+    /// Codes of `fp8` come by additions.
+    #[test]
+    fn additions_give_the_same_fp8_codes() {
+        let lows = [0, 1, 0x7_ffff, 0x8_0000, 0x8_0001, 0xf_ffff];
+        let all = (0x3000_0000u32..0x43f0_0000).step_by(1 << 20).flat_map(|bits| lows.map(|low| bits | low));
+        // From 464 on a code would be too large: no scale leaves as much.
+        for bits in all.filter(|bits| *bits < 0x43e8_0000) {
+            let magnitude = f32::from_bits(bits);
+            let far = f32::from_bits((bits & 0x7f80_0000).max(0x3c80_0000) + (20 << 23));
+            let code = ((magnitude + far - far) * 2f32.powi(-120)).to_bits() >> 20;
+            assert_eq!(code, u32::from(to_e4m3(magnitude)), "{magnitude:e}");
         }
     }
 
@@ -568,14 +636,15 @@ mod tests {
         let all = [false, true].into_iter().flat_map(|centred| Format::ALL.map(|format| (format, centred)));
         for source in all.map(|(format, centred)| source(format, centred).unwrap().unwrap_or(CACHE)) {
             let left = names(&without_fast_kernels(source));
-            let fast: Vec<String> = names(source)
+            let (halves, fast): (Vec<String>, Vec<String>) = names(source)
                 .into_iter()
                 .filter(|name| !name.starts_with("plain_") && name != "signal")
-                .collect();
+                .partition(|name| name.starts_with("halves_"));
             assert!(fast.len() == if source == CACHE { 4 } else { 9 }, "{fast:?}");
-            for name in fast {
-                assert!(left.contains(&format!("plain_{name}")), "{name}");
-                assert!(left.contains(&format!("gone_{name}")) && !left.contains(&name), "{name}");
+            assert!(halves.is_empty() || halves.len() == 6, "{halves:?}");
+            for name in fast.iter().chain(&halves) {
+                assert!(left.contains(&format!("plain_{}", name.trim_start_matches("halves_"))), "{name}");
+                assert!(left.contains(&format!("gone_{name}")) && !left.contains(name), "{name}");
             }
         }
     }

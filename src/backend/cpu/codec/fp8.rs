@@ -35,7 +35,7 @@ pub(super) fn decode(
 }
 
 /// The nearest e4m3 number, ties to even, at most 448.
-fn to_e4m3(x: f32) -> u8 {
+pub(crate) fn to_e4m3(x: f32) -> u8 {
     let magnitude = x.abs();
     let code = if magnitude < NORMAL {
         // 8 steps are the least normal number, whose code is 8.

@@ -98,7 +98,7 @@
 //!    bounds-checked slices or arrays and use the unaligned forms.
 
 mod centred;
-mod fp8;
+pub(crate) mod fp8;
 mod grouped;
 mod rotated;
 mod scalar;

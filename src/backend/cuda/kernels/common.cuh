@@ -138,6 +138,13 @@ template <u32 E> __device__ __forceinline__ float saturated(float x) {
 // The least scale: the smallest positive f16, or 2^-100.
 template <u32 E> __device__ __forceinline__ float scale_floor() { return E == F16 ? 5.9604644775390625e-8f : 7.888609052210118e-31f; }
 
+// One over a scale, rounded: what __frcp_rn does for numbers that are far from the least and the largest, as scales are.
+__device__ __forceinline__ float near_reciprocal(float x) {
+    float near;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(x));
+    return __fmaf_rn(__fmaf_rn(-x, near, 1.0f), near, near);
+}
+
 // Bits of |x| order like |x|, with infinity and NaN above everything finite.
 template <u32 E> __device__ __forceinline__ float from_bits(u32 bits) {
     if (E == F16) return __half2float(__ushort_as_half((u16)bits));
@@ -353,12 +360,23 @@ struct Centre {
         }
     }
 
-    // Has the thread block keep the means of all heads in shared memory, if they fit. All threads call it.
-    template <u32 E> __device__ __forceinline__ void turn() {
+    // Has the thread block keep the means of all heads in shared memory, if they fit. All threads call it, best behind loads that take longer. With
+    // `FELLOWS`, for pairs that lie apart, also those of the other dims, with the signs that they are added with to take centres off.
+    template <u32 E, bool FELLOWS = false> __device__ __forceinline__ void turn() {
         if constexpr (CENTRED) {
-            __shared__ alignas(16) float here[TURNED_MAX];
+            __shared__ alignas(16) float here[TURNED_MAX * (FELLOWS ? 2 : 1)];
             if (!fits<E>() || heads * dim > TURNED_MAX) return;
-            for (u32 i = 4 * threadIdx.x; i < heads * dim; i += 4 * blockDim.x) turned4(i / dim, i % dim, here + i);
+            for (u32 i = 4 * threadIdx.x; i < heads * dim; i += 4 * blockDim.x) {
+                float own[4];
+                const u32 head = i / dim, d = i % dim;
+                turned4(head, d, own);
+                *(float4*)(here + i) = make_float4(own[0], own[1], own[2], own[3]);
+                if (FELLOWS) {
+                    const bool first = d < apart;
+                    *(float4*)(here + TURNED_MAX + (first ? i + apart : i - apart)) =
+                        first ? make_float4(-own[0], -own[1], -own[2], -own[3]) : make_float4(own[0], own[1], own[2], own[3]);
+                }
+            }
             __syncthreads();
             turned = here;
         }
@@ -392,6 +410,49 @@ struct Centre {
             for (u32 i = 0; i < N; i++) t.own[i] = -t.own[i];
         }
         return t;
+    }
+
+    // Whether rows are pairs whose dims lie half a row apart: a thread that has a vector of either half then has both dims of its pairs.
+    template <u32 E> __device__ __forceinline__ bool halves() const {
+        return fits<E>() && heads * dim <= TURNED_MAX && apart != 1 && 2 * pairs == dim;
+    }
+
+    // Takes off, or puts back, the centres of a vector of the first half of a row and its fellow in the second, and rounds both to the element type: wrong
+    // where something is not finite, or becomes so. `own` are the head's means from dim `d` on, as they are kept.
+    template <u32 E, Shift S> __device__ __forceinline__ void quick_halves(uint4& a, uint4& b, const float* own, u32 token, u32 d) const {
+        constexpr u32 N = Vector<E>::N;
+        float x[N], y[N];
+        unpack<E>(a, x), unpack<E>(b, y);
+#pragma unroll
+        for (u32 first = 0; first < N; first += 4) {
+            float p[4], q[4], c[4], s[4];
+            load<4>(own + first, p), load<4>(own + apart + first, q);
+            load_table<4>(cos + token * pairs + d + first, c), load_table<4>(sin + token * pairs + d + first, s);
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                const float of_x = S == OFF ? -p[i] : p[i], of_y = S == OFF ? -q[i] : q[i];
+                x[first + i] = __fmaf_rn(-of_y, s[i], __fmaf_rn(of_x, c[i], x[first + i]));
+                y[first + i] = __fmaf_rn(of_x, s[i], __fmaf_rn(of_y, c[i], y[first + i]));
+            }
+        }
+        a = pack<E>(x), b = pack<E>(y);
+    }
+
+    // Takes the centre off one vector of such a row, alone. Fellows are kept too.
+    template <u32 E> __device__ __forceinline__ void quick_half(uint4& v, const float* own, u32 token, u32 d) const {
+        constexpr u32 N = Vector<E>::N;
+        const u32 at = token * pairs + (d < apart ? d : d - apart);
+        float x[N];
+        unpack<E>(v, x);
+#pragma unroll
+        for (u32 first = 0; first < N; first += 4) {
+            float p[4], q[4], c[4], s[4];
+            load<4>(own + first, p), load<4>(own + TURNED_MAX + first, q);
+            load_table<4>(cos + at + first, c), load_table<4>(sin + at + first, s);
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) x[first + i] = __fmaf_rn(q[i], s[i], __fmaf_rn(-p[i], c[i], x[first + i]));
+        }
+        v = pack<E>(x);
     }
 
     // Calls `f` with the `Kind` of the vector from dim `d` on: a loop in it does not have to ask again.
@@ -558,4 +619,18 @@ __device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool 
         const Read& r = fetched(steps + blockIdx.x); \
         if (r.raw >> plane_of_read(L) & 1) gather_raw(L, r, true); \
         else read_plane<E>(L, r, true); \
+    }
+
+// Those for centred keys of two bytes an element whose pairs lie half a row apart, with registers of their own. Other keys are not fast here.
+#define HALVES_KERNELS(E, NAME, SEALS, DECODES) \
+    extern "C" __global__ void SEALS halves_seal_##NAME(const __grid_constant__ Layout L, const Convert* s, u32 count) { \
+        seal_plane_of_halves<E>(L, fetched(s + step_of())); \
+    } \
+    extern "C" __global__ void DECODES halves_reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { \
+        reopen_plane_of_halves<E>(L, fetched(s + step_of())); \
+    } \
+    extern "C" __global__ void DECODES halves_read_##NAME(const __grid_constant__ Layout L, const Read* steps) { \
+        const Read& r = fetched(steps + blockIdx.x); \
+        if (r.raw >> plane_of_read(L) & 1) gather_raw(L, r, false); \
+        else read_plane_of_halves<E>(L, r); \
     }

@@ -101,11 +101,19 @@ template <u32 E> __device__ __forceinline__ bool are_vectors(const Layout& L, co
 template <u32 E> struct Tile {
     u32 row, column;
     bool active;
+    Tile() = default;
     __device__ __forceinline__ Tile(const Plane& p, u32 tile) {
         const u32 lane = threadIdx.x % 32, per_row = p.dim / Vector<E>::N, across = (per_row + TILE_COLUMNS - 1) / TILE_COLUMNS;
         row = tile / across * TILE_ROWS + lane / TILE_COLUMNS;
         column = tile % across * TILE_COLUMNS + lane % TILE_COLUMNS;
         active = column < per_row;
+    }
+    // Of the first half of the dims, `across` tiles of it.
+    __device__ __forceinline__ static Tile of_half(u32 tile, u32 across) {
+        Tile t;
+        t.row = tile / across * TILE_ROWS + threadIdx.x % 32 / TILE_COLUMNS, t.column = tile % across * TILE_COLUMNS + threadIdx.x % TILE_COLUMNS;
+        t.active = true;
+        return t;
     }
     __device__ __forceinline__ static u32 count(const Plane& p, u32 rows) {
         return rows / TILE_ROWS * ((p.dim / Vector<E>::N + TILE_COLUMNS - 1) / TILE_COLUMNS);
@@ -216,29 +224,53 @@ template <u32 E> __device__ __forceinline__ bool seal_values(const Layout& L, co
     return bad;
 }
 
-template <u32 E> __device__ __forceinline__ void seal_tiles(const Layout& L, const Convert& s, const Plane& p) {
-    constexpr u32 N = Vector<E>::N;
+// Seals a tile of keys whose centres have to be taken off element by element. Rare, so it is kept out of the way of the others.
+template <u32 E> __device__ __noinline__ bool seal_exactly(const Layout& L, const Convert& s, u32 tile) {
+    const Plane p(L, s.from, s.to, plane_of(L));
     const Centre centre(L, plane_of(L), s.index);
+    const Tile<E> t(p, tile);
+    uint4 v[LANE_ROWS];
+#pragma unroll
+    for (u32 k = 0; k < LANE_ROWS; k++) {
+        const u32 row = t.row + k * t.stride();
+        v[k] = make_uint4(0, 0, 0, 0);
+        if (t.active) v[k] = centre.shifted<E, OFF>(((const uint4*)(p.raw + (u64)row * p.row_bytes))[t.column], row, t.column * Vector<E>::N);
+    }
+    return seal_keys<E>(L, p, t, v);
+}
+
+// With `HALVES` keys are pairs that lie half a row apart, and the thread block keeps their means.
+template <u32 E, bool HALVES = false> __device__ __forceinline__ void seal_tiles(const Layout& L, const Convert& s, const Plane& p) {
+    constexpr u32 N = Vector<E>::N;
+    Centre centre(L, plane_of(L), s.index);
+    const u32 count = Tile<E>::count(p, p.rows), warps = blockDim.x / 32;
     bool bad = false;
-    for (u32 tile = threadIdx.x / 32; tile < Tile<E>::count(p, p.rows); tile += blockDim.x / 32) {
+    // The whole block takes every turn.
+    for (u32 first = 0; first < count; first += warps) {
+        const u32 tile = min(first + threadIdx.x / 32, count - 1);
         const Tile<E> t(p, tile);
-        const auto from = [&](u32 k) { return (const uint4*)(p.raw + (u64)(t.row + k * t.stride()) * p.row_bytes) + t.column; };
         uint4 v[LANE_ROWS];
 #pragma unroll
         for (u32 k = 0; k < LANE_ROWS; k++) {
             v[k] = make_uint4(0, 0, 0, 0);
-            if (t.active) v[k] = __ldcs(from(k));
+            if (t.active) v[k] = __ldcs((const uint4*)(p.raw + (u64)(t.row + k * t.stride()) * p.row_bytes) + t.column);
         }
+        if (HALVES && p.keys && first == 0) centre.turn<E, true>();
+        if (tile != first + threadIdx.x / 32) break;
         if (!CENTRED || !p.keys) {
             bad |= p.keys ? seal_keys<E>(L, p, t, v) : seal_values<E>(L, p, t, v);
             continue;
         }
-        // The rows of a tile are of one head.
-        const u32 head = t.row / L.block_tokens, token = t.row - head * L.block_tokens;
+        // The rows of a tile are of one head. Lanes that have no column look at the first.
+        const u32 head = t.row / L.block_tokens, token = t.row - head * L.block_tokens, d = t.active ? t.column * N : 0;
         bool again = !centre.fits<E>();
-        if (!again) {
-            // Lanes that have no column look at the first.
-            const u32 d = t.active ? t.column * N : 0;
+        if (HALVES) {
+            const float* own = centre.turned + head * p.dim + d;
+#pragma unroll
+            for (u32 k = 0; k < LANE_ROWS; k++) {
+                if (t.active) centre.quick_half<E>(v[k], own, token + k * t.stride(), d);
+            }
+        } else if (!again) {
             const Turned<E> turned = centre.of<E, OFF>(head, d);
             centre.of_kind(d, [&](auto kind) {
 #pragma unroll
@@ -247,15 +279,9 @@ template <u32 E> __device__ __forceinline__ void seal_tiles(const Layout& L, con
                     if (t.active) v[k] = x;
                 }
             });
-            again = seal_keys<E>(L, p, t, v);
         }
-        if (__any_sync(0xffffffffu, again)) {
-#pragma unroll
-            for (u32 k = 0; k < LANE_ROWS; k++) {
-                if (t.active) v[k] = centre.shifted<E, OFF>(*from(k), t.row + k * t.stride(), t.column * N);
-            }
-            bad |= seal_keys<E>(L, p, t, v);
-        }
+        if (!again) again = seal_keys<E>(L, p, t, v);
+        if (__any_sync(0xffffffffu, again)) bad |= seal_exactly<E>(L, s, tile);
     }
     if (bad) raise(s.flag);
 }
@@ -417,7 +443,8 @@ template <u32 E> __device__ __forceinline__ void read_plane(const Layout& L, con
         // Rows of each head from the beginning of a tile on.
         const u32 begin = r.first_token / TILE_ROWS * TILE_ROWS;
         const u32 rows = (r.first_token + r.tokens - begin + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
-        const u32 of_head = Tile<E>::count(p, rows), warps = blockDim.x / 32;
+        const u32 warps = blockDim.x / 32;
+        const u32 of_head = Tile<E>::count(p, rows);
         for (u32 i = blockIdx.z * warps + threadIdx.x / 32; i < L.kv_heads * of_head; i += gridDim.z * warps) {
             const u32 head = i / of_head;
             Tile<E> t(p, i % of_head);
@@ -438,3 +465,120 @@ template <u32 E> __device__ __forceinline__ void read_plane(const Layout& L, con
 FORMAT_KERNELS(F16, f16)
 FORMAT_KERNELS(BF16, bf16)
 FORMAT_KERNELS(F32, f32)
+
+// ---------------------------------------------------------------------------------------------------------------------
+#if CENTRED
+// Whether a lane may have a column of either half of a head's dims: both dims of its pairs.
+template <u32 E> __device__ __forceinline__ bool in_halves(const Plane& p, const Centre& centre) {
+    return centre.halves<E>() && p.dim / Vector<E>::N % (2 * TILE_COLUMNS) == 0;
+}
+
+// Decodes keys of which a lane may have a column of either half of the dims, whose turns are one: tiles from `first` on, `apart` from each other.
+// `place` says of each where its first half is and calls what it is given with what says where rows go, or 0.
+template <u32 E, class Place>
+__device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, Centre centre, u32 tiles, u32 first, u32 apart, Place place) {
+    constexpr u32 N = Vector<E>::N;
+    const u32 half = p.dim / N / 2;
+    // The whole block takes every turn.
+    for (u32 turn = first; turn < tiles; turn += apart) {
+        const u32 tile = min(turn + threadIdx.x / 32, tiles - 1);
+        const Tile<E> t = place(tile);
+        const u32 d = t.column * N;
+        u32 codes[2][LANE_ROWS];
+#pragma unroll
+        for (u32 k = 0; k < LANE_ROWS; k++) {
+            const u64 at = p.codes + (u64)(t.row + k * t.stride()) * p.code_bytes + t.column * Codes<E>::BYTES;
+            codes[0][k] = Codes<E>::load(at), codes[1][k] = Codes<E>::load(at + half * Codes<E>::BYTES);
+        }
+        float least[2][N], step[2][N];
+        // No element is so large then that a centre could make it too large.
+        bool near = true;
+#pragma unroll
+        for (u32 of = 0; of < 2; of++) {
+            const u64 at = leasts_of<E>(L, p, t.row, d + of * half * N);
+            unpack<E>(__ldg((const uint4*)at), least[of]), unpack<E>(__ldg((const uint4*)(at + p.scale_bytes / 2)), step[of]);
+#pragma unroll
+            for (u32 i = 0; i < N; i++) near &= __fmaf_rn(2.0f * MOST, step[of][i], fabsf(least[of][i])) <= finite_max<E>() - centre.most;
+        }
+        // Behind the loads that take longest.
+        if (turn == first) centre.turn<E>();
+        if (tile != turn + threadIdx.x / 32) break;
+        const u32 head = t.row / L.block_tokens, token = t.row - head * L.block_tokens;
+        const auto decode = [&](u32 of, u32 k) {
+            float x[N];
+#pragma unroll
+            for (u32 i = 0; i < N; i++) x[i] = saturated<E>(decoded(Codes<E>::code(codes[of][k], i), least[of][i], step[of][i]));
+            return pack<E>(x);
+        };
+#pragma unroll
+        for (u32 k = 0; k < LANE_ROWS; k++) {
+            const u32 row = t.row + k * t.stride();
+            uint4 x = decode(0, k), y = decode(1, k);
+            if (near) centre.quick_halves<E, ON>(x, y, centre.turned + head * p.dim + d, token + k * t.stride(), d);
+            else x = centre.shifted<E, ON>(x, row, d), y = centre.shifted<E, ON>(y, row, d + half * N);
+            const u64 target = place.target(head, row);
+            uint4* const to = (uint4*)target + t.column;
+            if (target != 0) __stcs(to, x), __stcs(to + half, y);
+        }
+    }
+}
+
+// Of a whole block.
+template <u32 E> struct PlaceInBlock {
+    u64 raw;
+    u32 row_bytes, across;
+    __device__ __forceinline__ Tile<E> operator()(u32 tile) const { return Tile<E>::of_half(tile, across); }
+    __device__ __forceinline__ u64 target(u32, u32 row) const { return raw + (u64)row * row_bytes; }
+};
+
+// Of a read: rows of each head from that of a tile's beginning on.
+template <u32 E> struct PlaceInRead {
+    const Layout& L;
+    const Read& r;
+    u64 output;
+    u32 row_bytes, across, begin, of_head;
+    __device__ __forceinline__ PlaceInRead(const Layout& L, const Read& r, const Plane& p, u64 output)
+        : L(L), r(r), output(output), row_bytes(p.row_bytes), across(p.dim / Vector<E>::N / 2 / TILE_COLUMNS) {
+        begin = r.first_token / TILE_ROWS * TILE_ROWS;
+        of_head = (r.first_token + r.tokens - begin + TILE_ROWS - 1) / TILE_ROWS * across;
+    }
+    __device__ __forceinline__ Tile<E> operator()(u32 tile) const {
+        const u32 head = tile / of_head;
+        Tile<E> t = Tile<E>::of_half(tile % of_head, across);
+        t.row += head * L.block_tokens + begin;
+        return t;
+    }
+    __device__ __forceinline__ u64 target(u32 head, u32 row) const {
+        const u32 token = row - head * L.block_tokens - r.first_token;
+        return token < r.tokens ? output + (u64)(token * L.kv_heads + head) * row_bytes : 0;
+    }
+};
+
+template <u32 E> __device__ __forceinline__ void seal_plane_of_halves(const Layout& L, const Convert& s) {
+    const Plane p(L, s.from, s.to, plane_of(L));
+    if (!are_vectors<E>(L, p) || p.keys && !Centre(L, plane_of(L), s.index).halves<E>()) plain_seal<E>(L, s, p);
+    else seal_tiles<E, true>(L, s, p);
+}
+
+template <u32 E> __device__ __forceinline__ void reopen_plane_of_halves(const Layout& L, const Convert& s) {
+    const Plane p(L, s.to, s.from, plane_of(L));
+    const Centre centre(L, plane_of(L), s.index);
+    if (!p.keys || !are_vectors<E>(L, p) || !in_halves<E>(p, centre)) return reopen_plane<E>(L, s, false);
+    const PlaceInBlock<E> place{p.raw, p.row_bytes, p.dim / Vector<E>::N / 2 / TILE_COLUMNS};
+    decode_halves<E>(L, p, centre, p.rows / TILE_ROWS * place.across, 0, blockDim.x / 32, place);
+}
+
+template <u32 E> __device__ __forceinline__ void read_plane_of_halves(const Layout& L, const Read& r) {
+    const u32 plane = plane_of_read(L);
+    const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
+    const Centre centre(L, 2 * r.layer + plane, r.index);
+    const u64 output = r.output[plane];
+    if (!p.keys || !are_vectors<E>(L, p) || (output & 15) != 0 || !in_halves<E>(p, centre)) return read_plane<E>(L, r, false);
+    const PlaceInRead<E> place(L, r, p, output);
+    const u32 warps = blockDim.x / 32;
+    decode_halves<E>(L, p, centre, L.kv_heads * place.of_head, blockIdx.z * warps, gridDim.z * warps, place);
+}
+
+HALVES_KERNELS(F16, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 2))
+HALVES_KERNELS(BF16, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 2))
+#endif

@@ -29,21 +29,24 @@ struct Code {
     }
 };
 
-// The same without dividing. x times an approximate reciprocal is within 3e-5 of the quotient, so both round alike unless
-// the product is that close to a tie, or the scale so coarse (a subnormal f16) that codes need clamping: about one element in ten
-// thousand, for which `exact` says that it has to be done over. So nothing approximate reaches a byte.
+// The same without dividing, for scales that leave codes within their bounds: a subnormal f16 may not.
+//
+// The quotient of two f16 is n + 1/2 or at least 2^-12 from it, because twice the element and (2n + 1) scales differ by whole last places of the scale.
+// The product with the reciprocal is 2^-16 from it at most; beside 1536 that is rounded to 13 bits of fraction, so that what is half is again,
+// and what is not stays on its side. Other elements get the quotient itself, rounded: the remainder is exact and corrects it (Markstein 1990).
 template <u32 E> struct Quantiser {
-    float inverse;
+    float inverse, scale;
     bool exact;
-    __device__ __forceinline__ explicit Quantiser(float scale) : exact(E == F16 && scale < 6.103515625e-5f) {
-        asm("rcp.approx.f32 %0, %1;" : "=f"(inverse) : "f"(scale));
+    __device__ __forceinline__ explicit Quantiser(float scale)
+        : inverse(near_reciprocal(scale)), scale(scale), exact(E == F16 && scale < 6.103515625e-5f) {}
+    static __device__ __forceinline__ u32 word(const u32* codes, u32) {
+        return __byte_perm(__byte_perm(codes[0], codes[1], 0x0040), __byte_perm(codes[2], codes[3], 0x0040), 0x5410);
     }
     // 1.5 * 2^23: adding it rounds to an integer and leaves that in the low bits.
     __device__ __forceinline__ u32 code(float x) {
-        const float shifted = __fmaf_rn(x, inverse, 12582912.0f);
-        const float off = __fmaf_rn(x, inverse, -__fsub_rn(shifted, 12582912.0f));
-        exact |= fabsf(off) > 0.49993f;
-        return __float_as_uint(shifted);
+        if (E == F16) return __float_as_uint(__fadd_rn(__fmaf_rn(x, inverse, 1536.0f), 12582912.0f - 1536.0f));
+        const float near = __fmul_rn(x, inverse);
+        return __float_as_uint(__fadd_rn(__fmaf_rn(__fmaf_rn(-near, scale, x), inverse, near), 12582912.0f));
     }
 };
 

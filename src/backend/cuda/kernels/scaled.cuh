@@ -1,4 +1,5 @@
-// Formats of one byte an element under one scale a row. Expects `Code` and `Quantiser`, which say what a byte means.
+// Formats of one byte an element under one scale a row. Expects `Code`, which says what a byte means, and `Quantiser`, which makes bytes of many
+// elements under one scale: `code` of one, of which `word` puts four together with their signs, unless `exact` says that `Code` has to.
 
 template <u32 E> __device__ __forceinline__ void write_scale(u8* at, float scale) {
     if (E == F16) *(__half*)at = __float2half_rn(scale);
@@ -10,9 +11,10 @@ template <u32 E> __device__ __forceinline__ float read_scale(const u8* at) {
     return *(const float*)at;
 }
 
-// The low bytes of four words.
-__device__ __forceinline__ u32 pack_bytes(u32 a, u32 b, u32 c, u32 d) {
-    return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
+// Four bytes that begin with the signs of four elements: of two words of 16-bit ones, of four words.
+__device__ __forceinline__ u32 signs_of(u32 a, u32 b) { return __byte_perm(a, b, 0x7531); }
+__device__ __forceinline__ u32 signs_of(u32 a, u32 b, u32 c, u32 d) {
+    return __byte_perm(__byte_perm(a, b, 0x0073), __byte_perm(c, d, 0x0073), 0x5410);
 }
 
 template <u32 E> __device__ __forceinline__ float decoded(float code, float scale) { return saturated<E>(__fmul_rn(code, scale)); }
@@ -30,24 +32,42 @@ template <u32 E> __device__ __noinline__ uint2 codes_exact(uint4 v, float scale)
     return codes;
 }
 
+// The codes of a vector under the scale of a quantiser.
+template <u32 E> __device__ __forceinline__ uint2 codes_of(const uint4& v, Quantiser<E>& q, float scale) {
+    constexpr u32 N = Vector<E>::N;
+    if (q.exact) return codes_exact<E>(v, scale);
+    float x[N];
+    unpack<E>(v, x);
+    u32 code[8];
+#pragma unroll
+    for (u32 i = 0; i < N; i++) code[i] = q.code(x[i]);
+    if (N == 4) return make_uint2(q.word(code, signs_of(v.x, v.y, v.z, v.w)), 0);
+    return make_uint2(q.word(code, signs_of(v.x, v.y)), q.word(code + 4, signs_of(v.z, v.w)));
+}
+
+template <u32 E> __device__ __forceinline__ void put_codes(u64 at, const uint2& codes) {
+    if (Vector<E>::N == 8) __stcs((uint2*)at, codes);
+    else __stcs((u32*)at, codes.x);
+}
+
 // Rows that a thread of a seal has on their way at once.
 #ifndef SEAL_UNROLL
 #define SEAL_UNROLL 8
 #endif
 
 // Scales of `count` consecutive rows.
-template <u32 E> __device__ __forceinline__ void write_scales(u64 at, const float* scales, u32 count) {
+template <u32 E, u32 MOST = SEAL_UNROLL> __device__ __forceinline__ void write_scales(u64 at, const float* scales, u32 count) {
     const u32 N = E == F16 ? 8 : 4;
-    if (count == SEAL_UNROLL && SEAL_UNROLL % N == 0 && (at & 15) == 0) {
+    if (count == MOST && MOST % N == 0 && (at & 15) == 0) {
 #pragma unroll
-        for (u32 first = 0; first < SEAL_UNROLL; first += N) {
+        for (u32 first = 0; first < MOST; first += N) {
             const uint4 v = pack<E == F16 ? F16 : F32>(scales + first);
             __stcs((uint4*)at + first / N, v);
         }
         return;
     }
 #pragma unroll
-    for (u32 k = 0; k < SEAL_UNROLL; k++) {
+    for (u32 k = 0; k < MOST; k++) {
         if (k < count) write_scale<E>((u8*)at + k * (E == F16 ? 2 : 4), scales[k]);
     }
 }
@@ -56,7 +76,7 @@ template <u32 E> __device__ __forceinline__ void write_scales(u64 at, const floa
 __device__ __forceinline__ bool are_vectors(const Plane& p) { return ((p.row_bytes | p.raw) & 15) == 0 && (p.codes & 7) == 0; }
 
 // One row by `lanes` threads, each with one vector; UNROLL consecutive rows a thread so that enough loads are under way.
-template <u32 E>
+template <u32 E, bool SHIFTS>
 __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32 lanes) {
     const u32 UNROLL = SEAL_UNROLL, N = Vector<E>::N;
     const Plane p(L, s.from, s.to, plane_of(L));
@@ -64,7 +84,7 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     const bool active = lane * 16 < p.row_bytes;
     // Whether the rows of a thread are of one head, of which vectors of means can be had: all of them or none.
-    const bool quick = centre.fits<E>() && L.block_tokens % UNROLL == 0;
+    const bool quick = SHIFTS && centre.fits<E>() && L.block_tokens % UNROLL == 0;
     bool bad = false;
     // The whole block takes every turn: shuffles need all lanes of a warp.
     for (u32 first = 0; first < p.rows; first += groups * UNROLL) {
@@ -79,7 +99,7 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32
             v[k] = make_uint4(0, 0, 0, 0);
             if (active && k < count) v[k] = __ldcs((const uint4*)(from + k * p.row_bytes));
         }
-        if constexpr (CENTRED) {
+        if constexpr (SHIFTS) {
             if (quick) {
                 // Threads that have no rows look at the first ones.
                 const bool mine = active && count > 0;
@@ -94,13 +114,13 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32
                 });
             }
         }
-        bool again = centre.on && !quick;
+        bool again = SHIFTS && centre.on && !quick;
 #pragma unroll
         for (u32 k = 0; k < UNROLL; k++) {
             most[k] = abs_max_bits<E>(v[k]);
-            again |= CENTRED && quick && most[k] >= infinity_bits<E>();
+            again |= SHIFTS && quick && most[k] >= infinity_bits<E>();
         }
-        if (CENTRED && again) {
+        if (SHIFTS && again) {
             // As it has to be done where something is not finite, or becomes so.
 #pragma unroll
             for (u32 k = 0; k < UNROLL; k++) {
@@ -119,20 +139,10 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32
             bad |= !finite;
             const float scale = Code::stored_scale<E>(finite ? from_bits<E>(most[k]) : 0.0f);
             scales[k] = scale;
-            float x[N];
-            unpack<E>(v[k], x);
             Quantiser<E> q(scale);
-            u32 code[8];
-#pragma unroll
-            for (u32 i = 0; i < N; i++) code[i] = q.code(x[i]);
-            uint2 codes = make_uint2(pack_bytes(code[0], code[1], code[2], code[3]), 0);
-            if (N == 8) codes.y = pack_bytes(code[4], code[5], code[6], code[7]);
-            if (q.exact) codes = codes_exact<E>(v[k], scale);
+            uint2 codes = codes_of<E>(v[k], q, scale);
             if (!finite) codes = make_uint2(0, 0);
-            if (active && k < count) {
-                if (N == 8) __stcs((uint2*)(to + k * p.dim), codes);
-                else __stcs((u32*)(to + k * p.dim), codes.x);
-            }
+            if (active && k < count) put_codes<E>(to + k * p.dim, codes);
         }
         if (lane == 0 && count > 0) write_scales<E>(p.scales + (u64)row * p.scale_bytes, scales, count);
     }
@@ -165,12 +175,15 @@ __device__ __forceinline__ void plain_seal_rows(const Layout& L, const Convert& 
     }
 }
 
+// Threads of a row.
+__device__ __forceinline__ u32 lanes_of(u32 row_bytes) { return row_bytes > 256 ? 32 : row_bytes > 128 ? 16 : row_bytes > 64 ? 8 : 4; }
+
 // The widest row that seal_rows takes is 32 vectors; wider ones and odd ones are the plain kernel's.
-template <u32 E>
+template <u32 E, bool SHIFTS = CENTRED>
 __device__ __forceinline__ void seal_plane(const Layout& L, const Convert& s, bool plain) {
     const u32 row_bytes = L.row_bytes[plane_of(L) & 1];
     if (plain || row_bytes > 512 || !are_vectors(Plane(L, s.from, s.to, plane_of(L)))) plain_seal_rows<E>(L, s);
-    else seal_rows<E>(L, s, row_bytes > 256 ? 32 : row_bytes > 128 ? 16 : row_bytes > 64 ? 8 : 4);
+    else seal_rows<E, SHIFTS>(L, s, lanes_of(row_bytes));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -234,7 +247,7 @@ template <u32 E, typename F> __device__ __forceinline__ void put_centres(const C
 }
 
 // Decodes a whole plane back to rows as they were.
-template <u32 E>
+template <u32 E, bool SHIFTS = CENTRED>
 __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
     const Plane p(L, s.to, s.from, plane_of(L));
     const Centre centre(L, plane_of(L), s.index);
@@ -242,7 +255,7 @@ __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, 
     if (!plain && are_vectors(p) && per_row <= blockDim.x) {
         const Columns c(per_row);
         if (!c.active) return;
-        const bool quick = centre.fits<E>() && L.block_tokens % DECODE_UNROLL == 0;
+        const bool quick = SHIFTS && centre.fits<E>() && L.block_tokens % DECODE_UNROLL == 0;
         for (u32 first = c.first(); first < p.rows; first += c.rows_at_once * DECODE_UNROLL) {
             uint2 codes[DECODE_UNROLL];
             float scale[DECODE_UNROLL];
@@ -266,7 +279,7 @@ __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, 
 #pragma unroll
                 for (u32 k = 0; k < DECODE_UNROLL; k++) put(k, decode_vector<E>(codes[k], scale[k]));
             }
-            if (centre.on && left) {
+            if (SHIFTS && centre.on && left) {
                 put_centres<E>(centre, left, c.column * N, [&](u32 k, u32& row) {
                     row = first + k * c.apart();
                     return row < p.rows ? (uint4*)(p.raw + (u64)row * p.row_bytes) + c.column : nullptr;
@@ -284,7 +297,7 @@ __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, 
 }
 
 // Gathers and decodes tokens of one layer: [kv_head][token][dim] to [tokens, kv_heads, dim].
-template <u32 E>
+template <u32 E, bool SHIFTS = CENTRED>
 __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
     const u32 plane = plane_of_read(L), N = Vector<E>::N, row_bytes = L.row_bytes[plane];
     const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
@@ -310,7 +323,7 @@ __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool 
             const auto put = [&](u32 k, uint4 v) {
                 if (first + k * c.apart() < rows) __stcs((uint4*)(output + (u64)to[k] * row_bytes) + c.column, v);
             };
-            if (centre.fits<E>()) {
+            if (SHIFTS && centre.fits<E>()) {
                 const Place at(L, r, min(first, rows - 1));
                 const Turned<E> turned = centre.of<E, ON>(at.head, c.column * N);
                 // The next head's rows may begin before the last of these.
@@ -319,7 +332,7 @@ __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool 
 #pragma unroll
                 for (u32 k = 0; k < DECODE_UNROLL; k++) put(k, decode_vector<E>(codes[k], scale[k]));
             }
-            if (centre.on && left) {
+            if (SHIFTS && centre.on && left) {
                 put_centres<E>(centre, left, c.column * N, [&](u32 k, u32& row) {
                     const Place place(L, r, min(first + k * c.apart(), rows - 1));
                     row = place.row;
@@ -343,3 +356,147 @@ __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool 
 FORMAT_KERNELS(F16, f16)
 FORMAT_KERNELS(BF16, bf16)
 FORMAT_KERNELS(F32, f32)
+
+// ---------------------------------------------------------------------------------------------------------------------
+#if CENTRED
+// Rows that a thread of these seals has on their way at once, and of these decodes.
+constexpr u32 HALF_SEAL_ROWS = 2, HALF_DECODE_ROWS = 4;
+
+// Keys whose pairs lie half a row apart: a row by `lanes` threads, each with a vector of either half, whose turns are one.
+template <u32 E>
+__device__ __forceinline__ void seal_halves(const Layout& L, const Convert& s, Centre centre, u32 lanes) {
+    constexpr u32 UNROLL = HALF_SEAL_ROWS, N = Vector<E>::N;
+    const Plane p(L, s.from, s.to, plane_of(L));
+    const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
+    const u32 d = lane * N, half_bytes = p.row_bytes / 2, half_dim = p.dim / 2;
+    bool bad = false;
+    for (u32 first = 0; first < p.rows; first += groups * UNROLL) {
+        // Threads that have no rows look at the last ones.
+        const bool mine = first + group * UNROLL < p.rows;
+        const u32 row = mine ? first + group * UNROLL : p.rows - UNROLL;
+        const u64 from = p.raw + (u64)row * p.row_bytes + lane * 16;
+        const u64 to = p.codes + (u64)row * p.dim + d;
+        uint4 a[UNROLL], b[UNROLL];
+        u32 most[UNROLL];
+        float scales[UNROLL];
+#pragma unroll
+        for (u32 k = 0; k < UNROLL; k++) {
+            a[k] = __ldcs((const uint4*)(from + k * p.row_bytes));
+            b[k] = __ldcs((const uint4*)(from + k * p.row_bytes + half_bytes));
+        }
+        // Behind the loads that take longest.
+        if (first == 0) centre.turn<E>();
+        const u32 head = row / L.block_tokens, token = row - head * L.block_tokens;
+#pragma unroll
+        for (u32 k = 0; k < UNROLL; k++) centre.quick_halves<E, OFF>(a[k], b[k], centre.turned + head * p.dim + d, token + k, d);
+        bool again = false;
+#pragma unroll
+        for (u32 k = 0; k < UNROLL; k++) {
+            most[k] = max(abs_max_bits<E>(a[k]), abs_max_bits<E>(b[k]));
+            again |= most[k] >= infinity_bits<E>();
+        }
+        if (again) {
+#pragma unroll
+            for (u32 k = 0; k < UNROLL; k++) {
+                a[k] = centre.shifted<E, OFF>(*(const uint4*)(from + k * p.row_bytes), row + k, d);
+                b[k] = centre.shifted<E, OFF>(*(const uint4*)(from + k * p.row_bytes + half_bytes), row + k, d + half_dim);
+                most[k] = max(abs_max_bits<E>(a[k]), abs_max_bits<E>(b[k]));
+            }
+        }
+        for (u32 step = lanes / 2; step > 0; step /= 2) {
+#pragma unroll
+            for (u32 k = 0; k < UNROLL; k++) most[k] = max(most[k], __shfl_xor_sync(0xffffffffu, most[k], step));
+        }
+#pragma unroll
+        for (u32 k = 0; k < UNROLL; k++) {
+            const bool finite = most[k] < infinity_bits<E>();
+            bad |= !finite;
+            const float scale = Code::stored_scale<E>(finite ? from_bits<E>(most[k]) : 0.0f);
+            scales[k] = scale;
+            Quantiser<E> q(scale);
+            uint2 of_a = codes_of<E>(a[k], q, scale), of_b = codes_of<E>(b[k], q, scale);
+            if (!finite) of_a = of_b = make_uint2(0, 0);
+            if (mine) put_codes<E>(to + k * p.dim, of_a), put_codes<E>(to + k * p.dim + half_dim, of_b);
+        }
+        if (lane == 0 && mine) write_scales<E, UNROLL>(p.scales + (u64)row * p.scale_bytes, scales, UNROLL);
+    }
+    if (bad) raise(s.flag);
+}
+
+template <u32 E> __device__ __forceinline__ void seal_plane_of_halves(const Layout& L, const Convert& s) {
+    const Plane p(L, s.from, s.to, plane_of(L));
+    const Centre centre(L, plane_of(L), s.index);
+    if (!centre.on) return seal_plane<E, false>(L, s, false);
+    const u32 lanes = lanes_of(p.row_bytes) / 2;
+    if (p.row_bytes == 32 * lanes && centre.halves<E>() && are_vectors(p)) seal_halves<E>(L, s, centre, lanes);
+    else plain_seal_rows<E>(L, s);
+}
+
+// Decodes keys whose pairs lie half a row apart: `tokens` of each head from `first_token` on, to the rows of `output` that `target` names. A thread has a
+// vector of either half of a row, whose turns are one.
+template <u32 E, typename F>
+__device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, Centre centre, u64 output, u32 first_token, u32 tokens, u32 part, u32 parts, F target) {
+    constexpr u32 N = Vector<E>::N, ROWS = HALF_DECODE_ROWS;
+    const Columns c(p.dim / N / 2);
+    const u32 d = c.column * N, half_dim = p.dim / 2, rows = L.kv_heads * tokens, at_once = c.rows_at_once * ROWS;
+    // The whole block takes every turn.
+    for (u32 turn = part * at_once; turn < rows; turn += parts * at_once) {
+        const u32 first = min(turn + c.row * ROWS, rows - 1);
+        uint2 a[ROWS], b[ROWS];
+        float scale[ROWS];
+        u32 head[ROWS], token[ROWS];
+        head[0] = first / tokens, token[0] = first - head[0] * tokens;
+#pragma unroll
+        for (u32 k = 1; k < ROWS; k++) {
+            // Beyond the last row, that one.
+            const bool next = token[k - 1] + 1 == tokens, last = first + k >= rows;
+            token[k] = last ? token[k - 1] : next ? 0 : token[k - 1] + 1, head[k] = head[k - 1] + (next && !last ? 1 : 0);
+        }
+#pragma unroll
+        for (u32 k = 0; k < ROWS; k++) {
+            const u32 row = head[k] * L.block_tokens + first_token + token[k];
+            const u64 at = p.codes + (u64)row * p.dim + d;
+            a[k] = load_codes<E>(at), b[k] = load_codes<E>(at + half_dim);
+            scale[k] = read_scale<E>((const u8*)p.scales + (u64)row * p.scale_bytes);
+        }
+        // Behind the loads that take longest.
+        if (turn == part * at_once) centre.turn<E>();
+        const u32 count = c.active && turn + c.row * ROWS < rows ? rows - first : 0;
+#pragma unroll
+        for (u32 k = 0; k < ROWS; k++) {
+            if (k >= count) break;
+            const u32 of_block = first_token + token[k];
+            uint4 x = decode_vector<E>(a[k], scale[k]), y = decode_vector<E>(b[k], scale[k]);
+            if (leaves_room<E>(centre, scale[k])) {
+                centre.quick_halves<E, ON>(x, y, centre.turned + head[k] * p.dim + d, of_block, d);
+            } else {
+                const u32 row = head[k] * L.block_tokens + of_block;
+                x = centre.shifted<E, ON>(x, row, d), y = centre.shifted<E, ON>(y, row, d + half_dim);
+            }
+            uint4* const to = (uint4*)(output + (u64)target(head[k], token[k]) * p.row_bytes) + c.column;
+            __stcs(to, x), __stcs(to + p.row_bytes / 32, y);
+        }
+    }
+}
+
+template <u32 E> __device__ __forceinline__ void reopen_plane_of_halves(const Layout& L, const Convert& s) {
+    const Plane p(L, s.to, s.from, plane_of(L));
+    const Centre centre(L, plane_of(L), s.index);
+    if (!centre.on) return reopen_plane<E, false>(L, s, false);
+    if (!are_vectors(p) || p.row_bytes / 32 > blockDim.x || !centre.halves<E>()) return reopen_plane<E>(L, s, true);
+    decode_halves<E>(L, p, centre, p.raw, 0, L.block_tokens, 0, 1, [&](u32 head, u32 token) { return head * L.block_tokens + token; });
+}
+
+template <u32 E> __device__ __forceinline__ void read_plane_of_halves(const Layout& L, const Read& r) {
+    const u32 plane = plane_of_read(L);
+    const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
+    const Centre centre(L, 2 * r.layer + plane, r.index);
+    const u64 output = r.output[plane];
+    if (!centre.on) return read_plane<E, false>(L, r, false);
+    if (!are_vectors(p) || (output & 15) != 0 || p.row_bytes / 32 > blockDim.x || !centre.halves<E>()) return read_plane<E>(L, r, true);
+    decode_halves<E>(L, p, centre, output, r.first_token, r.tokens, blockIdx.z, gridDim.z, [&](u32 head, u32 token) { return token * L.kv_heads + head; });
+}
+
+HALVES_KERNELS(F16, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3))
+HALVES_KERNELS(BF16, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3))
+#endif
