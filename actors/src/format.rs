@@ -93,6 +93,12 @@ impl Format {
         matches!(self, Format::R4 | Format::R3 | Format::R2)
     }
 
+    /// Whether keys with large constant channels (a bias on `k_proj`) lose accuracy in it unless they are stored as differences from mean keys:
+    /// a constant has most of a row's scale, or all of its codes once it is rotated. Scales of channels know it.
+    pub const fn wants_means(self) -> bool {
+        !matches!(self, Format::Raw) && !self.is_grouped()
+    }
+
     /// Bytes of the codes of a row of `dim` elements.
     pub const fn row_bytes(self, element: ElementType, dim: usize) -> usize {
         (dim * self.code_bits(element)).div_ceil(8)
