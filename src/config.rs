@@ -76,7 +76,7 @@ pub struct Quantisation {
     /// Smaller formats that sealed blocks are re-encoded to, keys and values alike, when memory runs short, before any has to make way: `["r4", "r2"]`
     /// behind `int8`, at most two, each smaller than what comes before it: `format`, or what stands for it. Blocks that no sequence holds are, while
     /// less than an eighth of a device's memory is left; those of sequences, the ones sealed longest ago first, while less than a sixteenth is and no
-    /// others could make way. What is lost is not regained. A tenant's own that no sequence holds are too, before they make way for its quota.
+    /// others could make way, [recent ones](Quantisation::raw_window_blocks) only when there is no room to be had otherwise. What is lost is not regained. A tenant's own that no sequence holds are too, before they make way for its quota.
     /// Blocks in the host tier are left as they are.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub colder_formats: Vec<Format>,
@@ -89,8 +89,8 @@ pub struct Quantisation {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub raw_sinks: Option<bool>,
     /// Full blocks at the end of a sequence, behind the one that is being filled, that stay raw too. They are sealed when the
-    /// sequence has grown past them or is closed. Unless it is said: 1 for `r4`, 4 for other formats of 4 bits
-    /// and fewer, 0 for the rest.
+    /// sequence has grown past them or is closed. Unless it is said: as many as hold 32 tokens for `r4`, 128 for other formats of 4 bits
+    /// and fewer, none for the rest. For each of `colder_formats` likewise: so many are re-encoded to it after all others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub raw_window_blocks: Option<u32>,
     /// A file of the model's mean keys ([`KeyMeans`](crate::KeyMeans)): sealed keys are stored as differences from them. Rotated
@@ -572,21 +572,31 @@ impl CacheConfig {
 
     /// Full blocks that are not sealed.
     pub(crate) fn keep_raw(&self) -> KeepRaw {
-        let needs = |format: Format| match format {
-            Format::R4 => (true, 1),
-            Format::R3 | Format::R2 | Format::Int4 | Format::Int2 => (true, 4),
-            _ => (false, 0),
+        // Few bits are for old tokens.
+        let recent_tokens = |format: Format| match format {
+            Format::R4 => 32,
+            Format::R3 | Format::R2 | Format::Int4 | Format::Int2 => 128,
+            _ => 0,
         };
         let BlockFormat { keys, values, .. } = self.sealed_format();
-        let (sinks, window_blocks) = needs(keys).max(needs(values));
+        let tokens = recent_tokens(keys).max(recent_tokens(values));
+        let window = |tokens: u32| match self.quantisation.raw_window_blocks {
+            Some(blocks) => blocks as usize,
+            None => tokens.div_ceil(self.geometry.block_tokens) as usize,
+        };
+        let mut recent_blocks = [0; Ladder::RUNGS_MAX - 1];
+        for (blocks, format) in recent_blocks.iter_mut().zip(&self.quantisation.colder_formats) {
+            *blocks = window(recent_tokens(*format));
+        }
         // Sinks have small keys, which are far from the mean: a difference would be stored more coarsely.
         // Few bits would not do for them, here either.
-        let is_lower = self.quantisation.colder_formats.iter().any(|format| needs(*format).0);
+        let is_lower = self.quantisation.colder_formats.iter().any(|format| recent_tokens(*format) > 0);
         let is_centred = self.quantisation.key_means.is_some() && self.codes_keys();
         KeepRaw {
-            sinks: self.quantisation.raw_sinks.unwrap_or(sinks || is_centred),
+            sinks: self.quantisation.raw_sinks.unwrap_or(tokens > 0 || is_centred),
             sinks_as_sealed: self.quantisation.raw_sinks.unwrap_or(is_lower),
-            window_blocks: self.quantisation.raw_window_blocks.unwrap_or(window_blocks) as usize,
+            window_blocks: window(tokens),
+            recent_blocks,
         }
     }
 
@@ -661,6 +671,26 @@ mod tests {
             assert_eq!(config.sealed_format(), format);
             assert_eq!(config.keys_without_means(), Some(format).filter(|format| format.wants_means()));
         }
+    }
+
+    #[test]
+    fn windows_hold_so_many_tokens() {
+        let mut config = CacheConfig::new(Geometry::new(1, 1, 64, ElementType::F16));
+        let mut windows = |format, colder: &[Format], block_tokens, raw_window_blocks| {
+            config.geometry.block_tokens = block_tokens;
+            let of = &mut config.quantisation;
+            (of.format, of.colder_formats, of.raw_window_blocks) =
+                (Some(format), colder.to_vec(), raw_window_blocks);
+            let KeepRaw { window_blocks, recent_blocks, .. } = config.keep_raw();
+            (window_blocks, recent_blocks)
+        };
+        let colder = [Format::R4, Format::R2];
+        assert_eq!(windows(Format::Int8, &colder, 32, None), (0, [1, 4]));
+        assert_eq!(windows(Format::Int8, &colder, 48, None), (0, [1, 3]));
+        assert_eq!(windows(Format::R4, &colder[1..], 16, None), (2, [8, 0]));
+        assert_eq!(windows(Format::Int4, &[], 512, None), (1, [0, 0]));
+        assert_eq!(windows(Format::R4, &colder[1..], 32, Some(3)), (3, [3, 0]));
+        assert_eq!(windows(Format::R4, &colder[1..], 32, Some(0)), (0, [0, 0]));
     }
 
     /// Blocks are re-encoded from what they are sealed in, named or not; who names a colder format that wants means is told so.
