@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering::Relaxed};
 
 use kv_cache::half::f16;
-use kv_cache::{BatchCacheOperations, Cache, ElementType, Geometry, OpenOptions};
+use kv_cache::{BatchCacheOperations, Cache, ElementType, Format, Geometry, OpenOptions};
 
 /// Counts live bytes, and allocations on the device threads.
 struct Counting;
@@ -68,6 +68,7 @@ fn main() {
 async fn per_token() {
     let cache = Cache::builder(Geometry::new(4, 2, 64, ElementType::F16))
         .memory_bytes_per_device(1 << 30)
+        .sealed_format(Format::Int8)
         .build()
         .await
         .expect("a cache");
@@ -114,7 +115,8 @@ async fn per_idle_sequence() {
     let ids = vec![1; 512];
     for tokens in [0, 1, 512] {
         let geometry = Geometry::new(1, 1, 8, ElementType::F16);
-        let cache = Cache::builder(geometry).memory_bytes_per_device(1 << 29).build().await.expect("a cache");
+        let builder = Cache::builder(geometry).memory_bytes_per_device(1 << 29).sealed_format(Format::Int8);
+        let cache = builder.build().await.expect("a cache");
         let mut sequences = Vec::with_capacity(COUNT);
         let before = LIVE_BYTES.load(Relaxed);
         for _ in 0..COUNT {

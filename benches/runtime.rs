@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use criterion::Criterion;
 use kv_cache::half::f16;
-use kv_cache::{BatchCacheOperations, Cache, ElementType, Geometry, OpenOptions, Sequence};
+use kv_cache::{BatchCacheOperations, Cache, ElementType, Format, Geometry, OpenOptions, Sequence};
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
 
@@ -67,6 +67,7 @@ async fn cache(sequences: usize, tokens_each: usize) -> Cache {
     let bytes = 2 * TOKEN * 2 * tokens_each.next_multiple_of(32);
     Cache::builder(geometry())
         .memory_bytes_per_device((sequences * bytes) as u64 * 5 / 4 + (64 << 20))
+        .sealed_format(Format::Int8)
         .build()
         .await
         .expect("a cache")
@@ -202,7 +203,8 @@ fn many_tasks(tokio: &Runtime) {
     const ROUNDS: usize = 20;
     let small = Geometry::new(1, 1, 16, ElementType::F16);
     let cache = tokio.block_on(async {
-        Cache::builder(small).memory_bytes_per_device(192 << 20).build().await.expect("a cache")
+        let builder = Cache::builder(small).memory_bytes_per_device(192 << 20).sealed_format(Format::Int8);
+        builder.build().await.expect("a cache")
     });
     let sequences: Vec<Arc<Sequence>> =
         tokio.block_on(open(&cache, TASKS)).into_iter().map(Arc::new).collect();
@@ -256,7 +258,8 @@ fn idle_task(tokio: &Runtime) {
     const ROUNDS: usize = 2000;
     let small = Geometry::new(1, 1, 16, ElementType::F16);
     let cache = tokio.block_on(async {
-        Cache::builder(small).memory_bytes_per_device(64 << 20).build().await.expect("a cache")
+        let builder = Cache::builder(small).memory_bytes_per_device(64 << 20).sealed_format(Format::Int8);
+        builder.build().await.expect("a cache")
     });
     let echo = echo();
     let (ours, bare) = tokio.block_on(async {
@@ -298,6 +301,7 @@ fn many_sequences(tokio: &Runtime) {
         let (ours, bare) = tokio.block_on(async {
             let cache = Cache::builder(small.clone())
                 .memory_bytes_per_device((count as u64 * 4096).max(64 << 20))
+                .sealed_format(Format::Int8)
                 .build()
                 .await
                 .expect("a cache");

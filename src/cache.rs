@@ -58,12 +58,12 @@ impl CacheBuilder {
         self
     }
 
-    /// Format of sealed blocks; `int8` unless set.
+    /// Format of sealed blocks; unless set, one that does for any model: see [`Quantisation::format`](crate::Quantisation::format).
     pub fn sealed_format(mut self, format: impl Into<BlockFormat>) -> Self {
         let format = format.into();
         let of = &mut self.config.quantisation;
         let values = (format.values != format.keys).then_some(format.values);
-        (of.enabled, of.format, of.values_format) = (!format.is_raw(), format.keys, values);
+        (of.enabled, of.format, of.values_format) = (!format.is_raw(), Some(format.keys), values);
         (of.raw_first_layers, of.raw_last_layers) = (format.raw_first_layers, format.raw_last_layers);
         self
     }

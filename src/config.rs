@@ -7,7 +7,7 @@ use kv_cache_actors::block::HashSecret;
 use kv_cache_actors::dropping::{Dropping, KeyScore};
 use kv_cache_actors::error::ConfigError;
 use kv_cache_actors::eviction::EvictionPolicy;
-use kv_cache_actors::format::{BlockFormat, Format, GROUP, KeepRaw, Ladder};
+use kv_cache_actors::format::{BlockFormat, Format, GROUP, KeepRaw, Ladder, RowFormat};
 use kv_cache_actors::geometry::{BlockLayout, Geometry, Plane};
 use kv_cache_actors::limits::TenantLimits;
 use kv_cache_actors::permit::Amount;
@@ -66,15 +66,18 @@ impl Devices {
 pub struct Quantisation {
     /// Off: sealed blocks stay in the element type.
     pub enabled: bool,
-    /// In which format: see [`Format`] for what each costs in accuracy.
-    pub format: Format,
-    /// A format of their own for values; unless it is said, that of the keys.
+    /// In which format: see [`Format`] for what each costs in accuracy. Unless it is said, one that does for any model: keys stay `raw`, or are
+    /// stored in `int8` where there are [`key_means`](Quantisation::key_means); values are stored in `int8`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// A format of their own for values; unless it is said, `format`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub values_format: Option<Format>,
-    /// Smaller formats that sealed blocks are re-encoded to when memory runs short, before any has to make way: `["r4", "r2"]` behind
-    /// `int8`, at most two. Blocks that no sequence holds are, while less than an eighth of a device's memory is left; those of sequences, the ones
-    /// sealed longest ago first, while less than a sixteenth is and no others could make way. What is lost is not regained. A
-    /// tenant's own that no sequence holds are too, before they make way for its quota. Blocks in the host tier are left as they are.
+    /// Smaller formats that sealed blocks are re-encoded to, keys and values alike, when memory runs short, before any has to make way: `["r4", "r2"]`
+    /// behind `int8`, at most two, each smaller than what comes before it: `format`, or what stands for it. Blocks that no sequence holds are, while
+    /// less than an eighth of a device's memory is left; those of sequences, the ones sealed longest ago first, while less than a sixteenth is and no
+    /// others could make way, [recent ones](Quantisation::raw_window_blocks) only when there is no room to be had otherwise. What is lost is not regained. A tenant's own that no sequence holds are too, before they make way for its quota.
+    /// Blocks in the host tier are left as they are.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub colder_formats: Vec<Format>,
     /// So many of the first layers stay raw in sealed blocks too, and [so many](Quantisation::raw_last_layers) of the last.
@@ -86,21 +89,31 @@ pub struct Quantisation {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub raw_sinks: Option<bool>,
     /// Full blocks at the end of a sequence, behind the one that is being filled, that stay raw too. They are sealed when the
-    /// sequence has grown past them or is closed. Unless it is said: 1 for `r4`, 4 for other formats of 4 bits
-    /// and fewer, 0 for the rest.
+    /// sequence has grown past them or is closed. Unless it is said: as many as hold 32 tokens for `r4`, 128 for other formats of 4 bits
+    /// and fewer, none for the rest. For each of `colder_formats` likewise: so many are re-encoded to it after all others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub raw_window_blocks: Option<u32>,
-    /// A file of the model's mean keys ([`KeyMeans`](crate::KeyMeans)): sealed keys are stored as differences from them. Few bits need
-    /// it, and so does any format if the model's key projection has a bias.
+    /// A file of the model's mean keys ([`KeyMeans`](crate::KeyMeans)): sealed keys are stored as differences from them. Rotated
+    /// formats need it, and so do `int8` and `fp8` if the model's key projection has a bias.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key_means: Option<PathBuf>,
+}
+
+impl Quantisation {
+    /// The formats of keys and of values, named or not, whether or not it is enabled.
+    fn planes(&self) -> [Format; 2] {
+        // What keys lose without means depends on the model; values have no such channels.
+        let of_keys = if self.key_means.is_some() { Format::Int8 } else { Format::Raw };
+        let of_values = self.values_format.or(self.format).unwrap_or(Format::Int8);
+        [self.format.unwrap_or(of_keys), of_values]
+    }
 }
 
 impl Default for Quantisation {
     fn default() -> Self {
         Quantisation {
             enabled: true,
-            format: Format::Int8,
+            format: None,
             values_format: None,
             colder_formats: Vec::new(),
             raw_first_layers: 0,
@@ -491,9 +504,8 @@ impl CacheConfig {
     }
 
     fn format_if_enabled(&self) -> BlockFormat {
-        let Quantisation { format: keys, values_format, raw_first_layers, raw_last_layers, .. } =
-            self.quantisation;
-        let values = values_format.unwrap_or(keys);
+        let Quantisation { raw_first_layers, raw_last_layers, .. } = self.quantisation;
+        let [keys, values] = self.quantisation.planes();
         match (keys, values) {
             (Format::Raw, Format::Raw) => BlockFormat::RAW,
             _ => BlockFormat { keys, values, raw_first_layers, raw_last_layers },
@@ -534,11 +546,18 @@ impl CacheConfig {
             return refuse("name none, or seal in a format that is not raw".into());
         }
         let bytes = |format: &BlockFormat| format.block_bytes(layout);
-        let bits = |format: &BlockFormat| [format.keys, format.values].map(|of| of.code_bits(layout.element));
+        let plane_bytes = |format: Format, plane| {
+            let (of, rows) = (RowFormat::new(format, layout, plane), layout.rows_per_plane());
+            rows * of.row_bytes() + of.scales_bytes(rows)
+        };
         for pair in self.formats_behind(sealed).formats().windows(2) {
-            let [before, after] = [&pair[0], &pair[1]].map(bits);
-            let grows = before.iter().zip(after).any(|(before, after)| after > *before);
-            if bytes(&pair[1]) >= bytes(&pair[0]) || grows {
+            // What is stored anew, and so loses more, is to take less.
+            let in_vain = |(plane, before, after): (Plane, Format, Format)| {
+                before != after && plane_bytes(after, plane) >= plane_bytes(before, plane)
+            };
+            let planes =
+                [(Plane::Key, pair[0].keys, pair[1].keys), (Plane::Value, pair[0].values, pair[1].values)];
+            if bytes(&pair[1]) >= bytes(&pair[0]) || planes.into_iter().any(in_vain) {
                 return refuse(format!(
                     "name formats that grow smaller, for keys and for values: a block in {} has {} bytes, and {} in {}",
                     pair[1],
@@ -553,21 +572,31 @@ impl CacheConfig {
 
     /// Full blocks that are not sealed.
     pub(crate) fn keep_raw(&self) -> KeepRaw {
-        let needs = |format: Format| match format {
-            Format::R4 => (true, 1),
-            Format::R3 | Format::R2 | Format::Int4 | Format::Int2 => (true, 4),
-            _ => (false, 0),
+        // Few bits are for old tokens.
+        let recent_tokens = |format: Format| match format {
+            Format::R4 => 32,
+            Format::R3 | Format::R2 | Format::Int4 | Format::Int2 => 128,
+            _ => 0,
         };
         let BlockFormat { keys, values, .. } = self.sealed_format();
-        let (sinks, window_blocks) = needs(keys).max(needs(values));
+        let tokens = recent_tokens(keys).max(recent_tokens(values));
+        let window = |tokens: u32| match self.quantisation.raw_window_blocks {
+            Some(blocks) => blocks as usize,
+            None => tokens.div_ceil(self.geometry.block_tokens) as usize,
+        };
+        let mut recent_blocks = [0; Ladder::RUNGS_MAX - 1];
+        for (blocks, format) in recent_blocks.iter_mut().zip(&self.quantisation.colder_formats) {
+            *blocks = window(recent_tokens(*format));
+        }
         // Sinks have small keys, which are far from the mean: a difference would be stored more coarsely.
         // Few bits would not do for them, here either.
-        let is_lower = self.quantisation.colder_formats.iter().any(|format| needs(*format).0);
+        let is_lower = self.quantisation.colder_formats.iter().any(|format| recent_tokens(*format) > 0);
         let is_centred = self.quantisation.key_means.is_some() && self.codes_keys();
         KeepRaw {
-            sinks: self.quantisation.raw_sinks.unwrap_or(sinks || is_centred),
+            sinks: self.quantisation.raw_sinks.unwrap_or(tokens > 0 || is_centred),
             sinks_as_sealed: self.quantisation.raw_sinks.unwrap_or(is_lower),
-            window_blocks: self.quantisation.raw_window_blocks.unwrap_or(window_blocks) as usize,
+            window_blocks: window(tokens),
+            recent_blocks,
         }
     }
 
@@ -579,12 +608,12 @@ impl CacheConfig {
         }
     }
 
-    /// Keys that want means, and have none: rotated, a constant takes all the codes, and of one scale a row most. Scales of channels know it.
+    /// A format of keys that [wants means](Format::wants_means) where there are none: a rotated one if there is any, which loses most.
     pub(crate) fn keys_without_means(&self) -> Option<Format> {
         let formats = self.formats();
-        let keys = || formats.formats().iter().map(|format| format.keys);
-        let wants = keys().find(|format| format.is_rotated());
-        let wants = wants.or_else(|| keys().find(|format| *format != Format::Raw && !format.is_grouped()));
+        let keys =
+            || formats.formats().iter().map(|format| format.keys).filter(|format| format.wants_means());
+        let wants = keys().find(|format| format.is_rotated()).or_else(|| keys().next());
         wants.filter(|_| self.quantisation.key_means.is_none())
     }
 
@@ -608,7 +637,7 @@ mod tests {
         let mut config = CacheConfig::new(Geometry::new(1, 1, 64, ElementType::F16));
         let mut wants = |format, values, colder: &[Format], means: Option<&str>| {
             let quantisation = &mut config.quantisation;
-            (quantisation.format, quantisation.values_format) = (format, values);
+            (quantisation.format, quantisation.values_format) = (Some(format), values);
             quantisation.colder_formats = colder.to_vec();
             quantisation.key_means = means.map(PathBuf::from);
             config.keys_without_means()
@@ -620,5 +649,67 @@ mod tests {
         assert_eq!(wants(Format::R3, Some(Format::Int4), &[], None), Some(Format::R3));
         assert_eq!(wants(Format::Int8, None, &[Format::R4, Format::R2], None), Some(Format::R4));
         assert_eq!(wants(Format::Int8, None, &[Format::R4, Format::R2], Some("means")), None);
+    }
+
+    /// Whatever the model: what nobody has named loses nothing that means would have to save.
+    #[test]
+    fn keys_whose_format_is_not_named_never_lack_means() {
+        let mut config = CacheConfig::new(Geometry::new(1, 1, 64, ElementType::F16));
+        let values = std::iter::once(None).chain(Format::ALL.map(Some));
+        for (values_format, has_means) in values.flat_map(|of| [(of, false), (of, true)]) {
+            let key_means = has_means.then(|| PathBuf::from("means"));
+            config.quantisation = Quantisation { values_format, key_means, ..Quantisation::default() };
+            let BlockFormat { keys, values, .. } = config.sealed_format();
+            assert!(has_means || !keys.wants_means(), "{keys}/{values}");
+            assert_eq!(config.keys_without_means(), None, "{keys}/{values}");
+            assert_eq!(values, values_format.unwrap_or(Format::Int8));
+            assert_eq!(keys, if has_means { Format::Int8 } else { Format::Raw });
+        }
+        // What is named is taken as named.
+        for format in Format::ALL {
+            config.quantisation = Quantisation { format: Some(format), ..Quantisation::default() };
+            assert_eq!(config.sealed_format(), format);
+            assert_eq!(config.keys_without_means(), Some(format).filter(|format| format.wants_means()));
+        }
+    }
+
+    #[test]
+    fn windows_hold_so_many_tokens() {
+        let mut config = CacheConfig::new(Geometry::new(1, 1, 64, ElementType::F16));
+        let mut windows = |format, colder: &[Format], block_tokens, raw_window_blocks| {
+            config.geometry.block_tokens = block_tokens;
+            let of = &mut config.quantisation;
+            (of.format, of.colder_formats, of.raw_window_blocks) =
+                (Some(format), colder.to_vec(), raw_window_blocks);
+            let KeepRaw { window_blocks, recent_blocks, .. } = config.keep_raw();
+            (window_blocks, recent_blocks)
+        };
+        let colder = [Format::R4, Format::R2];
+        assert_eq!(windows(Format::Int8, &colder, 32, None), (0, [1, 4]));
+        assert_eq!(windows(Format::Int8, &colder, 48, None), (0, [1, 3]));
+        assert_eq!(windows(Format::R4, &colder[1..], 16, None), (2, [8, 0]));
+        assert_eq!(windows(Format::Int4, &[], 512, None), (1, [0, 0]));
+        assert_eq!(windows(Format::R4, &colder[1..], 32, Some(3)), (3, [3, 0]));
+        assert_eq!(windows(Format::R4, &colder[1..], 32, Some(0)), (0, [0, 0]));
+    }
+
+    /// Blocks are re-encoded from what they are sealed in, named or not; who names a colder format that wants means is told so.
+    #[test]
+    fn ladders_begin_with_what_blocks_are_sealed_in() {
+        let mut config = CacheConfig::new(Geometry::new(1, 1, 64, ElementType::F16));
+        config.quantisation.colder_formats = vec![Format::Int8, Format::R4];
+        let told = |config: &CacheConfig| {
+            config
+                .validate()
+                .map(|()| config.formats().formats().iter().map(BlockFormat::to_string).collect())
+        };
+        let ladder = |names: [&str; 3]| Ok(names.map(String::from).to_vec());
+        assert_eq!(told(&config), ladder(["raw/int8", "int8", "r4"]));
+        assert_eq!(config.keys_without_means(), Some(Format::R4));
+        // With means they are sealed in `int8` already.
+        config.quantisation.key_means = Some("means".into());
+        assert!(told(&config).is_err());
+        config.quantisation.colder_formats = vec![Format::R4, Format::R2];
+        assert_eq!(told(&config), ladder(["int8", "r4", "r2"]));
     }
 }

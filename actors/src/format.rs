@@ -93,6 +93,12 @@ impl Format {
         matches!(self, Format::R4 | Format::R3 | Format::R2)
     }
 
+    /// Whether keys with large constant channels (a bias on `k_proj`) lose accuracy in it unless they are stored as differences from mean keys:
+    /// a constant has most of a row's scale, or all of its codes once it is rotated. Scales of channels know it.
+    pub const fn wants_means(self) -> bool {
+        !matches!(self, Format::Raw) && !self.is_grouped()
+    }
+
     /// Bytes of the codes of a row of `dim` elements.
     pub const fn row_bytes(self, element: ElementType, dim: usize) -> usize {
         (dim * self.code_bits(element)).div_ceil(8)
@@ -366,7 +372,7 @@ impl std::fmt::Display for Format {
     }
 }
 
-/// Full blocks of a sequence that stay raw in a lossy format, or as they were sealed, since attention looks at them most.
+/// Full blocks of a sequence that stay raw in a lossy format, or as they were sealed as long as that may be, since attention looks at them most.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct KeepRaw {
     /// The first block, with the tokens that attention falls back on (sinks).
@@ -376,6 +382,8 @@ pub struct KeepRaw {
     /// So many at the end, behind the block that is being filled. They are sealed when the sequence has grown past them, or nobody
     /// has them open any more.
     pub window_blocks: usize,
+    /// So many at the end are re-encoded to each rung below the first only when no other block can make room.
+    pub recent_blocks: [usize; Ladder::RUNGS_MAX - 1],
 }
 
 /// Where a block of one format keeps its rows and scales.

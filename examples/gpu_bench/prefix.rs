@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use kv_cache::half::f16;
-use kv_cache::{BatchCacheOperations, Cache, Devices, ElementType, Geometry, OpenOptions, Outcome};
+use kv_cache::{BatchCacheOperations, Cache, Devices, ElementType, Format, Geometry, OpenOptions, Outcome};
 
 use crate::table::{Table, median};
 
@@ -53,6 +53,7 @@ async fn run(devices: Devices) -> anyhow::Result<Figures> {
     let cache = Cache::builder(Geometry::new(1, HEADS as u32, DIM as u32, ElementType::F16))
         .devices(devices)
         .memory_bytes_per_device(1 << 30)
+        .sealed_format(Format::Int8)
         .build()
         .await
         .context("a cache")?;

@@ -4,7 +4,7 @@
 use std::time::Instant;
 
 use kv_cache::half::f16;
-use kv_cache::{BatchCacheOperations, Cache, Devices, ElementType, Geometry, OpenOptions, Sequence};
+use kv_cache::{BatchCacheOperations, Cache, Devices, ElementType, Format, Geometry, OpenOptions, Sequence};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
@@ -20,6 +20,7 @@ pub(crate) fn measure(table: &mut Table) -> anyhow::Result<()> {
         let cache = Cache::builder(Geometry::new(1, 1, DIM as u32, ElementType::F16))
             .devices(Devices::cuda(1))
             .memory_bytes_per_device(512 << 20)
+            .sealed_format(Format::Int8)
             .configure(|c| c.copy_lane_min_bytes = 1)
             .build()
             .await?;

@@ -25,7 +25,7 @@ async fn refused(config: CacheConfig) -> ConfigError {
 async fn every_field_out_of_range() {
     assert_eq!(base().validate(), Ok(()));
     type Change = fn(&mut CacheConfig);
-    let wrong: [(&str, &str, Change); 39] = [
+    let wrong: [(&str, &str, Change); 41] = [
         ("devices", "cpu = 0", |c| c.devices = Devices::cpu(0)),
         ("devices", "cuda = 0", |c| c.devices = Devices::cuda(0)),
         ("pinned_memory_bytes", "1", |c| (c.devices, c.pinned_memory_bytes) = (Devices::Auto, 1)),
@@ -52,9 +52,18 @@ async fn every_field_out_of_range() {
         ("geometry.block_tokens", "0", |c| c.geometry.block_tokens = 0),
         ("geometry.block_tokens", "4294967295", |c| c.geometry.block_tokens = u32::MAX),
         ("geometry.block_tokens", "40", |c| {
-            (c.quantisation.format, c.geometry.block_tokens) = (Format::Int4, 40)
+            (c.quantisation.format, c.geometry.block_tokens) = (Some(Format::Int4), 40)
         }),
+        // Keys would take fewer bytes, values as many as before.
         ("quantisation.colder_formats", "fp8", |c| c.quantisation.colder_formats = vec![Format::Fp8]),
+        ("quantisation.colder_formats", "fp8", |c| {
+            (c.quantisation.format, c.quantisation.colder_formats) = (Some(Format::Int8), vec![Format::Fp8])
+        }),
+        ("quantisation.colder_formats", "r4", |c| {
+            // Nothing is sealed in anything but raw.
+            c.quantisation.values_format = Some(Format::Raw);
+            c.quantisation.colder_formats = vec![Format::R4]
+        }),
         ("quantisation.colder_formats", "r4", |c| {
             c.quantisation.values_format = Some(Format::R2);
             c.quantisation.colder_formats = vec![Format::R4]
@@ -66,7 +75,7 @@ async fn every_field_out_of_range() {
             c.quantisation.colder_formats = vec![Format::R4, Format::R3, Format::R2]
         }),
         ("quantisation.colder_formats", "r4", |c| {
-            (c.quantisation.format, c.quantisation.colder_formats) = (Format::Raw, vec![Format::R4])
+            (c.quantisation.format, c.quantisation.colder_formats) = (Some(Format::Raw), vec![Format::R4])
         }),
         // Turned off is no reason to say nonsense.
         ("quantisation.colder_formats", "r2, r3", |c| {
@@ -75,7 +84,7 @@ async fn every_field_out_of_range() {
         }),
         ("quantisation.colder_formats", "r4", |c| {
             c.quantisation.enabled = false;
-            (c.quantisation.format, c.quantisation.colder_formats) = (Format::Raw, vec![Format::R4])
+            (c.quantisation.format, c.quantisation.colder_formats) = (Some(Format::Raw), vec![Format::R4])
         }),
         ("geometry.block_tokens", "40", |c| {
             c.quantisation.enabled = false;
@@ -160,7 +169,7 @@ async fn settings_of_features_that_are_not_built() {
     let not_built: [(&str, &str, Change); 3] = [
         ("compression.method", "KeyNorm", |c| {
             // Also where only blocks that were re-encoded have keys with codes.
-            (c.quantisation.format, c.quantisation.values_format) = (Format::Raw, Some(Format::Int8));
+            (c.quantisation.format, c.quantisation.values_format) = (Some(Format::Raw), Some(Format::Int8));
             c.quantisation.colder_formats = vec![Format::R4];
             c.compression = method(CompressionMethod::KeyNorm);
             c.quantisation.key_means = Some("means.json".into());
@@ -184,7 +193,7 @@ async fn settings_of_features_that_are_not_built() {
     }
     // What is switched off need not be built.
     let mut config = base();
-    (config.quantisation.enabled, config.quantisation.format) = (false, Format::R2);
+    (config.quantisation.enabled, config.quantisation.format) = (false, Some(Format::R2));
     assert_eq!(config.sealed_format(), Format::Raw);
     config.compression = Compression { enabled: false, ratio: 9.0, method: CompressionMethod::KeyNorm };
     assert_eq!(config.validate(), Ok(()));

@@ -44,6 +44,7 @@ macro_rules! on_every_setup {
 on_every_setup!(
     cached_blocks_are_re_encoded_before_any_makes_way,
     blocks_that_are_held_follow_when_memory_is_shorter,
+    recent_blocks_follow_when_there_is_no_other_room,
     what_was_re_encoded_moves_and_is_written_to_like_any_other,
     a_view_holds_still_while_its_block_is_re_encoded,
     whoever_writes_waits_for_others_to_shrink,
@@ -137,6 +138,45 @@ async fn blocks_that_are_held_follow_when_memory_is_shorter<E: Number>(combo: Co
     let in_table: Vec<_> = entries.sequences[0].blocks.iter().map(|entry| entry.format).collect();
     assert_eq!(in_table, formats);
     drop((view, entries, sequence));
+    rig.finish().await;
+}
+
+async fn recent_blocks_follow_when_there_is_no_other_room<E: Number>(combo: Combo) {
+    let Some(builder) = combo.builder() else { return };
+    // One block of 32 tokens is recent for `r4`, four are for `r2`.
+    let builder = builder.colder_formats(&LADDER[1..]).configure(|c| c.quantisation.raw_window_blocks = None);
+    let rig = Rig::<E>::new(&combo, builder).await;
+    // More than the memory of a shard holds re-encoded once.
+    let as_sealed = rig.cache.config().memory_bytes_per_device / sealed_slot_bytes(&rig);
+    let (sequence, mut model) = (rig.open().await, rig.model());
+    while u64::from(model.len()) / 32 < as_sealed * 2 {
+        rig.append(&sequence, &mut model, 32).await;
+        rig.sealed(&sequence).await;
+    }
+    let formats = |sequence: &Sequence| -> Vec<BlockFormat> {
+        sequence.view(0).unwrap().blocks().map(|block| block.format()).collect()
+    };
+    let told = formats(&sequence);
+    let (old, recent) = told.split_at(told.len() - 4);
+    assert!(
+        old[0] == LADDER[2] && recent[..3].iter().all(|format| *format != LADDER[2]),
+        "{told:?}: {combo}"
+    );
+    assert_eq!(recent[3], LADDER[0], "{combo}");
+    // Nothing is spared to the last.
+    let error = loop {
+        let new = rig.tokens(32);
+        match sequence.append(&new.ids, &new.keys, &new.values).await {
+            Ok(_) => model.push(&new),
+            Err(error) => break error,
+        }
+        rig.sealed(&sequence).await;
+    };
+    assert!(matches!(error, Error::Capacity { .. }), "{error:?}");
+    let told = formats(&sequence);
+    assert!(told.iter().all(|format| *format == LADDER[2]), "{told:?}: {combo}");
+    stages(&rig, &sequence, &model).await;
+    drop(sequence);
     rig.finish().await;
 }
 

@@ -74,7 +74,7 @@ async fn in_a_process_of_its_own() {
         return;
     };
     let cpu = Cache::builder(geometry(SHAPE, ElementType::F16)).devices(Devices::cpu(1));
-    let cpu = cpu.memory_bytes_per_device(8 << 20).build().await.unwrap();
+    let cpu = cpu.memory_bytes_per_device(8 << 20).sealed_format(Format::Int8).build().await.unwrap();
     let (mut rows, mut on_cpu_model) = (Vec::new(), gpu.model());
     for tokens in [3, 40, 70] {
         rows.push(gpu.filled(tokens).await);

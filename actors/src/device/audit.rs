@@ -96,6 +96,13 @@ impl DeviceCore {
                 }
             }
         }
+        let states =
+            self.sequences.iter().map(|(_, entry)| (entry, entry.shared.state())).collect::<Vec<_>>();
+        let settled =
+            states.iter().map(|(entry, state)| (&entry.rest.tail, (!entry.busy).then_some(&**state)));
+        self.blocks.audit_windows(settled)?;
+        drop(states);
+        self.blocks.audit_queues()?;
         let mut charged: HashMap<u32, u64> = HashMap::new();
         let mut charge = |owner: u32, class: SizeClass, slots: usize| {
             let slot_bytes = if class == SizeClass::Host { 0 } else { self.config.pool.slot_bytes(class) };

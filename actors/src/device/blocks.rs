@@ -7,6 +7,7 @@ use slab::Slab;
 
 use super::cached::WARM_BLOCKS_MIN;
 use super::lineage::Lineage;
+use super::recent::Windows;
 use super::recode::Recodable;
 use crate::block::{Block, BlockId, BlockKey, BlockState, Place, Places};
 use crate::events::BlockEvent;
@@ -32,6 +33,7 @@ pub struct BlockStore {
     layout: BlockLayout,
     pub(super) formats: Ladder,
     pub(super) recodable: Recodable,
+    pub(super) windows: Windows,
     pub(super) keep_raw: KeepRaw,
     /// Full blocks that may be sealed. Some may have been cut or freed since; whatever has their number now is sealed if it is full.
     to_seal: VecDeque<BlockId>,
@@ -137,6 +139,7 @@ impl BlockStore {
             layout: *layout,
             formats,
             recodable: Recodable::new(pool.layout()),
+            windows: Windows::new(&keep_raw, &formats, blocks),
             keep_raw,
             to_seal: VecDeque::new(),
             sealing: 0,
@@ -223,6 +226,10 @@ impl BlockStore {
     /// Bytes of the block as it is stored.
     pub(super) fn stored_bytes(&self, id: BlockId) -> usize {
         self.format(id).block_bytes(&self.layout)
+    }
+
+    pub(super) fn block_tokens(&self) -> usize {
+        self.layout.block_tokens
     }
 
     /// Position of the block's first token.
@@ -629,12 +636,12 @@ impl BlockStore {
             let old = std::mem::replace(&mut block.slot, slot);
             self.publish(id);
             self.free_slot(class, old);
-            if class.is_sealed() {
-                self.sealed_anew(id);
-            }
         } else {
             self.pool.spoil(slot.id());
             self.free_slot(class, slot);
+        }
+        if class.is_sealed() {
+            self.sealed_anew(id);
         }
         self.land(id, false);
     }

@@ -107,6 +107,9 @@ impl BlockStore {
         }
         self.evictor.touch(twin, touch);
         self.retain(twin);
+        if self.is_recoded() {
+            self.found_again(twin);
+        }
         counters.blocks_deduplicated += 1;
         Published::Twin(twin)
     }

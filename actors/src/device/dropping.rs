@@ -264,6 +264,7 @@ impl DeviceCore {
         for &block in &state.blocks[..full.saturating_sub(config.keep_raw.window_blocks)] {
             blocks.leaves_window(block);
         }
+        blocks.follow(&mut entry.rest.tail, &state);
         counters.tokens_dropped += u64::from(before - kept);
         entry.glance.renew(&entry.shared, &state, &config.layout);
         Ok(Outcome::Dropped { kept })

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use smallvec::SmallVec;
 
 use super::dropping::Thinning;
+use super::recent::Tail;
 use crate::block::{BlockId, BlockKey, ExtraIdentity};
 use crate::geometry::BlockLayout;
 use crate::memory::OpRef;
@@ -48,6 +49,8 @@ pub(super) struct Rest {
     /// Copies that the write in flight makes, by the place of the block that they will replace. Until the write has landed
     /// the sequence keeps what it had: readers see it, a failed write falls back to it, and no other writer gets at it.
     pub(super) replacing: SmallVec<[(usize, BlockId); 1]>,
+    /// Its last blocks.
+    pub(super) tail: Tail,
     /// What the operation in flight does to drop tokens by their scores, if it does.
     pub(super) thinning: Option<Box<Thinning>>,
     /// Positions that carry more identity than their token id.
@@ -85,6 +88,7 @@ impl Rest {
             reserved,
             reserved_in_flight: 0,
             replacing: SmallVec::new(),
+            tail: Tail::default(),
             thinning: None,
             extra,
             _permit: permit,

@@ -203,6 +203,7 @@ fn fill_room(
     } else {
         let mut state = shared.state();
         commit(rest, blocks, config, counters, &mut state, token_ids, None);
+        blocks.follow(&mut rest.tail, &state);
         glance.renew(shared, &state, &config.layout);
     }
     glance.committed

@@ -15,6 +15,7 @@ mod in_place;
 mod lineage;
 mod open;
 mod plan;
+mod recent;
 pub(crate) mod recode;
 pub(crate) mod tier;
 

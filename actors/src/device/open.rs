@@ -83,10 +83,9 @@ impl DeviceCore {
         let extra = options.prompt.map_or_else(Vec::new, |prompt| prompt.extra);
         let extra = extra.into_iter().filter(|(at, _)| *at < tokens).collect();
         let state = SequenceState { committed: tokens, blocks: found, ..SequenceState::default() };
-        let make = |id| {
-            let shared = SequenceShared::new(id, options.tenant, state);
-            SequenceEntry::new(shared, Rest::new(tenant, sharing, reserved, extra, permit), &layout)
-        };
+        let mut rest = Rest::new(tenant, sharing, reserved, extra, permit);
+        self.blocks.follow(&mut rest.tail, &state);
+        let make = |id| SequenceEntry::new(SequenceShared::new(id, options.tenant, state), rest, &layout);
         Progress::Done(Ok(Outcome::Opened(self.register(make, effects))))
     }
 

@@ -51,7 +51,8 @@ impl DeviceCore {
                 self.blocks.retain(block);
             }
             let permit = permit.as_mut().and_then(|all| all.split(1));
-            let rest = Rest::new(tenant, sharing.clone(), 0, extra.clone(), permit);
+            let mut rest = Rest::new(tenant, sharing.clone(), 0, extra.clone(), permit);
+            self.blocks.follow(&mut rest.tail, &state);
             let layout = self.config.layout;
             let make =
                 |id| SequenceEntry::new(SequenceShared::new(id, name.clone(), state.clone()), rest, &layout);
@@ -77,6 +78,7 @@ impl DeviceCore {
         for &block in state.blocks.iter().rev() {
             self.blocks.release(block);
         }
+        self.blocks.unfollow(&mut entry.rest.tail);
         self.blocks.unreserve(entry.rest.tenant, entry.rest.reserved);
         self.config.token_budget.give_back(u64::from(state.committed));
         effects.closed.push(entry.id);
@@ -109,6 +111,7 @@ impl DeviceCore {
         state.committed = tokens;
         state.staged.clear();
         release_tail(&mut self.blocks, &self.config, &mut state, true);
+        self.blocks.follow(&mut entry.rest.tail, &state);
         entry.glance.renew(&shared, &state, &self.config.layout);
         Ok(Outcome::Truncated { committed: tokens })
     }
@@ -242,6 +245,7 @@ impl DeviceCore {
         if landed.is_ok() {
             commit(rest, blocks, config, counters, &mut state, token_ids, extra);
         }
+        blocks.follow(&mut rest.tail, &state);
         glance.renew(shared, &state, &config.layout);
         landed?;
         Ok(Outcome::Appended { committed: state.committed })
@@ -265,6 +269,7 @@ impl DeviceCore {
             }
             state.staged[layer as usize] += tokens;
         }
+        blocks.follow(&mut rest.tail, &state);
         glance.renew(shared, &state, &config.layout);
         landed.map(|()| Outcome::Staged { staged: state.staged[layer as usize] })
     }
@@ -291,6 +296,7 @@ impl DeviceCore {
         // Its memory stays: the next token is staged just so.
         state.staged.clear();
         release_tail(blocks, config, &mut state, rewound);
+        blocks.follow(&mut rest.tail, &state);
         glance.renew(shared, &state, &config.layout);
         Ok(Outcome::Committed { committed: state.committed })
     }

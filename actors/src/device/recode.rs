@@ -1,7 +1,8 @@
 //! Re-encoding sealed blocks to smaller formats when memory runs short, before any of them has to go.
 //!
 //! Blocks that nobody holds come first, those let go of longest ago before others. Those that sequences hold, the ones sealed longest ago before
-//! others, come when memory is shorter still and nothing that nobody holds could make way: what is being read is worth more than what may be found.
+//! others, come when memory is shorter still and nothing that nobody holds could make way: what is being read is worth more than what may be found. The last
+//! blocks of a sequence ([`super::recent`]) come after all of these, and only for somebody who would not get room otherwise.
 //! For a tenant's quota his own go down likewise, those that nobody holds alone, before they make way for it.
 //! A block that somebody looks at stays: its slot would be taken for as long, beside the new one. A block goes down one rung of the [`Ladder`](crate::format::Ladder) at a time, so its rung
 //! says what it has been through: it is decoded into a place kept for that and sealed from there, and moves when that has landed, as a seal does.
@@ -35,13 +36,19 @@ const LOOKS: usize = 64;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Whose {
     Cached = 1,
+    /// Held, and not recent.
     Held = 2,
     /// Cached, of one owner that has a quota.
     Own = 16,
+    /// Held, and among the last of a sequence.
+    Recent = 32,
 }
 
 /// In which order they come: whose, and from which rung.
 const TURNS: [(Whose, u8); 4] = [(Whose::Cached, 0), (Whose::Cached, 1), (Whose::Held, 0), (Whose::Held, 1)];
+
+/// And after all others, when there is no other way.
+const LAST_TURNS: [(Whose, u8); 2] = [(Whose::Recent, 0), (Whose::Recent, 1)];
 
 /// The least length at which a [`Line`] is looked through.
 const LINE_LEAST: usize = 256;
@@ -77,6 +84,7 @@ const NOBODY: u32 = u32::MAX;
 pub(super) struct Recodable {
     cached: [Line; 2],
     held: [Line; 2],
+    recent: [Line; 2],
     owners: HashMap<u32, Own>,
     planned: Vec<RecodePlan>,
     /// Flights, by the rung that they start from.
@@ -97,6 +105,7 @@ impl Recodable {
         let lines = match whose {
             Whose::Cached => &mut self.cached,
             Whose::Held => &mut self.held,
+            Whose::Recent => &mut self.recent,
             Whose::Own => &mut self.owners.entry(owner).or_default().cached,
         };
         lines.get_mut(usize::from(rung))
@@ -171,9 +180,9 @@ impl BlockStore {
         self.sealed_anew(id);
     }
 
-    /// A block that sequences hold has been sealed, or re-encoded, or has moved.
+    /// A block that sequences hold has been sealed, or re-encoded, or moves no more, or is recent now, or no more.
     pub(super) fn sealed_anew(&mut self, id: BlockId) {
-        self.enqueue(id, Whose::Held);
+        self.enqueue(id, if self.is_recent(id) { Whose::Recent } else { Whose::Held });
     }
 
     /// Nobody holds a published block any more.
@@ -222,7 +231,8 @@ impl BlockStore {
             let is_cached = block.refs == 0 && block.published;
             let is_whose = match whose {
                 Whose::Cached => is_cached,
-                Whose::Held => block.refs > 0,
+                Whose::Held => block.refs > 0 && !self.is_recent(id),
+                Whose::Recent => block.refs > 0 && self.is_recent(id),
                 Whose::Own => is_cached && block.tenant == owner,
             };
             is_whose
@@ -251,7 +261,8 @@ impl BlockStore {
 
     /// Whether re-encoding makes room, or may.
     pub(super) fn may_make_room(&self) -> bool {
-        let mut lines = self.recodable.cached.iter().chain(&self.recodable.held);
+        let Recodable { cached, held, recent, .. } = &self.recodable;
+        let mut lines = cached.iter().chain(held).chain(recent);
         self.is_recoding() || lines.any(|line| !line.blocks.is_empty())
     }
 
@@ -272,15 +283,22 @@ impl BlockStore {
     ///
     /// With `spares_held` those that sequences hold stay as they are.
     pub(super) fn recode_for_room(&mut self, spares_held: bool, counters: &mut CoreCounters) -> bool {
-        if !self.is_recoded() {
-            return false;
-        }
+        self.is_recoded()
+            && (self.recode_in_turns(&TURNS, spares_held, counters)
+                || !spares_held && self.recode_in_turns(&LAST_TURNS, spares_held, counters))
+    }
+
+    fn recode_in_turns(
+        &mut self,
+        turns: &[(Whose, u8)],
+        spares_held: bool,
+        counters: &mut CoreCounters,
+    ) -> bool {
         loop {
             let mut lacks_slot = false;
             let nothing_goes = self.evictor.unheld() == 0 || self.ledger.is_all_protected();
             let takes_held = !spares_held && nothing_goes;
-            for (whose, rung) in TURNS.into_iter().filter(|(whose, _)| *whose == Whose::Cached || takes_held)
-            {
+            for &(whose, rung) in turns.iter().filter(|(whose, _)| *whose == Whose::Cached || takes_held) {
                 let mut planned = Planned::One;
                 while planned == Planned::One {
                     planned = self.plan(whose, NOBODY, rung);
@@ -403,7 +421,12 @@ impl BlockStore {
             }
             self.recodable.in_flight[usize::from(rung)] += 1;
             self.recodable.planned.push(RecodePlan {
-                recoded: Recoded { block: id, was_cached: whose != Whose::Held, slot, scratch },
+                recoded: Recoded {
+                    block: id,
+                    was_cached: !matches!(whose, Whose::Held | Whose::Recent),
+                    slot,
+                    scratch,
+                },
                 formats,
                 position,
                 from_offset,
@@ -465,5 +488,28 @@ impl BlockStore {
         self.recodable.scratch.push(scratch);
         self.recodable.stalled = false;
         self.land(id, is_unused);
+    }
+
+    /// Checks that every block that may be re-encoded and that somebody holds is in the line where it is looked for.
+    ///
+    /// # Errors
+    /// Which one is not.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn audit_queues(&self) -> Result<(), String> {
+        let Recodable { held, recent, .. } = &self.recodable;
+        let in_line = |line: &Line| line.blocks.iter().copied().collect::<HashSet<_>>();
+        let lines = [held, recent].map(|lines| lines.each_ref().map(in_line));
+        for (id, block) in self.iter() {
+            let rung = block.rung;
+            let has_next = usize::from(rung) + 1 < self.formats.formats().len();
+            let is_spared = block.index == 0 && self.keep_raw.sinks_as_sealed || block.queued & FAILED != 0;
+            for (whose, lines) in [Whose::Held, Whose::Recent].into_iter().zip(&lines) {
+                let is_due = has_next && !is_spared && self.may_recode(id, whose, NOBODY, rung);
+                if is_due && !lines[usize::from(rung)].contains(&id) {
+                    return Err(format!("{id:?} is not in the line of {whose:?}, rung {rung}"));
+                }
+            }
+        }
+        Ok(())
     }
 }

@@ -209,11 +209,11 @@ impl BlockStore {
             self.charge(owner, now, 1);
             self.publish(id);
             self.tell_moved(id);
-            self.sealed_anew(id);
         } else {
             // Nobody knows how far it came.
             self.pool.spoil(slot.id());
         }
+        self.sealed_anew(id);
         self.free_slot(class, slot);
         self.land(id, false);
     }

@@ -91,7 +91,7 @@ impl Setup {
         Setup {
             format,
             rungs_below: if format == Format::Raw { 0 } else { rng.pick(&[0, 0, 1, 2]) },
-            keep_raw: random_keep_raw(rng),
+            keep_raw: random_keep_raw(rng, blocks),
             blocks: blocks.into(),
             max_tokens: rng.pick(&[3, 6, 10]) * block_tokens + rng.between(0, 3),
             max_total_tokens: match rng.one_in(4) {
@@ -121,7 +121,7 @@ impl Setup {
         Setup {
             format: Format::Int8,
             rungs_below: rng.pick(&[0, 0, 1, 2]),
-            keep_raw: random_keep_raw(rng),
+            keep_raw: random_keep_raw(rng, blocks),
             blocks: blocks.into(),
             max_tokens: rng.pick(&[12, 24]) * block_tokens,
             max_total_tokens: u64::MAX,
@@ -194,14 +194,17 @@ fn random_tenants(rng: &mut Rng, geometry: &Geometry, blocks: u32) -> Arc<HashMa
     Arc::new((0..2).filter_map(&mut some).collect())
 }
 
-fn random_keep_raw(rng: &mut Rng) -> KeepRaw {
+/// `blocks` is a number as random as any: seeds that are known stay what they are.
+fn random_keep_raw(rng: &mut Rng, blocks: u32) -> KeepRaw {
+    let recent_blocks = [[0, 0], [1, 4], [2, 1], [0, 3]][blocks as usize % 4];
     match rng.one_in(3) {
         true => KeepRaw {
             sinks: rng.one_in(2),
             sinks_as_sealed: rng.one_in(2),
             window_blocks: rng.pick(&[0, 1, 1, 3]),
+            recent_blocks,
         },
-        false => KeepRaw::default(),
+        false => KeepRaw { recent_blocks, ..KeepRaw::default() },
     }
 }
 

@@ -424,7 +424,7 @@ mod tests {
         geometry.groups[0].value_dim = 5;
         let builder =
             Cache::builder(geometry).devices(crate::Devices::cpu(1)).memory_bytes_per_device(1 << 20);
-        let cache = builder.build().await.unwrap();
+        let cache = builder.sealed_format(Format::Int8).build().await.unwrap();
         let layout = cache.runtime().layout;
         let [raw, codes, scale] =
             [(16, 10), (8, 5), (2, 2)].map(|(key, value)| BlockStrides::new(&layout, key, value));
