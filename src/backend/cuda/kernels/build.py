@@ -7,6 +7,7 @@
 
 Without more arguments: the kernels that the crate ships, and those of its GPU tests. Otherwise the files and folders named.
 """
+import concurrent.futures
 import ctypes
 import importlib.util
 import pathlib
@@ -71,10 +72,11 @@ def sources(paths):
 
 def main():
     check, paths = "--check" in sys.argv[1:], [pathlib.Path(at) for at in sys.argv[1:] if at != "--check"]
-    stale = []
-    for source in sources(paths or FOLDERS):
+    stale, files = [], list(sources(paths or FOLDERS))
+    with concurrent.futures.ProcessPoolExecutor() as processes:
+        compiled = list(processes.map(compile_ptx, files))
+    for source, ptx in zip(files, compiled):
         target = source.with_suffix(".ptx")
-        ptx = compile_ptx(source)
         if check:
             if not target.exists() or target.read_text() != ptx:
                 stale.append(str(target))
