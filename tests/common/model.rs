@@ -121,6 +121,9 @@ fn bits<E: Number>(row: &[E]) -> &[u8] {
     bytemuck::cast_slice(row)
 }
 
+/// By head, the group of tokens that was looked at last and its keys, stored once.
+type Groups<E> = RefCell<HashMap<usize, (usize, Option<Vec<E>>)>>;
+
 /// Keys and values of some tokens: `[layers, tokens, kv_heads, dim]`.
 #[derive(Clone, Debug)]
 pub struct Tokens<E> {
@@ -285,16 +288,16 @@ impl<E: Number> Model<E> {
         (0..channels).map(|channel| if keys.is_empty() { 0.0 } else { span(channel) }).collect()
     }
 
-    /// The key of one token and head, stored once with its group, if that is whole.
-    fn key_through(&self, format: Format, layer: usize, token: usize, head: usize) -> Option<Vec<E>> {
-        let (dim, heads, first) = (self.layout.key_dim, self.layout.kv_heads, token / GROUP * GROUP);
+    /// Keys of a group and head, stored once, if the group is whole.
+    fn keys_through(&self, format: Format, layer: usize, group: usize, head: usize) -> Option<Vec<E>> {
+        let (dim, heads, first) = (self.layout.key_dim, self.layout.kv_heads, group * GROUP);
         if first + GROUP > self.tokens as usize {
             return None;
         }
         let row = |token: usize| &self.keys[layer][(token * heads + head) * dim..][..dim];
         let rows = (first..first + GROUP).flat_map(row).copied().collect::<Vec<_>>();
         let of = RowFormat { format, element: E::TYPE, plane: Plane::Key, dim };
-        Some(through_codec(of, &rows)[(token - first) * dim..][..dim].to_vec())
+        Some(through_codec(of, &rows))
     }
 
     /// Whether a key of a grouped format is as it was written and, if `sealed`, stored once. Where its group was cut meanwhile nobody knows
@@ -306,10 +309,19 @@ impl<E: Number> Model<E> {
         written: &[E],
         read: &[E],
         sealed: bool,
+        groups: &Groups<E>,
     ) -> bool {
         let (layer, token, head) = at;
-        let once = self.key_through(format, layer, token, head);
-        if !sealed && bits(written) == bits(read) || once.is_some_and(|once| bits(&once) == bits(read)) {
+        if !sealed && bits(written) == bits(read) {
+            return true;
+        }
+        let mut groups = groups.borrow_mut();
+        let (group, once) = groups.entry(head).or_insert((usize::MAX, None));
+        if *group != token / GROUP {
+            (*group, *once) = (token / GROUP, self.keys_through(format, layer, token / GROUP, head));
+        }
+        let dim = self.layout.key_dim;
+        if once.as_ref().is_some_and(|once| bits(&once[token % GROUP * dim..][..dim]) == bits(read)) {
             return true;
         }
         let Some(sums) = self.spans.get(&(layer, token / GROUP)) else { return false };
@@ -334,19 +346,20 @@ impl<E: Number> Model<E> {
         values: &[E],
         format: impl Into<BlockFormat>,
     ) {
-        let block = format.into();
+        let (block, groups) = (format.into(), Groups::default());
         self.compare_with(layer, range, keys, values, |plane, at, written, read| {
             let format = block.of(&self.layout, layer as usize, plane);
             if plane == Plane::Key && format.is_grouped() {
-                return self.is_key(format, at, written, read, false);
+                return self.is_key(format, at, written, read, false, &groups);
             }
+            let times = if format == Format::Raw { 0 } else { 4 };
             let mut row = written.to_vec();
-            let mut same = bits(&row) == bits(read);
-            for _ in 0..if format == Format::Raw { 0 } else { 4 } {
-                row = through(format, &row);
-                same |= bits(&row) == bits(read);
-            }
-            same
+            (0..=times).any(|time| {
+                if time > 0 {
+                    row = through(format, &row);
+                }
+                bits(&row) == bits(read)
+            })
         });
     }
 
@@ -359,11 +372,11 @@ impl<E: Number> Model<E> {
         values: &[E],
         format: impl Into<BlockFormat>,
     ) {
-        let block = format.into();
+        let (block, groups) = (format.into(), Groups::default());
         self.compare_with(layer, range, keys, values, |plane, at, written, read| {
             let format = block.of(&self.layout, layer as usize, plane);
             if plane == Plane::Key && format.is_grouped() {
-                return self.is_key(format, at, written, read, true);
+                return self.is_key(format, at, written, read, true, &groups);
             }
             bits(&through(format, written)) == bits(read)
         });
