@@ -97,11 +97,11 @@ struct Encoded {
     scales: Vec<u8>,
 }
 
-/// Encodes from and to odd addresses, and checks that nothing around the outputs changes.
 fn int8(element: ElementType, dim: usize) -> RowFormat {
     RowFormat { format: Format::Int8, element, plane: Plane::Value, dim }
 }
 
+/// Encodes from and to odd addresses, and checks that nothing around the outputs changes.
 fn encode(kernels: Kernels, element: ElementType, dim: usize, src: &[u8]) -> Encoded {
     let rows = src.len() / element.bytes() / dim;
     let mut shifted = vec![0xEE; 1];
