@@ -72,28 +72,33 @@ fn main() -> anyhow::Result<()> {
 }
 
 /// The fused kernels over a GiB of tokens of 8 heads × 128, in one layer and in as many as models have, beside the device's own copies; then
-/// with keys as differences from their means.
+/// with keys as differences from their means, whose pairs lie half a head apart, or in one layer beside each other.
 fn kernels(table: &mut Table) -> anyhow::Result<()> {
     let shapes =
         [(ElementType::F16, 1), (ElementType::Bf16, 1), (ElementType::F16, 32), (ElementType::Bf16, 80)];
-    for (centred, (element, layers)) in
-        [false, true].into_iter().flat_map(|centred| shapes.map(|shape| (centred, shape)))
+    let layouts = [None, Some(RopeLayout::HalfSplit), Some(RopeLayout::Interleaved)];
+    for (layout, (element, layers)) in
+        layouts.into_iter().flat_map(|layout| shapes.map(|shape| (layout, shape)))
     {
-        let mut geometry = Geometry::new(layers, 8, 128, element);
-        if centred {
-            geometry.groups[0].rope = Some(Rope {
-                inv_freq: (0..64).map(|pair| 10_000f32.powf(-pair as f32 / 64.0)).collect(),
-                rotary_dims: 128,
-                layout: RopeLayout::HalfSplit,
-                attention_scale: 1.0,
-            });
+        if layout == Some(RopeLayout::Interleaved) && layers > 1 {
+            continue;
         }
+        let mut geometry = Geometry::new(layers, 8, 128, element);
+        geometry.groups[0].rope = layout.map(|layout| Rope {
+            inv_freq: (0..64).map(|pair| 10_000f32.powf(-pair as f32 / 64.0)).collect(),
+            rotary_dims: 128,
+            layout,
+            attention_scale: 1.0,
+        });
         let tokens = ((1 << 18) / layers as usize).next_multiple_of(32);
         let figures = kv_cache::cuda::kernel_figures(0, &geometry, tokens, 31)?;
         let copy = figures[0].gb_per_s;
         // Keys and values of 2 bytes an element.
         let raw_bytes = (tokens * layers as usize) as f64 * 8.0 * 128.0 * 2.0 * 2.0;
-        table.group(&format!("kernels, {element:?}, {tokens} tokens × {layers} layers × 8 heads × 128"));
+        let pairs = layout.map_or(String::new(), |layout| format!(", means, {layout:?}"));
+        table.group(&format!(
+            "kernels, {element:?}, {tokens} tokens × {layers} layers × 8 heads × 128{pairs}"
+        ));
         for figure in &figures {
             let share = figure.gb_per_s / copy;
             let rotated = ["r4", "r3", "r2"].iter().any(|format| figure.what.contains(format));
