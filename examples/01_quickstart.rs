@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use kv_cache::half::f16;
-use kv_cache::{Cache, Devices, ElementType, Format, Geometry, OpenOptions, Rows};
+use kv_cache::{Cache, Devices, ElementType, Geometry, OpenOptions, Rows};
 
 const LAYERS: usize = 2;
 const HEADS: usize = 2;
@@ -15,12 +15,8 @@ async fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt().with_env_filter(tracing_subscriber::EnvFilter::from_default_env()).init();
 
     let geometry = Geometry::new(LAYERS as u32, HEADS as u32, DIM as u32, ElementType::F16);
-    let cache = Cache::builder(geometry)
-        .devices(Devices::auto())
-        .memory_bytes_per_device(16 << 20)
-        .sealed_format(Format::Int8)
-        .build()
-        .await?;
+    let cache =
+        Cache::builder(geometry).devices(Devices::auto()).memory_bytes_per_device(16 << 20).build().await?;
 
     // A prompt of 100 tokens, all layers at once: keys and values are [layers, tokens, heads, dim].
     let sequence = cache.open("alice", OpenOptions::default()).await?;
@@ -41,10 +37,10 @@ async fn main() -> anyhow::Result<()> {
     }
     sequence.commit(&[100]).await?;
 
-    // In place, without a copy: full blocks are in the sealed format by now, or soon.
+    // In place, without a copy: the values of full blocks are in `int8` by now, or soon.
     let view = sequence.view(0)?;
     for block in view.blocks() {
-        match block.keys::<f16>(0)? {
+        match block.values::<f16>(0)? {
             Rows::Raw(rows) => println!("tokens {}..: raw, {} elements", block.first_token(), rows.len()),
             Rows::Int8 { codes, .. } => {
                 println!("tokens {}..: int8, {} codes", block.first_token(), codes.len())

@@ -76,7 +76,8 @@ pub struct Quantisation {
     /// Smaller formats that sealed blocks are re-encoded to, keys and values alike, when memory runs short, before any has to make way: `["r4", "r2"]`
     /// behind `int8`, at most two, each smaller than what comes before it: `format`, or what stands for it. Blocks that no sequence holds are, while
     /// less than an eighth of a device's memory is left; those of sequences, the ones sealed longest ago first, while less than a sixteenth is and no
-    /// others could make way, [recent ones](Quantisation::raw_window_blocks) only when there is no room to be had otherwise. What is lost is not regained. A tenant's own that no sequence holds are too, before they make way for its quota.
+    /// others could make way, [recent ones](Quantisation::raw_window_blocks) only when there is no room to be had otherwise. What is lost is not regained. Cached blocks of a
+    /// tenant are re-encoded before its quota evicts them.
     /// Blocks in the host tier are left as they are.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub colder_formats: Vec<Format>,
@@ -84,8 +85,8 @@ pub struct Quantisation {
     pub raw_first_layers: u16,
     /// See [`Quantisation::raw_first_layers`].
     pub raw_last_layers: u16,
-    /// The first block of a sequence stays raw: its first tokens are those that attention falls back on (sinks). Unless it is said:
-    /// for formats of 4 bits and fewer, and wherever there are `key_means`. Where only `colder_formats` are of so few, it stays as it was sealed.
+    /// The first block of a sequence stays raw, or as many as hold 4 tokens: those are what attention falls back on (sinks). Unless it is said:
+    /// for formats of 4 bits and fewer, and wherever there are `key_means`. Where only `colder_formats` are of so few, they stay as they were sealed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub raw_sinks: Option<bool>,
     /// Full blocks at the end of a sequence, behind the one that is being filled, that stay raw too. They are sealed when the
@@ -181,7 +182,7 @@ impl Default for Compression {
 ///     [geometry]
 ///     groups = [{ layers = 4, kv_heads = 2, key_dim = 64, value_dim = 64, element = "bf16" }]
 ///     [quantisation]
-///     format = "int8"
+///     format = "int4"
 /// "#)?;
 /// assert_eq!(config.geometry.block_tokens, 32);
 /// # Ok::<(), kv_cache::BuildError>(())
@@ -592,9 +593,11 @@ impl CacheConfig {
         // Few bits would not do for them, here either.
         let is_lower = self.quantisation.colder_formats.iter().any(|format| recent_tokens(*format) > 0);
         let is_centred = self.quantisation.key_means.is_some() && self.codes_keys();
+        let blocks = SINK_TOKENS.div_ceil(self.geometry.block_tokens);
+        let sinks = |by_default| if self.quantisation.raw_sinks.unwrap_or(by_default) { blocks } else { 0 };
         KeepRaw {
-            sinks: self.quantisation.raw_sinks.unwrap_or(tokens > 0 || is_centred),
-            sinks_as_sealed: self.quantisation.raw_sinks.unwrap_or(is_lower),
+            sinks: sinks(tokens > 0 || is_centred),
+            sinks_as_sealed: sinks(is_lower),
             window_blocks: window(tokens),
             recent_blocks,
         }
@@ -606,6 +609,12 @@ impl CacheConfig {
             Some(file) if self.codes_keys() => KeyMeans::load(file).map(Some),
             _ => Ok(None),
         }
+    }
+
+    /// Whether keys stay raw for want of a name and of means.
+    pub(crate) fn keeps_keys_raw(&self) -> bool {
+        let Quantisation { enabled, format, ref key_means, .. } = self.quantisation;
+        enabled && format.is_none() && key_means.is_none()
     }
 
     /// A format of keys that [wants means](Format::wants_means) where there are none: a rotated one if there is any, which loses most.
@@ -691,6 +700,10 @@ mod tests {
         assert_eq!(windows(Format::Int4, &[], 512, None), (1, [0, 0]));
         assert_eq!(windows(Format::R4, &colder[1..], 32, Some(3)), (3, [3, 0]));
         assert_eq!(windows(Format::R4, &colder[1..], 32, Some(0)), (0, [0, 0]));
+        for (block_tokens, blocks) in [(1, 4), (3, 2), (4, 1), (32, 1)] {
+            config.geometry.block_tokens = block_tokens;
+            assert_eq!(config.keep_raw().sinks, blocks, "blocks of {block_tokens} tokens");
+        }
     }
 
     /// Blocks are re-encoded from what they are sealed in, named or not; who names a colder format that wants means is told so.

@@ -58,6 +58,10 @@ pub(crate) fn open(
 ) -> Result<(Runtime, impl Future<Output = ()> + Send + 'static), BuildError> {
     let (layout, pool) = config.plan()?;
     match config.keys_without_means() {
+        None if config.keeps_keys_raw() => tracing::info!(
+            target: "kv_cache::quantisation",
+            "no format is named, so keys stay raw and values are stored in int8: with the model's mean keys (quantisation.key_means) keys are stored in int8 too"
+        ),
         None => {}
         Some(format) if !format.is_rotated() => tracing::info!(
             target: "kv_cache::quantisation",

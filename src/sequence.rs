@@ -98,7 +98,7 @@ impl Sequence {
         let stored = state.stored(state.committed);
         let full = stored as usize / self.runtime.layout.block_tokens;
         let to_seal = state.blocks.iter().take(full.saturating_sub(keep.window_blocks));
-        let to_seal = to_seal.skip(usize::from(keep.sinks)).filter(|&&block| block != BlockId::DROPPED);
+        let to_seal = to_seal.skip(keep.sinks as usize).filter(|&&block| block != BlockId::DROPPED);
         let waits =
             |block: &&BlockId| places.get(**block).is_none_or(|place| !place.sealed && !place.unsealable);
         let blocks_to_seal = to_seal.filter(waits).count() as u32;

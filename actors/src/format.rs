@@ -372,13 +372,13 @@ impl std::fmt::Display for Format {
     }
 }
 
-/// Full blocks of a sequence that stay raw in a lossy format, or as they were sealed as long as that may be, since attention looks at them most.
+/// Full blocks of a sequence that attention looks at most: they are never sealed, or re-encoded last.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct KeepRaw {
-    /// The first block, with the tokens that attention falls back on (sinks).
-    pub sinks: bool,
-    /// The first block is not re-encoded, if it is sealed.
-    pub sinks_as_sealed: bool,
+    /// So many at the beginning, with the tokens that attention falls back on (sinks).
+    pub sinks: u32,
+    /// So many at the beginning are not re-encoded, if they are sealed.
+    pub sinks_as_sealed: u32,
     /// So many at the end, behind the block that is being filled. They are sealed when the sequence has grown past them, or nobody
     /// has them open any more.
     pub window_blocks: usize,

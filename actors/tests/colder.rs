@@ -170,8 +170,8 @@ fn a_full_cache_has_sealed_and_re_encoded_all_that_it_can() {
             blocks: u64::from(rng.between(16, 96)),
             chunk_slots: Some(rng.between(1, 8) as usize),
             keep_raw: KeepRaw {
-                sinks_as_sealed: rng.one_in(2),
-                sinks: rng.one_in(4),
+                sinks_as_sealed: u32::from(rng.one_in(2)),
+                sinks: u32::from(rng.one_in(4)) * (1 + seed as u32 % 2),
                 window_blocks: rng.below(3),
                 recent_blocks: [[0, 0], [1, 4]][seed as usize % 2],
             },

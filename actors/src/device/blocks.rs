@@ -520,7 +520,7 @@ impl BlockStore {
             return;
         }
         let block = self.get(id);
-        let is_sink = self.keep_raw.sinks && block.index == 0;
+        let is_sink = block.index < self.keep_raw.sinks;
         if block.state == BlockState::Full && !is_sink {
             self.to_seal.push_back(id);
         }

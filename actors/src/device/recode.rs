@@ -4,7 +4,7 @@
 //! others, come when memory is shorter still and nothing that nobody holds could make way: what is being read is worth more than what may be found. The last
 //! blocks of a sequence ([`super::recent`]) come after all of these, and only for somebody who would not get room otherwise.
 //! For a tenant's quota his own go down likewise, those that nobody holds alone, before they make way for it.
-//! A block that somebody looks at stays: its slot would be taken for as long, beside the new one. A block goes down one rung of the [`Ladder`](crate::format::Ladder) at a time, so its rung
+//! A block that is pinned is passed over: its old slot could not be freed. A block goes down one rung of the [`Ladder`](crate::format::Ladder) at a time, so its rung
 //! says what it has been through: it is decoded into a place kept for that and sealed from there, and moves when that has landed, as a seal does.
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -195,10 +195,10 @@ impl BlockStore {
 
     fn enqueue(&mut self, id: BlockId, whose: Whose) {
         let rungs = self.formats.formats().len();
-        let keeps_first = self.keep_raw.sinks_as_sealed;
+        let sinks = self.keep_raw.sinks_as_sealed;
         let block = self.get_mut(id);
         let has_next = block.state == BlockState::Sealed && usize::from(block.rung) + 1 < rungs;
-        if !has_next || block.index == 0 && keeps_first || block.queued & (whose as u8 | FAILED) != 0 {
+        if !has_next || block.index < sinks || block.queued & (whose as u8 | FAILED) != 0 {
             return;
         }
         block.queued |= whose as u8;
@@ -502,7 +502,7 @@ impl BlockStore {
         for (id, block) in self.iter() {
             let rung = block.rung;
             let has_next = usize::from(rung) + 1 < self.formats.formats().len();
-            let is_spared = block.index == 0 && self.keep_raw.sinks_as_sealed || block.queued & FAILED != 0;
+            let is_spared = block.index < self.keep_raw.sinks_as_sealed || block.queued & FAILED != 0;
             for (whose, lines) in [Whose::Held, Whose::Recent].into_iter().zip(&lines) {
                 let is_due = has_next && !is_spared && self.may_recode(id, whose, NOBODY, rung);
                 if is_due && !lines[usize::from(rung)].contains(&id) {

@@ -199,8 +199,8 @@ fn random_keep_raw(rng: &mut Rng, blocks: u32) -> KeepRaw {
     let recent_blocks = [[0, 0], [1, 4], [2, 1], [0, 3]][blocks as usize % 4];
     match rng.one_in(3) {
         true => KeepRaw {
-            sinks: rng.one_in(2),
-            sinks_as_sealed: rng.one_in(2),
+            sinks: u32::from(rng.one_in(2)) * (1 + blocks % 2),
+            sinks_as_sealed: u32::from(rng.one_in(2)) * (1 + blocks % 3),
             window_blocks: rng.pick(&[0, 1, 1, 3]),
             recent_blocks,
         },

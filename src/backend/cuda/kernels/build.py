@@ -7,9 +7,9 @@
 
 Without more arguments: the kernels that the crate ships, and those of its GPU tests. Otherwise the files and folders named.
 """
-import concurrent.futures
 import ctypes
 import importlib.util
+import multiprocessing
 import pathlib
 import re
 import sys
@@ -30,7 +30,7 @@ OPTIONS = [
 def package_dir(name):
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"{name} is missing; see the first lines of {__file__}")
+        raise RuntimeError(f"{name} is missing; see the first lines of {__file__}")
     return pathlib.Path(list(spec.submodule_search_locations)[0])
 
 
@@ -40,7 +40,7 @@ def compile_ptx(source):
     major, minor = ctypes.c_int(), ctypes.c_int()
     nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     if (major.value, minor.value) != VERSION:
-        sys.exit(f"NVRTC {major.value}.{minor.value} found, {VERSION[0]}.{VERSION[1]} is pinned")
+        raise RuntimeError(f"NVRTC {major.value}.{minor.value} found, {VERSION[0]}.{VERSION[1]} is pinned")
     program = ctypes.c_void_p()
     nvrtc.nvrtcCreateProgram(
         ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
@@ -54,7 +54,7 @@ def compile_ptx(source):
     if log.value.strip():
         print(log.value.decode(), file=sys.stderr)
     if result != 0:
-        sys.exit(f"{source.name} does not compile")
+        raise RuntimeError(f"{source.name} does not compile")
     nvrtc.nvrtcGetPTXSize(program, ctypes.byref(size))
     ptx = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetPTX(program, ptx)
@@ -73,8 +73,12 @@ def sources(paths):
 def main():
     check, paths = "--check" in sys.argv[1:], [pathlib.Path(at) for at in sys.argv[1:] if at != "--check"]
     stale, files = [], list(sources(paths or FOLDERS))
-    with concurrent.futures.ProcessPoolExecutor() as processes:
-        compiled = list(processes.map(compile_ptx, files))
+    # Each in a process of its own: what NVRTC has compiled before shows in what it gives.
+    with multiprocessing.Pool(maxtasksperchild=1) as processes:
+        try:
+            compiled = processes.map(compile_ptx, files, chunksize=1)
+        except RuntimeError as error:
+            sys.exit(str(error))
     for source, ptx in zip(files, compiled):
         target = source.with_suffix(".ptx")
         if check:

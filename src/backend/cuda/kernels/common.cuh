@@ -138,8 +138,10 @@ template <u32 E> __device__ __forceinline__ float saturated(float x) {
 // The least scale: the smallest positive f16, or 2^-100.
 template <u32 E> __device__ __forceinline__ float scale_floor() { return E == F16 ? 5.9604644775390625e-8f : 7.888609052210118e-31f; }
 
-// One over a scale, rounded: what __frcp_rn does for numbers that are far from the least and the largest, as scales are.
-__device__ __forceinline__ float near_reciprocal(float x) {
+// One over a scale, rounded. Scales are far from the least and the largest numbers, and those of elements of 16 bits few: all were compared (see
+// kernels/tests.rs). One step from what is approximate leaves some of the others off by one.
+template <u32 E> __device__ __forceinline__ float reciprocal(float x) {
+    if (E == F32) return __frcp_rn(x);
     float near;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(x));
     return __fmaf_rn(__fmaf_rn(-x, near, 1.0f), near, near);
@@ -330,8 +332,7 @@ struct Centre {
         return first ? __fsub_rn(__fmul_rn(x, b.x), __fmul_rn(y, b.y)) : __fadd_rn(__fmul_rn(x, b.y), __fmul_rn(y, b.x));
     }
 
-    // Whether means can be had by vectors: none is of dims that turn and others, nor has both dims of only some pairs. Nor are rows of a unit of
-    // different heads.
+    // Whether every vector lies wholly inside or outside the dims that turn, and each unit of rows in one head.
     template <u32 E> __device__ __forceinline__ bool fits() const {
         constexpr u32 N = Vector<E>::N;
         return CENTRED && on && dim % N == 0 && pairs % N == 0 && block_tokens % 8 == 0;
@@ -426,7 +427,7 @@ struct Centre {
 #pragma unroll
         for (u32 first = 0; first < N; first += 4) {
             float p[4], q[4], c[4], s[4];
-            load<4>(own + first, p), load<4>(own + apart + first, q);
+            load_kept(own + first, p), load_kept(own + apart + first, q);
             load_table<4>(cos + token * pairs + d + first, c), load_table<4>(sin + token * pairs + d + first, s);
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
@@ -447,7 +448,7 @@ struct Centre {
 #pragma unroll
         for (u32 first = 0; first < N; first += 4) {
             float p[4], q[4], c[4], s[4];
-            load<4>(own + first, p), load<4>(own + TURNED_MAX + first, q);
+            load_kept(own + first, p), load_kept(own + TURNED_MAX + first, q);
             load_table<4>(cos + at + first, c), load_table<4>(sin + at + first, s);
 #pragma unroll
             for (u32 i = 0; i < 4; i++) x[first + i] = __fmaf_rn(q[i], s[i], __fmaf_rn(-p[i], c[i], x[first + i]));
@@ -489,6 +490,12 @@ struct Centre {
     template <u32 N> static __device__ __forceinline__ void load(const float* from, float* to) {
 #pragma unroll
         for (u32 i = 0; i < N; i += 4) *(float4*)(to + i) = *(const float4*)(from + i);
+    }
+    // Four of them from shared memory as one vector: the compiler would take some apart here, and not the same ones each time.
+    static __device__ __forceinline__ void load_kept(const float* from, float* to) {
+        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                     : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+                     : "r"((u32)__cvta_generic_to_shared(from)));
     }
     // The same of a table in device memory.
     template <u32 N> static __device__ __forceinline__ void load_table(const float* from, float* to) {

@@ -6,7 +6,7 @@ struct Code {
     static constexpr float BOUND = 512.0f;
 
     // Rounds abs_max / 448 to the stored type and applies the floor. Two steps of fused arithmetic round to the quotient (Markstein 1990): compared for
-    // all significands (see kernels.rs).
+    // all significands (see kernels/tests.rs).
     template <u32 E> static __device__ __forceinline__ float stored_scale(float abs_max) {
         const float near = __fmul_rn(abs_max, 0.0022321429569274187f);
         const float scale = __fmaf_rn(__fmaf_rn(-448.0f, near, abs_max), 0.0022321429569274187f, near);
@@ -39,7 +39,7 @@ template <u32 E> struct Quantiser {
     float inverse;
     // A subnormal scale may be so coarse that codes have to be clamped.
     bool exact;
-    __device__ __forceinline__ explicit Quantiser(float scale) : inverse(near_reciprocal(scale)), exact(E == F16 && scale < 6.103515625e-5f) {}
+    __device__ __forceinline__ explicit Quantiser(float scale) : inverse(reciprocal<E>(scale)), exact(E == F16 && scale < 6.103515625e-5f) {}
     static __device__ __forceinline__ u32 word(const u32* codes, u32 signs) {
         return codes[0] >> 20 | codes[1] >> 12 | codes[2] >> 4 | codes[3] << 4 | signs & 0x80808080u;
     }

@@ -42,11 +42,10 @@ struct Group {
         // One zero, whichever of the two the least element was.
         low = __fadd_rn(low, 0.0f);
         g.least = g.finite ? low : 0.0f;
-        // Halves: what a group spans may be too much for a number. Also of what is not finite, so that no element lies below it: codes
-        // that count for nothing must fit into their places like others.
+        // Halves: what a group spans may be too much for a number. Also for groups that are not finite, whose codes must still fit their bits.
         g.half_least = __fmul_rn(0.5f, low);
         const float span = g.finite ? __fmaf_rn(0.5f, high, -g.half_least) : 0.0f;
-        // Two steps of fused arithmetic round to the quotient (Markstein 1990): compared for all significands (see kernels.rs).
+        // Two steps of fused arithmetic round to the quotient (Markstein 1990): compared for all significands (see kernels/tests.rs).
         const float near = __fmul_rn(span, 2.0f / MOST);
         const float quotient = __fmaf_rn(__fmaf_rn(-0.5f * MOST, near, span), 2.0f / MOST, near);
         g.step = rounded<E>(fmaxf(quotient, scale_floor<E>()));

@@ -8,10 +8,10 @@ struct Code {
 
     // Rounds abs_max / 127 to the stored type and applies the floor.
     template <u32 E> static __device__ __forceinline__ float stored_scale(float abs_max) {
-        // For an f16 maximum the product rounds to the same f16 as the quotient: all 31,744 were compared (see kernels.rs).
+        // For an f16 maximum the product rounds to the same f16 as the quotient: all 31,744 were compared (see kernels/tests.rs).
         const float near = __fmul_rn(abs_max, 0.007874015718698502f);
         if (E == F16) return fmaxf(__half2float(__float2half_rn(near)), scale_floor<E>());
-        // Two steps of fused arithmetic round to the quotient (Markstein 1990): compared for all significands (see kernels.rs).
+        // Two steps of fused arithmetic round to the quotient (Markstein 1990): compared for all significands (see kernels/tests.rs).
         const float scale = __fmaf_rn(__fmaf_rn(-127.0f, near, abs_max), 0.007874015718698502f, near);
         return fmaxf(scale, scale_floor<E>());
     }
@@ -31,14 +31,14 @@ struct Code {
 
 // The same without dividing, for scales that leave codes within their bounds: a subnormal f16 may not.
 //
-// The quotient of two f16 is n + 1/2 or at least 2^-12 from it, because twice the element and (2n + 1) scales differ by whole last places of the scale.
+// The quotient of two f16 is n + 1/2 or at least 2^-12 from it: twice the element and (2n + 1) scales differ by nothing or by half a last place of the scale.
 // The product with the reciprocal is 2^-16 from it at most; beside 1536 that is rounded to 13 bits of fraction, so that what is half is again,
 // and what is not stays on its side. Other elements get the quotient itself, rounded: the remainder is exact and corrects it (Markstein 1990).
 template <u32 E> struct Quantiser {
     float inverse, scale;
     bool exact;
     __device__ __forceinline__ explicit Quantiser(float scale)
-        : inverse(near_reciprocal(scale)), scale(scale), exact(E == F16 && scale < 6.103515625e-5f) {}
+        : inverse(reciprocal<E>(scale)), scale(scale), exact(E == F16 && scale < 6.103515625e-5f) {}
     static __device__ __forceinline__ u32 word(const u32* codes, u32) {
         return __byte_perm(__byte_perm(codes[0], codes[1], 0x0040), __byte_perm(codes[2], codes[3], 0x0040), 0x5410);
     }

@@ -217,8 +217,7 @@ template <u32 E> __device__ __forceinline__ bool leaves_room(const Centre& centr
     return fabsf(scale) <= (finite_max<E>() - centre.most) / Code::BOUND;
 }
 
-// Decodes vectors of consecutive tokens of a head and puts the centres of the first `tokens` back, but for the set that it gives: those go as
-// they are, and so do the others.
+// Decodes vectors of consecutive tokens of a head and puts the centres of the first `tokens` back. Gives the set of those whose centres it did not add.
 template <u32 E, typename F>
 __device__ __forceinline__ u32 decode_centred(const Centre& centre, const Turned<E>& turned, u32 token, u32 tokens, u32 d, const uint2* codes, const float* scale, F put) {
     u32 left = 0;

@@ -59,6 +59,10 @@ fn near_reciprocal(x: f32, off: i32) -> f32 {
 #[test]
 fn products_with_the_reciprocal_give_the_same_int8_codes() {
     const WHOLE: f32 = 12_582_912.0;
+    let corrected = |x: f32, scale: f32, inverse: f32| {
+        let near = x * inverse;
+        (-near).mul_add(scale, x).mul_add(inverse, near) + WHOLE
+    };
     let code = |rounded: f32| (rounded.to_bits() as u8).cast_signed();
     let check = |x: f32, scale: f32, coded: f32| {
         let exact = (x / scale).round_ties_even();
@@ -79,11 +83,31 @@ fn products_with_the_reciprocal_give_the_same_int8_codes() {
         for most in (0..1 << 7).map(|bits| f32::from_bits(0x42fe_0000 + (bits << 16))) {
             let scale = most / 127.0;
             let inverse = near_reciprocal(scale, off);
-            elements(most, 7).for_each(|x| {
-                let near = x * inverse;
-                check(x, scale, (-near).mul_add(scale, x).mul_add(inverse, near) + WHOLE);
-            });
+            elements(most, 7).for_each(|x| check(x, scale, corrected(x, scale, inverse)));
         }
+    }
+    // Of f32 some: around what is half of a code.
+    let mut rng = SmallRng::seed_from_u64(1);
+    for _ in 0..1 << 16 {
+        let most = f32::from_bits(rng.random_range(0x4280_0000..0x4300_0000));
+        let scale = most / 127.0;
+        let half = (rng.random_range(0..127) as f32 + 0.5) * scale;
+        for x in [half.next_down(), half, half.next_up()].into_iter().filter(|x| *x <= most) {
+            check(x, scale, corrected(x, scale, scale.recip()));
+        }
+    }
+}
+
+/// Reciprocals of the scales of bf16 rows, of which all significands come from those of 128 elements, and of f16 rows, which have 11 bits.
+#[test]
+fn one_step_gives_the_reciprocals_of_scales() {
+    let of_bf16 = (0..1 << 7).flat_map(|bits| {
+        let most = f32::from_bits(0x3f80_0000 + (bits << 16));
+        [most / 127.0, most / 448.0]
+    });
+    let of_f16 = (0..1 << 10).map(|bits| f32::from_bits(0x3f80_0000 + (bits << 13)));
+    for (scale, off) in of_bf16.chain(of_f16).flat_map(|scale| [-1, 0, 1].map(|off| (scale, off))) {
+        assert_eq!(near_reciprocal(scale, off), scale.recip(), "1 / {scale:e}, off by {off}");
     }
 }
 
