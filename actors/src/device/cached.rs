@@ -105,11 +105,7 @@ impl BlockStore {
         if self.get(id).refs > 1 || self.get(twin).class == SizeClass::Host {
             return Published::Itself;
         }
-        self.evictor.touch(twin, touch);
-        self.retain(twin);
-        if self.is_recoded() {
-            self.found_again(twin);
-        }
+        self.hold_cached(twin, touch);
         counters.blocks_deduplicated += 1;
         Published::Twin(twin)
     }
@@ -129,6 +125,12 @@ impl BlockStore {
     #[inline]
     pub(super) fn hold_found(&mut self, id: BlockId, touch: (u32, u32)) {
         let touch = self.touched(touch);
+        self.hold_cached(id, touch);
+    }
+
+    /// One more sequence holds a published block.
+    #[inline]
+    fn hold_cached(&mut self, id: BlockId, touch: Touch) {
         self.evictor.touch(id, touch);
         self.retain(id);
         if self.is_recoded() {

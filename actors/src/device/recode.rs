@@ -10,7 +10,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::blocks::BlockStore;
-use crate::block::{BlockId, BlockState};
+use crate::block::{Block, BlockId, BlockState};
 use crate::format::BlockFormat;
 use crate::memory::{Purpose, Step};
 use crate::pool::{PoolLayout, SizeClass};
@@ -193,14 +193,19 @@ impl BlockStore {
         }
     }
 
+    /// Whether a block is sealed, and not for good.
+    fn has_next_rung(&self, block: &Block) -> bool {
+        block.state == BlockState::Sealed
+            && usize::from(block.rung) + 1 < self.formats.formats().len()
+            && block.index >= self.keep_raw.sinks_as_sealed
+            && block.queued & FAILED == 0
+    }
+
     fn enqueue(&mut self, id: BlockId, whose: Whose) {
-        let rungs = self.formats.formats().len();
-        let sinks = self.keep_raw.sinks_as_sealed;
-        let block = self.get_mut(id);
-        let has_next = block.state == BlockState::Sealed && usize::from(block.rung) + 1 < rungs;
-        if !has_next || block.index < sinks || block.queued & (whose as u8 | FAILED) != 0 {
+        if !self.has_next_rung(self.get(id)) || self.get(id).queued & whose as u8 != 0 {
             return;
         }
+        let block = self.get_mut(id);
         block.queued |= whose as u8;
         let (owner, rung) = (block.tenant, block.rung);
         let Some(line) = self.recodable.line(whose, owner, rung) else { return };
@@ -285,7 +290,7 @@ impl BlockStore {
     pub(super) fn recode_for_room(&mut self, spares_held: bool, counters: &mut CoreCounters) -> bool {
         self.is_recoded()
             && (self.recode_in_turns(&TURNS, spares_held, counters)
-                || !spares_held && self.recode_in_turns(&LAST_TURNS, spares_held, counters))
+                || !spares_held && self.recode_in_turns(&LAST_TURNS, false, counters))
     }
 
     fn recode_in_turns(
@@ -501,10 +506,8 @@ impl BlockStore {
         let lines = [held, recent].map(|lines| lines.each_ref().map(in_line));
         for (id, block) in self.iter() {
             let rung = block.rung;
-            let has_next = usize::from(rung) + 1 < self.formats.formats().len();
-            let is_spared = block.index < self.keep_raw.sinks_as_sealed || block.queued & FAILED != 0;
             for (whose, lines) in [Whose::Held, Whose::Recent].into_iter().zip(&lines) {
-                let is_due = has_next && !is_spared && self.may_recode(id, whose, NOBODY, rung);
+                let is_due = self.has_next_rung(block) && self.may_recode(id, whose, NOBODY, rung);
                 if is_due && !lines[usize::from(rung)].contains(&id) {
                     return Err(format!("{id:?} is not in the line of {whose:?}, rung {rung}"));
                 }

@@ -201,6 +201,7 @@ impl Descriptors {
 /// Whether keys are for the kernels of pairs that lie half a row apart (`HALVES_KERNELS` in the sources): all dims turn, halves of rows are a power of
 /// two of vectors, and the means of all heads fit into a thread block's shared memory.
 fn has_halves(block: &BlockLayout, centres: &abi::CentreTables) -> bool {
+    /// `TURNED_MAX` in the source.
     const MEANS_MOST: usize = 4096;
     block.element.bytes() == 2
         && centres.apart != 1

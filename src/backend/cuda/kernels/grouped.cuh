@@ -473,7 +473,7 @@ template <u32 E> __device__ __forceinline__ bool in_halves(const Plane& p, const
 }
 
 // Decodes keys of which a lane may have a column of either half of the dims, whose turns are one: tiles from `first` on, `apart` from each other.
-// `place` says of each where its first half is and calls what it is given with what says where rows go, or 0.
+// `place` says where the first half of each is, and `place.target` where a row goes, or 0.
 template <u32 E, class Place>
 __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, Centre centre, u32 tiles, u32 first, u32 apart, Place place) {
     constexpr u32 N = Vector<E>::N;

@@ -75,6 +75,14 @@ template <u32 E, u32 MOST = SEAL_UNROLL> __device__ __forceinline__ void write_s
 // Whether rows are whole vectors. The planes before this one may leave it at an odd address.
 __device__ __forceinline__ bool are_vectors(const Plane& p) { return ((p.row_bytes | p.raw) & 15) == 0 && (p.codes & 7) == 0; }
 
+// Makes the largest of each row known to all of its `lanes` threads.
+template <u32 COUNT> __device__ __forceinline__ void share_most(u32* most, u32 lanes) {
+    for (u32 step = lanes / 2; step > 0; step /= 2) {
+#pragma unroll
+        for (u32 k = 0; k < COUNT; k++) most[k] = max(most[k], __shfl_xor_sync(0xffffffffu, most[k], step));
+    }
+}
+
 // One row by `lanes` threads, each with one vector; UNROLL consecutive rows a thread so that enough loads are under way.
 template <u32 E, bool SHIFTS>
 __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32 lanes) {
@@ -129,10 +137,7 @@ __device__ __forceinline__ void seal_rows(const Layout& L, const Convert& s, u32
                 most[k] = abs_max_bits<E>(v[k]);
             }
         }
-        for (u32 step = lanes / 2; step > 0; step /= 2) {
-#pragma unroll
-            for (u32 k = 0; k < UNROLL; k++) most[k] = max(most[k], __shfl_xor_sync(0xffffffffu, most[k], step));
-        }
+        share_most<UNROLL>(most, lanes);
 #pragma unroll
         for (u32 k = 0; k < UNROLL; k++) {
             const bool finite = most[k] < infinity_bits<E>();
@@ -402,10 +407,7 @@ __device__ __forceinline__ void seal_halves(const Layout& L, const Convert& s, C
                 most[k] = max(abs_max_bits<E>(a[k]), abs_max_bits<E>(b[k]));
             }
         }
-        for (u32 step = lanes / 2; step > 0; step /= 2) {
-#pragma unroll
-            for (u32 k = 0; k < UNROLL; k++) most[k] = max(most[k], __shfl_xor_sync(0xffffffffu, most[k], step));
-        }
+        share_most<UNROLL>(most, lanes);
 #pragma unroll
         for (u32 k = 0; k < UNROLL; k++) {
             const bool finite = most[k] < infinity_bits<E>();
