@@ -1,6 +1,6 @@
 //! `GET /metrics`: what the `metrics` facade has collected, and the cache's own statistics, as Prometheus text.
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use kv_cache::{Cache, CoreCounters};
 use metrics::{counter, gauge};
@@ -30,9 +30,12 @@ pub(crate) fn install() {
     }
 }
 
-/// The text. The cache keeps its own counters: they are copied when somebody asks.
+/// The text. The cache keeps its own counters: they are copied when somebody asks. One at a time: a process has one recorder, and with two
+/// servers in it one's text would have the other's figures.
 pub(crate) fn render(cache: &Cache) -> String {
+    static TURN: Mutex<()> = Mutex::new(());
     let Some(recorder) = RECORDER.get().and_then(Option::as_ref) else { return String::new() };
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let stats = cache.stats();
     gauge!("kv_cache_sequences_open").set(stats.sequences_open as f64);
     gauge!("kv_cache_tokens").set(stats.tokens as f64);

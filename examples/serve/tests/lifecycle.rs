@@ -268,6 +268,13 @@ async fn metrics_count_what_happens() {
     let server = start(Toy::default(), |_| {}).await;
     server.complete(&"count me ".repeat(20), json!({ "max_tokens": 50 })).await;
     server.complete(&"count me ".repeat(20), json!({ "max_tokens": 50 })).await;
+    // What the second one held is told as cached once the device has heard that it has ended, which is after its answer.
+    let cached = async {
+        while server.server.app.cache.stats().total.blocks_cached == 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, cached).await.unwrap();
     let reply = server.get("/metrics").await;
     assert!(reply.headers["content-type"].to_str().unwrap().starts_with("text/plain"));
     let text = String::from_utf8(reply.body.to_vec()).unwrap();
