@@ -18,6 +18,9 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 enum Element { F16 = 0, BF16 = 1, F32 = 2 };
+
+#include <ptx.cuh>
+
 // Mirrors `abi::CentreTables`.
 struct CentreTables {
     u64 means, block_turns, token_turns, pair_turns;
@@ -142,8 +145,7 @@ template <u32 E> __device__ __forceinline__ float scale_floor() { return E == F1
 // kernels/tests.rs). One step from what is approximate leaves some of the others off by one.
 template <u32 E> __device__ __forceinline__ float reciprocal(float x) {
     if (E == F32) return __frcp_rn(x);
-    float near;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(x));
+    const float near = near_reciprocal(x);
     return __fmaf_rn(__fmaf_rn(-x, near, 1.0f), near, near);
 }
 
@@ -427,7 +429,7 @@ struct Centre {
 #pragma unroll
         for (u32 first = 0; first < N; first += 4) {
             float p[4], q[4], c[4], s[4];
-            load_kept(own + first, p), load_kept(own + apart + first, q);
+            load_shared(own + first, p), load_shared(own + apart + first, q);
             load_table<4>(cos + token * pairs + d + first, c), load_table<4>(sin + token * pairs + d + first, s);
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
@@ -448,7 +450,7 @@ struct Centre {
 #pragma unroll
         for (u32 first = 0; first < N; first += 4) {
             float p[4], q[4], c[4], s[4];
-            load_kept(own + first, p), load_kept(own + TURNED_MAX + first, q);
+            load_shared(own + first, p), load_shared(own + TURNED_MAX + first, q);
             load_table<4>(cos + at + first, c), load_table<4>(sin + at + first, s);
 #pragma unroll
             for (u32 i = 0; i < 4; i++) x[first + i] = __fmaf_rn(q[i], s[i], __fmaf_rn(-p[i], c[i], x[first + i]));
@@ -490,12 +492,6 @@ struct Centre {
     template <u32 N> static __device__ __forceinline__ void load(const float* from, float* to) {
 #pragma unroll
         for (u32 i = 0; i < N; i += 4) *(float4*)(to + i) = *(const float4*)(from + i);
-    }
-    // Four of them from shared memory as one vector: the compiler would take some apart here, and not the same ones each time.
-    static __device__ __forceinline__ void load_kept(const float* from, float* to) {
-        asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                     : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
-                     : "r"((u32)__cvta_generic_to_shared(from)));
     }
     // The same of a table in device memory.
     template <u32 N> static __device__ __forceinline__ void load_table(const float* from, float* to) {

@@ -15,23 +15,6 @@ enum { GROUP = 32, TILE_ROWS = 32, TILE_COLUMNS = 8, LANE_ROWS = 8 };
 
 constexpr float MOST = (1 << BITS) - 1;
 
-// The two smaller (larger) of each pair of elements in a word; NaN if there is one.
-template <u32 E> __device__ __forceinline__ u32 lesser(u32 a, u32 b) {
-    u32 out;
-    if (E == F16) asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    else if (E == BF16) asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    else asm("min.NaN.f32 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    return out;
-}
-
-template <u32 E> __device__ __forceinline__ u32 greater(u32 a, u32 b) {
-    u32 out;
-    if (E == F16) asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    else if (E == BF16) asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    else asm("max.NaN.f32 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    return out;
-}
-
 // What is stored of a group, and what encoding it needs.
 struct Group {
     float least, half_least, step, inverse;

@@ -88,12 +88,9 @@ struct Signs {
         }
     }
 
-    // A vector with signs changed, the `at`th of a row. The masks are read when they are needed: the compiler would rather keep them all.
+    // A vector with signs changed, the `at`th of a row.
     __device__ __forceinline__ uint4 flipped(const uint4& v, u32 at) const {
-        uint4 m;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(m.x), "=r"(m.y), "=r"(m.z), "=r"(m.w)
-                     : "r"((u32)__cvta_generic_to_shared(signs + 4 * at)));
+        const uint4 m = load_shared(signs + 4 * at);
         return make_uint4(v.x ^ m.x, v.y ^ m.y, v.z ^ m.z, v.w ^ m.w);
     }
 };
@@ -429,14 +426,13 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
         const u64 from = p.raw + (u64)share.row() * ROW + lane * 16;
         // The rows of a turn are an even number of rows behind those of the first, fewer than which these are: their order is that of the
         // first but for bits that it has not.
-        const u32 to = (u32)__cvta_generic_to_shared(rows) + place(lane / N, lane % N);
+        const SharedAddress to = shared_address(rows) + place(lane / N, lane % N);
         const u32 vectors = min(of_plane - share.row(), WARP) * N;
 #pragma unroll
         for (u32 turn = 0; turn < N; turn++) {
             // Beyond the rows, zeros.
             const bool some = turn * WARP + lane < vectors;
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((to ^ (turn * WARP / N % 8 * 16)) + turn * WARP * 16),
-                         "l"(from + turn * WARP * 16), "r"(some ? 16u : 0u) : "memory");
+            fetch_shared((to ^ (turn * WARP / N % 8 * 16)) + turn * WARP * 16, from + turn * WARP * 16, some);
         }
     };
     if (share.at < share.end) fetch(true);
@@ -444,7 +440,7 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
         const Convert& here = tables.step(share.block());
         const u32 plane = share.plane(L), first = share.row(), end = min(first + WARP, of_plane);
         const bool some = first + lane < end;
-        asm volatile("cp.async.wait_all;" ::: "memory");
+        await_shared();
         __syncwarp();
 #if CENTRED
         const Centre centre(L, plane, here.index);
