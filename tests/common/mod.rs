@@ -207,7 +207,8 @@ pub fn combos() -> impl Iterator<Item = Combo> {
             [0, 1, other(turn)].into_iter().chain(second).map(move |format_at| {
                 let shape_at = match format_at {
                     0 | 1 => ELEMENTS.len() * format_at + element_at + at,
-                    // Those with blocks of several tokens.
+                    // Those with blocks of several tokens, and with layers for those of which some stay raw.
+                    9 | 10 => [1, 5][turn % 2],
                     _ => [1, 2, 4, 5][turn % 4],
                 };
                 Combo::new(setup, FORMATS[format_at], element, SHAPES[shape_at % SHAPES.len()])

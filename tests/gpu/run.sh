@@ -8,16 +8,18 @@
 #   tests/gpu/run.sh --tests DIR/*                    # only the tests
 #   tests/gpu/run.sh --sanitizer DIR/gpu              # only the sanitizers, here over one binary
 #   TOOLS=memcheck tests/gpu/run.sh --sanitizer DIR/gpu -- attention::     # one tool; what follows -- goes to the binaries
+#   tests/gpu/run.sh --emulated                       # the tests without a GPU: see emulator/build.sh
 #
 # COMPUTE_SANITIZER names the tool if it is neither in PATH nor below /usr/local/cuda.
 # Fails if a test or a tool does, or if there is no GPU or no sanitizer: then nothing would have been shown.
 set -euo pipefail
 
-tests=1 sanitizer=1 build_only="" binaries=() arguments=()
+tests=1 sanitizer=1 emulated="" build_only="" binaries=() arguments=()
 while [ $# -gt 0 ]; do
     case "$1" in
         --tests) sanitizer=0 ;;
         --sanitizer) tests=0 ;;
+        --emulated) emulated=1 sanitizer=0 ;;
         --build) build_only="$2"; shift ;;
         --) shift; arguments=("$@"); break ;;
         *) binaries+=("$1") ;;
@@ -49,8 +51,14 @@ if [ ${#binaries[@]} -eq 0 ]; then
     binaries=("$folder"/*)
 fi
 
-command -v nvidia-smi >/dev/null || { echo "no GPU: nvidia-smi is missing" >&2; exit 1; }
-nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+if [ -n "$emulated" ]; then
+    here="$(cd "$(dirname "$0")" && pwd)"
+    "$here/emulator/build.sh" "$here/../../target/emulator"
+    export LD_LIBRARY_PATH="$here/../../target/emulator${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+else
+    command -v nvidia-smi >/dev/null || { echo "no GPU: nvidia-smi is missing" >&2; exit 1; }
+    nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+fi
 
 # Only what runs on a GPU: the setups of the conformance suite and the unit tests of the backend.
 export KV_CACHE_TEST_SETUPS=cuda

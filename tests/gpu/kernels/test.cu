@@ -8,6 +8,8 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+#include <test_ptx.cuh>
+
 // Mirrors `Strides` of table.rs.
 struct Strides {
     u64 key_token, key_head, values, value_token, value_head, layer;
@@ -103,10 +105,8 @@ extern "C" __global__ void paged_attention(
 
 // Takes so many nanoseconds.
 extern "C" __global__ void delay(u64 ns) {
-    u64 start, now;
-    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(start));
-    do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-    while (now - start < ns);
+    const u64 start = nanoseconds();
+    while (nanoseconds() - start < ns) {}
 }
 
 // Writes `value` to `count` 16-bit elements.
@@ -114,5 +114,4 @@ extern "C" __global__ void fill16(u16* to, u32 count, u16 value) {
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < count; i += gridDim.x * blockDim.x) to[i] = value;
 }
 
-// A sticky error: the context is lost.
-extern "C" __global__ void fail() { asm("trap;"); }
+extern "C" __global__ void fail() { trap(); }

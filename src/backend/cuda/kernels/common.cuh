@@ -367,7 +367,7 @@ struct Centre {
     // `FELLOWS`, for pairs that lie apart, also those of the other dims, with the signs that they are added with to take centres off.
     template <u32 E, bool FELLOWS = false> __device__ __forceinline__ void turn() {
         if constexpr (CENTRED) {
-            __shared__ alignas(16) float here[TURNED_MAX * (FELLOWS ? 2 : 1)];
+            alignas(16) __shared__ float here[TURNED_MAX * (FELLOWS ? 2 : 1)];
             if (!fits<E>() || heads * dim > TURNED_MAX) return;
             for (u32 i = 4 * threadIdx.x; i < heads * dim; i += 4 * blockDim.x) {
                 float own[4];

@@ -366,7 +366,7 @@ __device__ __forceinline__ void decode_tile(const Layout& L, const Plane& p, con
         // No element is so large then that a centre could make it too large.
         bool near = centre.fits<E>();
 #pragma unroll
-        for (u32 i = 0; i < N; i++) near &= __fmaf_rn(2.0f * MOST, step[i], fabsf(least[i])) <= finite_max<E>() - centre.most;
+        for (u32 i = 0; i < N; i++) near &= __fmaf_rn(2.0f * MOST, fabsf(step[i]), fabsf(least[i])) <= finite_max<E>() - centre.most;
         if (near) {
             // The rows of a tile are of one head.
             const u32 head = t.row / L.block_tokens, token = t.row - head * L.block_tokens, d = t.column * N;

@@ -733,7 +733,7 @@ __device__ __forceinline__ void seal_planes(const Layout& L, const Convert* s, u
             plain_seal_rows<E>(L, s[i / L.planes], S.scratch, L.first_plane + i % L.planes * L.plane_step);
         return;
     }
-    S.tables.fill<E>();
+    S.tables.template fill<E>();
     const u32 dim = L.dim[L.first_plane % 2], rows = L.kv_heads * L.block_tokens;
     if constexpr (E != F32) {
         if (dim == 128) return seal_own_rows<E, 16>(L, s, count, S.tables);
@@ -754,7 +754,7 @@ __device__ __forceinline__ void decode_plane(const Layout& L, const Plane& p, Ce
         float y[DIM_MAX];
     } S;
     if (plain || !is_fast(p, output)) return plain_decode_rows<E>(L, p, centre, S.y, output, rows, part, parts, place);
-    S.tables.fill<E>();
+    S.tables.template fill<E>();
     centre.turn<E>();
     const u32 lanes = p.dim / PER_THREAD;
     if (lanes == 4) decode_rows<E>(p, centre, S.tables, 4, output, rows, part, parts, place);

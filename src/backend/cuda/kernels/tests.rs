@@ -313,7 +313,7 @@ impl Bench {
 }
 
 /// `(block_tokens, layers, kv_heads, key_dim, value_dim)`.
-const SHAPES: [(u32, u32, u32, u32, u32); 16] = [
+const SHAPES: [(u32, u32, u32, u32, u32); 19] = [
     (32, 1, 1, 64, 64),
     (32, 1, 1, 80, 80),
     (32, 1, 1, 128, 128),
@@ -330,6 +330,10 @@ const SHAPES: [(u32, u32, u32, u32, u32); 16] = [
     (1, 1, 1, 128, 64),
     (32, 1, 3, 32, 32),
     (64, 1, 9, 128, 128),
+    (8, 2, 3, 64, 64),
+    (24, 1, 2, 256, 128),
+    // As many means as a thread block keeps.
+    (16, 1, 32, 128, 128),
 ];
 
 /// Where the block of a bench stands in its sequence.
@@ -442,7 +446,7 @@ fn blocks_are_sealed_alike_alone_and_among_others(gpu: &Arc<Gpu>, format: Format
 
 fn many_blocks(gpu: &Arc<Gpu>, format: Format, element: ElementType, dim: u32) {
     // More rows than all warps of a GPU seal at once.
-    const BLOCKS: usize = 300;
+    let blocks = 30 + 2 * gpu.multiprocessors().unwrap() as usize;
     let what = format!("{format}, {element:?}, heads of {dim}");
     let layout = Geometry::new(2, 3, dim, element).block_tokens(32).layout().unwrap();
     let kernels = Kernels::load(gpu, &layout, format, None).unwrap();
@@ -450,16 +454,16 @@ fn many_blocks(gpu: &Arc<Gpu>, format: Format, element: ElementType, dim: u32) {
     let slot = |bytes: usize| bytes.next_multiple_of(SLOT_ALIGN_BYTES);
     let block_bytes = BlockFormat::from(format).block_bytes(&layout);
     let (raw_bytes, sealed_bytes) = (slot(layout.raw_bytes()), slot(block_bytes));
-    let raw = DeviceMemory::zeroed(gpu, BLOCKS * raw_bytes).unwrap();
+    let raw = DeviceMemory::zeroed(gpu, blocks * raw_bytes).unwrap();
     let of_block = |block| elements(element, raw_bytes / element.bytes(), block, !block.is_multiple_of(7));
-    let mut bytes: Vec<u8> = (0..BLOCKS as u64).flat_map(of_block).collect();
-    let bad = [0, 123, BLOCKS - 1];
+    let mut bytes: Vec<u8> = (0..blocks as u64).flat_map(of_block).collect();
+    let bad = [0, blocks / 2, blocks - 1];
     bad.iter().for_each(|block| bytes[block * raw_bytes..][..element.bytes()].fill(0xFF));
     raw.write(0, &bytes).unwrap();
     let sealed = |at_once: usize| {
-        let sealed = DeviceMemory::zeroed(gpu, BLOCKS * sealed_bytes).unwrap();
-        let flags = DeviceMemory::zeroed(gpu, BLOCKS * 4).unwrap();
-        let converts: Vec<_> = (0..BLOCKS as u64)
+        let sealed = DeviceMemory::zeroed(gpu, blocks * sealed_bytes).unwrap();
+        let flags = DeviceMemory::zeroed(gpu, blocks * 4).unwrap();
+        let converts: Vec<_> = (0..blocks as u64)
             .map(|block| abi::Convert {
                 from: raw.address() + block * raw_bytes as u64,
                 to: sealed.address() + block * sealed_bytes as u64,
@@ -468,9 +472,9 @@ fn many_blocks(gpu: &Arc<Gpu>, format: Format, element: ElementType, dim: u32) {
             })
             .collect();
         let memory = upload(gpu, &converts).unwrap();
-        for first in (0..BLOCKS).step_by(at_once) {
+        for first in (0..blocks).step_by(at_once) {
             let address = memory.address() + (first * size_of::<abi::Convert>()) as u64;
-            let steps = Descriptors { address, count: at_once.min(BLOCKS - first) };
+            let steps = Descriptors { address, count: at_once.min(blocks - first) };
             // SAFETY: memory of this test; everything is waited for before it is looked at.
             unsafe { kernels.seal(&stream, 0, steps) }.unwrap();
         }
@@ -481,7 +485,7 @@ fn many_blocks(gpu: &Arc<Gpu>, format: Format, element: ElementType, dim: u32) {
             bytes
         })
     };
-    let [together, flags] = sealed(BLOCKS);
+    let [together, flags] = sealed(blocks);
     let raised = flags.chunks_exact(4).enumerate().filter(|(_, flag)| flag[0] == 1).map(|(block, _)| block);
     assert_eq!(raised.collect::<Vec<_>>(), bad, "{what}");
     for (block, raw) in bytes.chunks_exact(raw_bytes).enumerate() {
@@ -541,6 +545,19 @@ fn plain_kernels_of(gpu: &Arc<Gpu>, format: Format, centred: bool) {
                 let modules = [Some(of_format.clone()), Some(of_format.clone())];
                 Kernels::of(cache.clone(), vec![(format.into(), modules)], &layout, tables, 1).unwrap()
             });
+            let mut rng = SmallRng::seed_from_u64(3);
+            for _ in 0..2 {
+                let bytes: Vec<u8> = (0..bench.sealed.bytes()).map(|_| rng.random()).collect();
+                bench.sealed.write_on(&bench.stream, &bytes).unwrap();
+                let [fast, plain] = kernels.each_ref().map(|kernels| bench.reopened(kernels));
+                let what = format!("{format}, centred: {centred}, {element:?}, {shape:?}: random bytes");
+                let differs = fast.iter().zip(&plain).position(|(a, b)| a != b);
+                assert_eq!(
+                    differs.map(|at| (at, &fast[at & !3..][..4], &plain[at & !3..][..4])),
+                    None,
+                    "{what}"
+                );
+            }
             let block = layout.block_tokens;
             // Rows that are not written stay zeros, which are not calm.
             let parts = [

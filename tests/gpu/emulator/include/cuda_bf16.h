@@ -1,0 +1,25 @@
+// bfloat16 for a host compiler, as far as the kernels use it.
+
+#pragma once
+
+struct __nv_bfloat16 {
+    unsigned short bits;
+};
+struct alignas(4) __nv_bfloat162 {
+    __nv_bfloat16 x, y;
+};
+
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float((unsigned)x.bits << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+    const unsigned bits = __float_as_uint(x);
+    // Half to even; all that are no numbers are one.
+    return {(unsigned short)(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+
+// The larger of two, or what is no number.
+inline __nv_bfloat16 larger_or_nan(__nv_bfloat16 a, __nv_bfloat16 b) {
+    const float x = __bfloat162float(a), y = __bfloat162float(b);
+    return x != x || y != y ? __nv_bfloat16{0x7fff} : x > y || (x == y && (a.bits & 0x8000) == 0) ? a : b;
+}
+inline __nv_bfloat162 __hmax2_nan(__nv_bfloat162 a, __nv_bfloat162 b) { return {larger_or_nan(a.x, b.x), larger_or_nan(a.y, b.y)}; }
