@@ -13,7 +13,8 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::avx2::{
-    BF16, F16, F32, element_bytes, lanes, load_full, read_scale, saturation, scale_bytes, write_scales,
+    BF16, F16, F32, element_bytes, lanes, load_full, prefetch_ahead, read_scale, saturation, scale_bytes,
+    write_scales,
 };
 use super::{ElementType, fp8};
 
@@ -94,6 +95,7 @@ fn encode<const E: u8, const FP8: bool, const DIM: usize>(
             // An f16 scale that is subnormal may be rounded so far down that codes need a limit.
             let clamp = E == F16 && !FP8 && *s < f16::MIN_POSITIVE.to_f32_const();
             let (s, r) = (_mm512_set1_ps(*s), _mm512_set1_ps(*r));
+            prefetch_ahead(codes);
             if clamp {
                 encode_row::<E, FP8, true>(row, codes, s, r)
             } else {
@@ -304,6 +306,8 @@ fn decode<const E: u8, const FP8: bool>(
     for (row, (codes, stored)) in rows.enumerate() {
         let s = read_scale::<E>(stored);
         let out = &mut dst[row * dst_stride..][..dim * element_bytes(E)];
+        prefetch_ahead(codes);
+        prefetch_ahead(out);
         // No code has more than 128, or 480. False for NaN.
         if s.abs() < saturation::<E>() / 512.0 {
             decode_row::<E, FP8, false>(codes, _mm512_set1_ps(s), out);
