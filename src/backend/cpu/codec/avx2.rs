@@ -512,15 +512,22 @@ pub(super) fn store_full(to: &mut [u8], i: usize, value: __m256i) {
 }
 
 /// So many bytes before they are read or written, rows are asked for.
-const AHEAD: usize = 8 << 10;
+pub(super) const AHEAD: usize = 8 << 10;
 
-/// Asks for the cache lines [`AHEAD`] bytes behind those of `rows`, as far as the second nearest cache.
+/// [`prefetch_l2`] of what lies [`AHEAD`].
 ///
 /// Rows that are written need it most: a store waits until its line has been read, and the hardware's own prefetches end with each page.
 /// Calls are often of one head alone, so what is asked for is mostly of a later one. Where there is none it is no more than `rows` are.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn prefetch_ahead(rows: &[u8]) {
+    prefetch_l2(rows, AHEAD);
+}
+
+/// Asks for the cache lines `ahead` bytes behind those of `rows`, as far as the second nearest cache.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn prefetch_l2(rows: &[u8], ahead: usize) {
     for at in (0..rows.len()).step_by(64) {
         #[allow(
             unused_unsafe,
@@ -528,7 +535,7 @@ pub(super) fn prefetch_ahead(rows: &[u8]) {
         )]
         // SAFETY: a prefetch is allowed at every address.
         unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(rows.as_ptr().wrapping_add(AHEAD + at).cast());
+            _mm_prefetch::<_MM_HINT_T1>(rows.as_ptr().wrapping_add(ahead + at).cast());
         }
     }
 }

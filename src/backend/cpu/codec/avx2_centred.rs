@@ -13,7 +13,8 @@
 use std::arch::x86_64::*;
 
 use super::avx2::{
-    BF16, F16, F32, element_bytes, load_full, load_half, prefetch_ahead, store_full, store_half,
+    AHEAD, BF16, F16, F32, element_bytes, load_full, load_half, prefetch_ahead, prefetch_l2, store_full,
+    store_half,
 };
 use super::centred::{Moves, behind_turn, by_steps, move_some};
 use super::{ElementType, RopeLayout, RowCentres};

@@ -178,10 +178,13 @@ macro_rules! by_steps {
             let (rotated, constant) = moves.mean[..dim].split_at(2 * pairs);
             for row in 0..moves.rows {
                 let from = if COPY { &src[row * row_bytes..][..row_bytes] } else { src };
+                let to = &mut dst[row * dst_stride..][..row_bytes];
                 if COPY {
                     prefetch_ahead(from);
+                } else {
+                    // These rows were decoded right before, and the decoder asks for as many: half as many more, or memory rests now.
+                    prefetch_l2(to, AHEAD + moves.rows * dst_stride / 2);
                 }
-                let to = &mut dst[row * dst_stride..][..row_bytes];
                 let (from_pairs, from_constant) = from.split_at(if COPY { pairs_bytes } else { 0 });
                 let (to_pairs, to_constant) = to.split_at_mut(pairs_bytes);
                 let [cos, sin] = moves.turns(row);
