@@ -68,6 +68,8 @@ fn encode_any<const FP8: bool>(
         (ElementType::Bf16, 64) => encode::<BF16, FP8, 64>(dim, src, codes, scales),
         (ElementType::Bf16, 128) => encode::<BF16, FP8, 128>(dim, src, codes, scales),
         (ElementType::Bf16, _) => encode::<BF16, FP8, 0>(dim, src, codes, scales),
+        (ElementType::F32, 64) => encode::<F32, FP8, 64>(dim, src, codes, scales),
+        (ElementType::F32, 128) => encode::<F32, FP8, 128>(dim, src, codes, scales),
         (ElementType::F32, _) => encode::<F32, FP8, 0>(dim, src, codes, scales),
     }
 }
@@ -95,6 +97,8 @@ fn encode<const E: u8, const FP8: bool, const DIM: usize>(
             // An f16 scale that is subnormal may be rounded so far down that codes need a limit.
             let clamp = E == F16 && !FP8 && *s < f16::MIN_POSITIVE.to_f32_const();
             let (s, r) = (_mm512_set1_ps(*s), _mm512_set1_ps(*r));
+            // Rows are read twice, the second time from the L1 cache: meanwhile no miss would keep the hardware's own prefetches going.
+            prefetch_ahead(row);
             prefetch_ahead(codes);
             if clamp {
                 encode_row::<E, FP8, true>(row, codes, s, r)
@@ -151,11 +155,6 @@ fn encode_row<const E: u8, const FP8: bool, const CLAMP: bool>(
     let (groups, codes_tail) = codes.as_chunks_mut::<64>();
     let mut from = row.chunks_exact(64 * element_bytes(E));
     for (from, to) in from.by_ref().zip(groups) {
-        // Rows are read twice, the second time from the L1 cache: meanwhile no miss would keep the hardware's own prefetches going. So
-        // this asks for what two batches later is read. (f32 has enough misses.)
-        if E != F32 {
-            (0..2).for_each(|i| prefetch(from, 16 * row.len() + 64 * i));
-        }
         store(to, if FP8 { encode_64_fp8::<E>(from, r) } else { encode_64::<E, CLAMP>(from, s, r) });
     }
     if !codes_tail.is_empty() {
