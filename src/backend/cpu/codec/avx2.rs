@@ -171,6 +171,8 @@ fn encode<const E: u8, const DIM: usize>(
         let (scales, inverses) = (lanes(s), lanes(_mm256_div_ps(_mm256_set1_ps(1.0), s)));
         let rows = src.chunks_exact(row_bytes).zip(codes.chunks_exact_mut(dim));
         for ((row, codes), (s, r)) in rows.zip(scales.iter().zip(&inverses)) {
+            prefetch_ahead(row);
+            prefetch_ahead(codes);
             encode_row::<E>(row, codes, _mm256_set1_ps(*s), _mm256_set1_ps(*r));
         }
         if wrong != 0 {
@@ -354,6 +356,8 @@ fn decode<const E: u8, const DIM: usize>(
     for (row, (codes, stored)) in rows.enumerate() {
         let s = read_scale::<E>(stored);
         let out = &mut dst[row * dst_stride..][..dim * element_bytes(E)];
+        prefetch_ahead(codes);
+        prefetch_ahead(out);
         // False for NaN.
         if s.abs() < saturation::<E>() / 128.0 {
             decode_row::<E, false>(codes, _mm256_set1_ps(s), out);
@@ -507,16 +511,31 @@ pub(super) fn store_full(to: &mut [u8], i: usize, value: __m256i) {
     unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), value) }
 }
 
-/// Asks for the cache line `at` bytes from the beginning of `from`, as far as the second nearest cache, if there is such a line.
+/// So many bytes before they are read or written, rows are asked for.
+pub(super) const AHEAD: usize = 8 << 10;
+
+/// [`prefetch_l2`] of what lies [`AHEAD`].
+///
+/// Rows that are written need it most: a store waits until its line has been read, and the hardware's own prefetches end with each page.
+/// Calls are often of one head alone, so what is asked for is mostly of a later one. Where there is none it is no more than `rows` are.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn prefetch_l2(from: &[u8], at: usize) {
-    #[allow(
-        unused_unsafe,
-        reason = "some compilers of the range that is supported have it as an unsafe function"
-    )]
-    // SAFETY: a prefetch is allowed at every address.
-    unsafe {
-        _mm_prefetch::<_MM_HINT_T1>(from.as_ptr().wrapping_add(at).cast())
+pub(super) fn prefetch_ahead(rows: &[u8]) {
+    prefetch_l2(rows, AHEAD);
+}
+
+/// Asks for the cache lines `ahead` bytes behind those of `rows`, as far as the second nearest cache.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn prefetch_l2(rows: &[u8], ahead: usize) {
+    for at in (0..rows.len()).step_by(64) {
+        #[allow(
+            unused_unsafe,
+            reason = "some compilers of the range that is supported have it as an unsafe function"
+        )]
+        // SAFETY: a prefetch is allowed at every address.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(rows.as_ptr().wrapping_add(ahead + at).cast());
+        }
     }
 }

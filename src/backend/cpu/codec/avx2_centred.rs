@@ -12,16 +12,15 @@
 
 use std::arch::x86_64::*;
 
-use super::avx2::{BF16, F16, F32, element_bytes, load_full, load_half, prefetch_l2, store_full, store_half};
-use super::centred::{Moves, by_steps, move_some};
-use super::{ElementType, RopeLayout};
+use super::avx2::{
+    AHEAD, BF16, F16, F32, element_bytes, load_full, load_half, prefetch_ahead, prefetch_l2, store_full,
+    store_half,
+};
+use super::centred::{Moves, behind_turn, by_steps, move_some};
+use super::{ElementType, RopeLayout, RowCentres};
 
 /// Elements of a vector.
 const STEP: usize = 8;
-
-/// So many bytes before they are read, rows are asked for: halves of rows in turns are no order that the hardware's own prefetches
-/// would follow, and what is written is mostly encoded next, while nothing else asks for the rows behind.
-pub(super) const AHEAD: usize = 16 << 10;
 
 by_steps!("avx2,fma,f16c");
 

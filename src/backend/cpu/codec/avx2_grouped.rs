@@ -10,7 +10,8 @@ use kv_cache_actors::geometry::Plane;
 
 use super::ElementType;
 use super::avx2::{
-    BF16, F16, F32, element_bytes, lanes, load_half, padded, saturation, store_full, store_half,
+    BF16, F16, F32, element_bytes, lanes, load_half, padded, prefetch_ahead, saturation, store_full,
+    store_half,
 };
 use super::avx2_rotated::{halves, load_8, store_8};
 use super::grouped::{self, floor, most};
@@ -270,6 +271,7 @@ fn decode_rows<const BITS: usize, const E: u8>(
         return decode_values::<BITS, E>(rows, codes, scales, dst, dst_stride);
     }
     let (row, row_codes) = (rows.dim * element_bytes(E), rows.row_bytes());
+    let part = GROUP * element_bytes(E);
     let count = codes.len() / row_codes;
     let (mut from, mut skip) = (0, skip);
     for scales in scales.chunks_exact(rows.scale_bytes()) {
@@ -284,6 +286,7 @@ fn decode_rows<const BITS: usize, const E: u8>(
             for at in from..until {
                 let codes = &codes[at * row_codes + 4 * BITS * wide..][..4 * BITS];
                 let out = &mut dst[at * dst_stride..][..row];
+                prefetch_ahead(&out[wide * part..][..part]);
                 for (i, code) in codes_of::<BITS>(codes).into_iter().enumerate() {
                     let (least, step) = four[i];
                     store_8::<E>(out, 4 * wide + i, value_of::<E>(code, step, least));
@@ -310,6 +313,7 @@ fn decode_values<const BITS: usize, const E: u8>(
     for (row, (codes, scales)) in inputs.enumerate() {
         let (leasts, steps) = scales.split_at(scales.len() / 2);
         let out = &mut dst[row * dst_stride..][..2 * rows.dim];
+        prefetch_ahead(out);
         for (group, codes) in codes.chunks_exact(4 * BITS).enumerate() {
             let (least, step) = (spread::<E>(leasts, group), spread::<E>(steps, group));
             let [a, b] = numbers.map(|numbers| {

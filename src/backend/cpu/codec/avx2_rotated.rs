@@ -10,7 +10,8 @@ use half::bf16;
 
 use super::ElementType;
 use super::avx2::{
-    BF16, F16, F32, element_bytes, lanes, load_full, load_half, saturation, store_full, store_half,
+    BF16, F16, F32, element_bytes, lanes, load_full, load_half, prefetch_ahead, saturation, store_full,
+    store_half,
 };
 use super::rotated::{self, NEAR, WHOLE, flips, group, root};
 
@@ -374,6 +375,7 @@ fn decode_rows<const BITS: usize, const E: u8>(
         );
         let scale = _mm256_mul_ps(scale, _mm256_set1_ps(root(group).recip()));
         let dst = &mut dst[batch * LANES * dst_stride..];
+        (0..rows).for_each(|row| prefetch_ahead(&dst[row * dst_stride..][..row_bytes]));
         for (eighth, y) in y.chunks_exact(8).enumerate() {
             let x = std::array::from_fn(|i| {
                 let x = flip_if(_mm256_mul_ps(y[i], scale), flips(8 * eighth + i));

@@ -13,7 +13,8 @@ use std::arch::x86_64::*;
 use half::f16;
 
 use super::avx2::{
-    BF16, F16, F32, element_bytes, lanes, load_full, read_scale, saturation, scale_bytes, write_scales,
+    BF16, F16, F32, element_bytes, lanes, load_full, prefetch_ahead, read_scale, saturation, scale_bytes,
+    write_scales,
 };
 use super::{ElementType, fp8};
 
@@ -67,6 +68,8 @@ fn encode_any<const FP8: bool>(
         (ElementType::Bf16, 64) => encode::<BF16, FP8, 64>(dim, src, codes, scales),
         (ElementType::Bf16, 128) => encode::<BF16, FP8, 128>(dim, src, codes, scales),
         (ElementType::Bf16, _) => encode::<BF16, FP8, 0>(dim, src, codes, scales),
+        (ElementType::F32, 64) => encode::<F32, FP8, 64>(dim, src, codes, scales),
+        (ElementType::F32, 128) => encode::<F32, FP8, 128>(dim, src, codes, scales),
         (ElementType::F32, _) => encode::<F32, FP8, 0>(dim, src, codes, scales),
     }
 }
@@ -94,6 +97,9 @@ fn encode<const E: u8, const FP8: bool, const DIM: usize>(
             // An f16 scale that is subnormal may be rounded so far down that codes need a limit.
             let clamp = E == F16 && !FP8 && *s < f16::MIN_POSITIVE.to_f32_const();
             let (s, r) = (_mm512_set1_ps(*s), _mm512_set1_ps(*r));
+            // Rows are read twice, the second time from the L1 cache: meanwhile no miss would keep the hardware's own prefetches going.
+            prefetch_ahead(row);
+            prefetch_ahead(codes);
             if clamp {
                 encode_row::<E, FP8, true>(row, codes, s, r)
             } else {
@@ -149,11 +155,6 @@ fn encode_row<const E: u8, const FP8: bool, const CLAMP: bool>(
     let (groups, codes_tail) = codes.as_chunks_mut::<64>();
     let mut from = row.chunks_exact(64 * element_bytes(E));
     for (from, to) in from.by_ref().zip(groups) {
-        // Rows are read twice, the second time from the L1 cache: meanwhile no miss would keep the hardware's own prefetches going. So
-        // this asks for what two batches later is read. (f32 has enough misses.)
-        if E != F32 {
-            (0..2).for_each(|i| prefetch(from, 16 * row.len() + 64 * i));
-        }
         store(to, if FP8 { encode_64_fp8::<E>(from, r) } else { encode_64::<E, CLAMP>(from, s, r) });
     }
     if !codes_tail.is_empty() {
@@ -304,6 +305,8 @@ fn decode<const E: u8, const FP8: bool>(
     for (row, (codes, stored)) in rows.enumerate() {
         let s = read_scale::<E>(stored);
         let out = &mut dst[row * dst_stride..][..dim * element_bytes(E)];
+        prefetch_ahead(codes);
+        prefetch_ahead(out);
         // No code has more than 128, or 480. False for NaN.
         if s.abs() < saturation::<E>() / 512.0 {
             decode_row::<E, FP8, false>(codes, _mm512_set1_ps(s), out);

@@ -4,11 +4,11 @@
 
 use std::arch::x86_64::*;
 
-use super::avx2::{BF16, F16, F32, element_bytes, load_full, prefetch_l2, store_full};
-use super::avx2_centred::{AHEAD, element};
+use super::avx2::{AHEAD, BF16, F16, F32, element_bytes, load_full, prefetch_ahead, prefetch_l2, store_full};
+use super::avx2_centred::element;
 use super::avx512::{self, halves, load_some, load_wide, store_some, store_wide};
-use super::centred::{Moves, by_steps, move_some};
-use super::{ElementType, RopeLayout};
+use super::centred::{Moves, behind_turn, by_steps, move_some};
+use super::{ElementType, RopeLayout, RowCentres};
 
 /// Elements of a vector.
 const STEP: usize = 16;

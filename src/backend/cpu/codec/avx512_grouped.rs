@@ -17,7 +17,7 @@ use kv_cache_actors::geometry::Plane;
 
 use super::ElementType;
 use super::avx2::{
-    BF16, F16, largest_bits, load_full, load_half, padded, saturation, store_full, store_half,
+    BF16, F16, largest_bits, load_full, load_half, padded, prefetch_ahead, saturation, store_full, store_half,
 };
 use super::avx2_grouped::{self, element, is_wide};
 use super::avx512::{
@@ -354,6 +354,7 @@ fn decode_keys<const BITS: usize, const E: u8>(
         for at in from..until {
             let codes = &codes[at * row_codes..][..row_codes];
             let out = &mut dst[at * dst_stride..][..row];
+            prefetch_ahead(out);
             if within == u16::MAX {
                 decode_key::<BITS, E, false>(codes, least, step, out);
             } else {
@@ -410,6 +411,7 @@ fn decode_values<const BITS: usize, const E: u8>(
         let mut ends = least.iter().zip(&step);
         for (at, codes) in codes.chunks_exact(row_codes).enumerate() {
             let out = &mut dst[(batch * at_once + at) * dst_stride..][..2 * rows.dim];
+            prefetch_ahead(out);
             let inputs = codes.chunks_exact(4 * BITS).zip(ends.by_ref());
             for ((codes, (least, step)), out) in inputs.zip(out.as_chunks_mut::<64>().0) {
                 let value = _mm512_fmadd_ps(numbers::<BITS>(), _mm512_set1_ps(*step), _mm512_set1_ps(*least));

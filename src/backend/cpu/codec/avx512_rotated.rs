@@ -10,7 +10,9 @@
 use std::arch::x86_64::*;
 
 use super::ElementType;
-use super::avx2::{BF16, F16, largest_bits, load_full, load_half, padded, saturation, store_full};
+use super::avx2::{
+    BF16, F16, largest_bits, load_full, load_half, padded, prefetch_ahead, saturation, store_full,
+};
 use super::avx2_rotated;
 use super::avx512::{floats, halves, load, load_floats, parts, prefetch, saturated, store, store_floats};
 use super::rotated::{self, NEAR, WHOLE, flips, group, root};
@@ -114,10 +116,18 @@ fn encode_rows<const BITS: usize, const E: u8, const DIM: usize>(
     let dim = if DIM == 0 { dim } else { DIM };
     let (raw_bytes, code_bytes) = (LANES * 2 * dim, LANES * dim * BITS / 8);
     let zero = _mm512_setzero_ps();
-    let (mut y, mut units) = (vec![zero; dim], vec![zero; dim / 4]);
+    // On the stack where `DIM` says how much: calls are of few rows where keys have centres.
+    let (mut of_dim, mut units_of_dim, mut of_any) = ([zero; DIM], [zero; 32], Vec::new());
+    let (y, units) = if DIM == 0 {
+        of_any.resize(dim + dim / 4, zero);
+        of_any.split_at_mut(dim)
+    } else {
+        (&mut of_dim[..], &mut units_of_dim[..DIM / 4])
+    };
     let mut finite = true;
     let mut batch = |src: &[u8], codes: &mut [u8], factors: &mut [u8]| {
-        finite &= encode_batch::<BITS, E, DIM>(&mut y, &mut units, src, codes, factors);
+        prefetch_ahead(codes);
+        finite &= encode_batch::<BITS, E, DIM>(y, units, src, codes, factors);
     };
     let batches = src.chunks(raw_bytes).zip(codes.chunks_mut(code_bytes)).zip(factors.chunks_mut(LANES * 2));
     for ((src, codes), factors) in batches {
@@ -363,8 +373,16 @@ fn write_words<const BITS: usize>(words: [__m512i; 4], codes: &mut [u8], code_by
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn read_words<const BITS: usize>(codes: &[u8], code_bytes: usize, step: usize) -> [__m512i; 4] {
-    let row = |row: usize| {
-        let bytes = &codes[row * code_bytes + 4 * BITS * step..][..4 * BITS];
+    let at = 4 * BITS * step;
+    words_of_rows(std::array::from_fn(|i| read_rows::<BITS>(&codes[i * code_bytes + at..], 4 * code_bytes)))
+}
+
+/// The codes of 32 elements of four rows, `apart` bytes apart.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn read_rows<const BITS: usize>(codes: &[u8], apart: usize) -> __m512i {
+    let row = |i: usize| {
+        let bytes = &codes[i * apart..][..4 * BITS];
         match BITS {
             4 => load_half(bytes, 0),
             3 => _mm_set_epi64x(
@@ -374,12 +392,9 @@ fn read_words<const BITS: usize>(codes: &[u8], code_bytes: usize, step: usize) -
             _ => _mm_cvtsi64_si128(i64::from_le_bytes(padded(bytes))),
         }
     };
-    let rows = |i: usize| {
-        let four = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(row(i)), row(4 + i));
-        let four = _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(four, row(8 + i)), row(12 + i));
-        _mm512_shuffle_epi8(four, packed::<BITS>(true))
-    };
-    words_of_rows([rows(0), rows(1), rows(2), rows(3)])
+    let four = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(row(0)), row(1));
+    let four = _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(four, row(2)), row(3));
+    _mm512_shuffle_epi8(four, packed::<BITS>(true))
 }
 
 /// Four words of each of 16 rows, with the rows in lanes, become rows of four words: the `i`th vector has rows `i`, `4 + i`, `8 + i`
@@ -500,18 +515,35 @@ fn decode_rows<const BITS: usize, const E: u8, const DIM: usize>(
 ) {
     let dim = if DIM == 0 { dim } else { DIM };
     let (row_bytes, code_bytes) = (2 * dim, LANES * dim * BITS / 8);
-    let (mut y, mut all) = (vec![_mm512_setzero_ps(); dim], vec![0; LANES * row_bytes]);
+    let zero = _mm512_setzero_ps();
+    // As for the encoder.
+    let (mut of_dim, mut elements_of_dim) = ([zero; DIM], [[0; 2 * LANES]; DIM]);
+    let (mut of_any, mut elements_of_any) = (Vec::new(), Vec::new());
+    let (y, all) = if DIM == 0 {
+        of_any.resize(dim, zero);
+        elements_of_any.resize(LANES * row_bytes, 0);
+        (&mut of_any[..], &mut elements_of_any[..])
+    } else {
+        (&mut of_dim[..], elements_of_dim.as_flattened_mut())
+    };
     let batches = codes.chunks(code_bytes).zip(factors.chunks(LANES * 2));
     for (batch, (codes, factors)) in batches.enumerate() {
         let dst = &mut dst[batch * LANES * dst_stride..];
+        prefetch_ahead(codes);
+        // A line of each row at a time: all at once would be more than can be under way.
+        let ahead = |step: usize| {
+            for row in 0..factors.len() / 2 {
+                prefetch_ahead(&dst[row * dst_stride + 2 * STEP * step..][..2 * STEP]);
+            }
+        };
         if codes.len() == code_bytes {
-            decode_batch::<BITS, E, DIM>(&mut y, codes, factors, &mut all);
+            decode_batch::<BITS, E, DIM>(y, codes, factors, all, ahead);
         } else {
             // The last rows, and zeros.
             let (mut all_codes, mut all_factors) = (vec![0; code_bytes], [0; LANES * 2]);
             all_codes[..codes.len()].copy_from_slice(codes);
             all_factors[..factors.len()].copy_from_slice(factors);
-            decode_batch::<BITS, E, DIM>(&mut y, &all_codes, &all_factors, &mut all);
+            decode_batch::<BITS, E, DIM>(y, &all_codes, &all_factors, all, ahead);
         }
         // Rows are written whole: memory minds parts of 16 rows in turns.
         for (lane, row) in all.chunks_exact(row_bytes).enumerate().take(factors.len() / 2) {
@@ -520,7 +552,7 @@ fn decode_rows<const BITS: usize, const E: u8, const DIM: usize>(
     }
 }
 
-/// Decodes 16 rows, one after the other.
+/// Decodes 16 rows, one after the other, and calls `ahead` with each step.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn decode_batch<const BITS: usize, const E: u8, const DIM: usize>(
@@ -528,11 +560,13 @@ fn decode_batch<const BITS: usize, const E: u8, const DIM: usize>(
     codes: &[u8],
     factors: &[u8],
     out: &mut [u8],
+    ahead: impl Fn(usize),
 ) {
     let dim = if DIM == 0 { y.len() } else { DIM };
     let (y, codes, out) = (&mut y[..dim], &codes[..LANES * dim * BITS / 8], &mut out[..LANES * 2 * dim]);
     let book = book::<BITS>();
     for (step, y) in y.as_chunks_mut::<STEP>().0.iter_mut().enumerate() {
+        ahead(step);
         let words = read_words::<BITS>(codes, dim * BITS / 8, step);
         for (y, words) in y.as_chunks_mut::<16>().0.iter_mut().zip(words.as_chunks::<2>().0) {
             *y = std::array::from_fn(|i| {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::scalar::{read, write};
-use super::{ElementType, RopeLayout, finite_max};
+use super::{ElementType, RopeLayout, RowCentres, finite_max};
 
 /// [`RowCentres`](super::RowCentres) behind the turn that all rows have in common, with the sign of what is to be done.
 #[derive(Clone, Copy)]
@@ -47,15 +47,59 @@ impl<'a> Moves<'a> {
     }
 }
 
+/// Room for the means of most heads, from the beginning of a cache line on: no vector of theirs lies in two.
+#[repr(align(64))]
+struct Room([f32; 256]);
+
+/// Calls `then` with what `centres` are behind the turn that all rows have in common, times `sign`.
+///
+/// A part of its callers, so that it is made of their instructions: a head of a block has few rows to share this.
+#[inline(always)]
+pub(super) fn behind_turn(centres: &RowCentres, sign: f32, then: impl FnOnce(&Moves)) {
+    let RowCentres { rows, mean, turn, row_turns: turns, layout } = *centres;
+    let (mut few, mut many) = (Room([0.0; 256]), Vec::new());
+    let turned = match few.0.get_mut(..mean.len()) {
+        Some(few) => few,
+        None => {
+            many.resize(mean.len(), 0.0);
+            &mut many[..]
+        }
+    };
+    let pairs = turn.len();
+    let (rotated, constant) = turned.split_at_mut(2 * pairs);
+    let (mean, of_constant) = mean.split_at(2 * pairs);
+    let by =
+        |[cos, sin]: [f32; 2], [x, y]: [f32; 2]| [sign * (x * cos - y * sin), sign * (x * sin + y * cos)];
+    match layout {
+        RopeLayout::HalfSplit => {
+            let ((x, y), (p, q)) = (mean.split_at(pairs), rotated.split_at_mut(pairs));
+            for i in 0..pairs {
+                [p[i], q[i]] = by(turn[i], [x[i], y[i]]);
+            }
+        }
+        RopeLayout::Interleaved => {
+            let (pairs, from) = (rotated.as_chunks_mut().0, mean.as_chunks().0);
+            pairs.iter_mut().zip(from).zip(turn).for_each(|((pair, from), turn)| *pair = by(*turn, *from));
+        }
+    }
+    constant.iter_mut().zip(of_constant).for_each(|(to, mean)| *to = sign * mean);
+    then(&Moves { rows, mean: turned, pairs, layout, turns });
+}
+
 /// See [`Kernels::subtract_centres`](super::Kernels::subtract_centres): from the rows of `src`, one after the other, or from
 /// those of `dst` themselves if there is none.
 pub(super) fn move_rows(
     element: ElementType,
-    moves: &Moves,
+    centres: &RowCentres,
+    sign: f32,
     src: Option<&[u8]>,
     dst: &mut [u8],
     dst_stride: usize,
 ) {
+    behind_turn(centres, sign, |moves| move_each(element, moves, src, dst, dst_stride));
+}
+
+fn move_each(element: ElementType, moves: &Moves, src: Option<&[u8]>, dst: &mut [u8], dst_stride: usize) {
     let (dim, row_bytes) = (moves.mean.len(), moves.mean.len() * element.bytes());
     for row in 0..moves.rows {
         let to = &mut dst[row * dst_stride..][..row_bytes];
@@ -93,16 +137,17 @@ macro_rules! by_steps {
         #[target_feature(enable = $features)]
         pub(super) fn move_rows(
             element: ElementType,
-            moves: &Moves,
+            centres: &RowCentres,
+            sign: f32,
             src: Option<&[u8]>,
             dst: &mut [u8],
             dst_stride: usize,
         ) {
-            match element {
+            behind_turn(centres, sign, |moves| match element {
                 ElementType::F16 => move_all::<F16>(moves, src, dst, dst_stride),
                 ElementType::Bf16 => move_all::<BF16>(moves, src, dst, dst_stride),
                 ElementType::F32 => move_all::<F32>(moves, src, dst, dst_stride),
-            }
+            });
         }
 
         /// The common head dims, if all of their elements turn, have loops of known length.
@@ -133,10 +178,13 @@ macro_rules! by_steps {
             let (rotated, constant) = moves.mean[..dim].split_at(2 * pairs);
             for row in 0..moves.rows {
                 let from = if COPY { &src[row * row_bytes..][..row_bytes] } else { src };
-                if COPY {
-                    (0..row_bytes).step_by(64).for_each(|at| prefetch_l2(from, AHEAD + at));
-                }
                 let to = &mut dst[row * dst_stride..][..row_bytes];
+                if COPY {
+                    prefetch_ahead(from);
+                } else {
+                    // These rows were decoded right before, and the decoder asks for as many: half as many more, or memory rests now.
+                    prefetch_l2(to, AHEAD + moves.rows * dst_stride / 2);
+                }
                 let (from_pairs, from_constant) = from.split_at(if COPY { pairs_bytes } else { 0 });
                 let (to_pairs, to_constant) = to.split_at_mut(pairs_bytes);
                 let [cos, sin] = moves.turns(row);

@@ -88,7 +88,7 @@
 //!
 //! All stores are ordinary ones. Non-temporal stores were measured: on buffers far beyond the caches they change
 //! nothing for the encoder and make the decoder up to 1.2 times faster, but make f32 decoding into a cached
-//! destination 3 times slower; and what was decoded is read next.
+//! destination 3 times slower; and what was decoded is read next. Instead, the lines that are written are asked for ahead.
 //!
 //! # Safety
 //!
@@ -138,8 +138,6 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use kv_cache_actors::format::{Format, RowFormat};
 use kv_cache_actors::geometry::{ElementType, Plane, RopeLayout};
-
-use centred::Moves;
 
 /// The least scale of f16 rows, 2^-24: the smallest positive f16.
 const SCALE_FLOOR_F16: f16 = f16::from_bits(1);
@@ -209,8 +207,8 @@ type GroupedEncode = unsafe fn(RowFormat, &[u8], &mut [u8], &mut [u8]) -> bool;
 /// `(rows, skip, codes, scales, dst, dst_stride)`
 type GroupedDecode = unsafe fn(RowFormat, usize, &[u8], &[u8], &mut [u8], usize);
 
-/// `(element, moves, src, dst, dst_stride)`
-type MoveRows = unsafe fn(ElementType, &Moves, Option<&[u8]>, &mut [u8], usize);
+/// `(element, centres, sign, src, dst, dst_stride)`
+type MoveRows = unsafe fn(ElementType, &RowCentres, f32, Option<&[u8]>, &mut [u8], usize);
 
 /// What rows of one head are told apart from: a mean, turned as the rows were.
 ///
@@ -227,28 +225,6 @@ pub struct RowCentres<'a> {
     pub row_turns: [&'a [f32]; 2],
     /// Which elements are a pair.
     pub layout: RopeLayout,
-}
-
-impl RowCentres<'_> {
-    /// The mean, times `sign`, behind the turn that all rows have in common.
-    fn turned(&self, sign: f32, turned: &mut [f32]) {
-        turned.copy_from_slice(self.mean);
-        let turn = |x: &mut f32, y: &mut f32, [cos, sin]: [f32; 2]| {
-            (*x, *y) = (*x * cos - *y * sin, *x * sin + *y * cos);
-        };
-        let rotated = &mut turned[..2 * self.turn.len()];
-        match self.layout {
-            RopeLayout::HalfSplit => {
-                let (x, y) = rotated.split_at_mut(self.turn.len());
-                x.iter_mut().zip(y).zip(self.turn).for_each(|((x, y), by)| turn(x, y, *by));
-            }
-            RopeLayout::Interleaved => {
-                let (pairs, _) = rotated.as_chunks_mut();
-                pairs.iter_mut().zip(self.turn).for_each(|([x, y], by)| turn(x, y, *by));
-            }
-        }
-        turned.iter_mut().for_each(|mean| *mean *= sign);
-    }
 }
 
 /// A set of kernels for one instruction set. All sets yield identical bytes.
@@ -482,7 +458,7 @@ impl Kernels {
         dst: &mut [u8],
         dst_stride: usize,
     ) {
-        let RowCentres { rows, mean, turn, row_turns, layout } = *centres;
+        let RowCentres { rows, mean, turn, row_turns, .. } = *centres;
         let (dim, pairs) = (mean.len(), turn.len());
         let row_bytes = dim.saturating_mul(element.bytes());
         assert!(pairs <= dim / 2, "more pairs than elements");
@@ -490,19 +466,8 @@ impl Kernels {
         assert!(row_turns.iter().all(|of| Some(of.len()) == turns), "the turns are not [rows, pairs]");
         assert!(holds_rows(dst.len(), dst_stride, row_bytes, rows), "a row lies outside dst");
         assert!(rows < 2 || dst_stride >= row_bytes, "rows of dst overlap");
-        // Heads have mostly room on the stack.
-        let (mut few, mut many) = ([0.0; 256], Vec::new());
-        let turned = match few.get_mut(..dim) {
-            Some(few) => few,
-            None => {
-                many.resize(dim, 0.0);
-                &mut many[..]
-            }
-        };
-        centres.turned(sign, turned);
-        let moves = Moves { rows, mean: turned, pairs, layout, turns: row_turns };
         // SAFETY: invariant 1.
-        unsafe { (self.move_rows)(element, &moves, src, dst, dst_stride) }
+        unsafe { (self.move_rows)(element, centres, sign, src, dst, dst_stride) }
     }
 
     /// The shortest of a few times that round trips of 32 f16 rows take in the formats whose kernels differ most, within a fifth of a
