@@ -610,10 +610,7 @@ impl Pool {
         self.unlist(index);
         self.vacancies[class as usize] -= vacant;
         if vacant == slots {
-            match class {
-                SizeClass::Raw => self.assign(index, SizeClass::Sealed),
-                _ => self.return_to_stock(index),
-            }
+            self.drained(index, class);
         } else {
             self.chunks[index as usize].draining = true;
             self.draining = Some(index);
@@ -777,12 +774,13 @@ impl Pool {
         }
     }
 
-    /// The chunk that is being emptied is empty.
+    /// The chunk that was to be emptied is empty.
     fn drained(&mut self, index: u32, class: SizeClass) {
         self.chunks[index as usize].draining = false;
         self.draining = None;
+        // Sealing may have come by room meanwhile: a second vacant chunk would be out of everybody's reach.
         match class {
-            SizeClass::Raw => self.assign(index, SizeClass::Sealed),
+            SizeClass::Raw if !self.has_vacancy(SizeClass::Sealed) => self.assign(index, SizeClass::Sealed),
             _ => self.return_to_stock(index),
         }
     }
@@ -924,6 +922,23 @@ mod tests {
         }
         assert!(pool.take_sealed(SizeClass::Sealed, 0).is_some());
         assert!(!pool.start_draining(SizeClass::Raw), "what is reserved or in use is not given up");
+    }
+
+    #[test]
+    fn a_chunk_that_was_emptied_for_nobody_is_everybodys() {
+        let mut pool = pool(640);
+        let whole = pool.raw_available();
+        let mut raw: Vec<_> = (0..whole).map(|_| pool.take_raw(0).unwrap().slot).collect();
+        let sealed: Vec<_> = std::iter::from_fn(|| pool.take_sealed(SizeClass::Sealed, 0)).collect();
+        // As many as a chunk has slots, here and there: none is vacant yet.
+        for turn in 0..pool.layout.slots_per_chunk(SizeClass::Raw) {
+            let slot = raw.swap_remove((turn * 37) % raw.len());
+            pool.free(SizeClass::Raw, slot);
+        }
+        assert!(pool.start_draining(SizeClass::Raw));
+        sealed.into_iter().for_each(|slot| pool.free(SizeClass::Sealed, slot));
+        raw.into_iter().for_each(|slot| pool.free(SizeClass::Raw, slot));
+        assert_eq!((pool.draining_class(), pool.raw_available()), (None, whole));
     }
 
     #[test]

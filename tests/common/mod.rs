@@ -491,7 +491,8 @@ impl<E: Number> Rig<E> {
         self.cache.invalidate(Invalidate::All).await.unwrap();
         self.poke().await;
         let cache = self.cache;
-        eventually(format_args!("{:?}: freeing everything", cache.stats()), || {
+        let stats = cache.stats();
+        eventually(format_args!("{stats:?}: freeing everything, {} blocks", self.blocks_free), || {
             let stats = cache.stats();
             let total = &stats.total;
             let open = stats.sequences_open as u64 + total.sequences + stats.tokens;
