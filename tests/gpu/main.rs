@@ -16,3 +16,12 @@ mod ordering;
 mod refusals;
 mod steps;
 mod table;
+
+/// Tests that find no GPU pass. Whoever asks for one is to know.
+#[test]
+fn a_gpu_is_found_where_one_is_asked_for() {
+    match std::env::var("KV_CACHE_TEST_SETUPS") {
+        Ok(wanted) if wanted.starts_with("cuda") => drop(kv_cache::Devices::gpus_found().expect("a GPU")),
+        _ => println!("skipped: KV_CACHE_TEST_SETUPS does not ask for a GPU"),
+    }
+}

@@ -65,10 +65,11 @@ struct Block {
             getcontext(&start);
             start.uc_stack = {stacks + i * STACK_BYTES, 0, STACK_BYTES};
             start.uc_link = nullptr;
-            makecontext(&start, run_fiber, 0);
-            fibers[i].started = false;
+            begin_anew(fibers[i]);
         }
     }
+    // Forgets where a fiber was.
+    static void begin_anew(Fiber& fiber) { makecontext(&fiber.start, run_fiber, 0), fiber.started = false; }
     bool run(unsigned threads);
     bool exchange(unsigned first, unsigned threads);
     void resume(Fiber& fiber);
@@ -180,7 +181,7 @@ inline const char* run(const std::function<void()>& kernel, Index grid, unsigned
                 if (block.run(threads)) continue;
                 // Those that wait are never resumed.
                 for (unsigned i = 0; i < threads; i++) {
-                    if (block.states[i] != State::Done) makecontext(&block.fibers[i].start, Block::run_fiber, 0), block.fibers[i].started = false;
+                    if (block.states[i] != State::Done) Block::begin_anew(block.fibers[i]);
                 }
                 return block.error;
             }
@@ -287,7 +288,6 @@ template <typename T> void __stcs(T* at, T value) { *at = value; }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
-inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
@@ -295,6 +295,10 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+// The larger of two elements of 16 bits, which are these numbers, or what is no number.
+template <typename T> T larger_or_nan(T a, T b, float x, float y) {
+    return x != x || y != y ? T{0x7fff} : x > y || (x == y && (a.bits & 0x8000) == 0) ? a : b;
+}
 inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 
 inline int min(int a, int b) { return a < b ? a : b; }

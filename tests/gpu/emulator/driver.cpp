@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cinttypes>
@@ -45,23 +46,27 @@ enum Result {
 };
 
 constexpr uint64_t MEMORY_BYTES = 8ull << 30;
-constexpr unsigned MULTIPROCESSORS = 3, RESIDENT_BLOCKS = 2;
+constexpr unsigned GPUS_MOST = 64, MULTIPROCESSORS = 3, RESIDENT_BLOCKS = 2;
 
 unsigned number_of(const char* name, unsigned otherwise) {
     const char* text = getenv(name);
     return text ? (unsigned)atoi(text) : otherwise;
 }
 
+struct Stream;
+
 struct Context {
-    int device = 0, shares = 0;
+    int device = 0;
+    std::once_flag used;
+    Stream* default_stream = nullptr;
 };
 
 unsigned gpus() {
-    static const unsigned count = number_of("KV_CACHE_EMULATED_GPUS", 1);
+    static const unsigned count = std::min(number_of("KV_CACHE_EMULATED_GPUS", 1), GPUS_MOST);
     return count;
 }
 
-Context contexts[64];
+Context contexts[GPUS_MOST];
 thread_local Context* current;
 // What lost the GPU: every call from then on fails with it.
 std::atomic<int> lost{SUCCESS};
@@ -79,7 +84,7 @@ struct Range {
 // What is global stays when the process ends: its threads go on until then.
 std::mutex& memory = *new std::mutex;
 auto& ranges = *new std::map<uint64_t, Range>;
-uint64_t used_bytes[64];
+uint64_t used_bytes[GPUS_MOST];
 
 // Bytes that end at a page which nobody may touch, but for what alignment asks for.
 void* guarded(size_t bytes, int device) {
@@ -183,15 +188,10 @@ std::shared_ptr<Stream> new_stream(Context* context) {
 
 // The stream of a handle: null is the default one of the current context.
 Stream* stream_of(void* handle) {
-    static Stream* const defaults = [] {
-        auto* all = (Stream*)operator new(64 * sizeof(Stream));
-        return all;
-    }();
-    static std::once_flag made[64];
-    if (handle && handle != (void*)1 && handle != (void*)2) return (Stream*)handle;
-    const int device = current ? current->device : 0;
-    std::call_once(made[device], [&] { new (defaults + device) Stream(&contexts[device]); });
-    return defaults + device;
+    if (handle) return (Stream*)handle;
+    Context* const context = current ? current : contexts;
+    std::call_once(context->used, [&] { context->default_stream = new Stream(context); });
+    return context->default_stream;
 }
 
 void drain_all(Context* context) {
@@ -246,13 +246,7 @@ int fill(void* to, uint8_t value, size_t bytes, void* stream) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Modules
 
-struct Function {
-    const emulator::Kernel* kernel;
-};
-
-struct Module {
-    std::map<std::string, Function> functions;
-};
+using Module = std::map<std::string, const emulator::Kernel*>;
 
 std::string folder() {
     Dl_info info;
@@ -352,10 +346,9 @@ API cuDeviceGetAttribute(int* value, int attribute, int) {
 }
 API cuDevicePrimaryCtxRetain(void** context, int device) {
     contexts[device].device = device;
-    contexts[device].shares++;
     return *context = &contexts[device], (int)lost;
 }
-API cuDevicePrimaryCtxRelease_v2(int device) { return contexts[device].shares--, SUCCESS; }
+API cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
 API cuCtxSetCurrent(void* context) { return current = (Context*)context, SUCCESS; }
 API cuCtxGetCurrent(void** context) { return *context = current, SUCCESS; }
 API cuCtxGetDevice(int* device) { return *device = current ? current->device : 0, SUCCESS; }
@@ -532,7 +525,7 @@ API cuModuleLoadData(void** module, const void* image) {
     auto* loaded = new Module;
     for (; kernel->name; kernel++) {
         // Those that were taken out keep their code and lose their name.
-        if (ptx.find(std::string(".entry ") + kernel->name + "(") != std::string::npos) loaded->functions[kernel->name] = {kernel};
+        if (ptx.find(std::string(".entry ") + kernel->name + "(") != std::string::npos) (*loaded)[kernel->name] = kernel;
     }
     return *module = loaded, SUCCESS;
 }
@@ -541,10 +534,9 @@ API cuModuleUnload(void* module) {
     return delete (Module*)module, SUCCESS;
 }
 API cuModuleGetFunction(void** function, void* module, const char* name) {
-    auto& functions = ((Module*)module)->functions;
-    const auto found = functions.find(name);
-    if (found == functions.end()) return NOT_FOUND;
-    return *function = (void*)found->second.kernel, (int)lost;
+    const auto found = ((Module*)module)->find(name);
+    if (found == ((Module*)module)->end()) return NOT_FOUND;
+    return *function = (void*)found->second, (int)lost;
 }
 API cuFuncSetAttribute(void*, int, int) { return lost; }
 API cuFuncGetAttribute(int* value, int, void*) { return *value = 0, (int)lost; }

@@ -17,9 +17,5 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
 
-// The larger of two, or what is no number.
-inline __nv_bfloat16 larger_or_nan(__nv_bfloat16 a, __nv_bfloat16 b) {
-    const float x = __bfloat162float(a), y = __bfloat162float(b);
-    return x != x || y != y ? __nv_bfloat16{0x7fff} : x > y || (x == y && (a.bits & 0x8000) == 0) ? a : b;
-}
+inline __nv_bfloat16 larger_or_nan(__nv_bfloat16 a, __nv_bfloat16 b) { return larger_or_nan(a, b, __bfloat162float(a), __bfloat162float(b)); }
 inline __nv_bfloat162 __hmax2_nan(__nv_bfloat162 a, __nv_bfloat162 b) { return {larger_or_nan(a.x, b.x), larger_or_nan(a.y, b.y)}; }

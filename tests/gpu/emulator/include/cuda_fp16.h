@@ -18,9 +18,5 @@ inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
 inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 
-// The larger of two, or what is no number.
-inline __half larger_or_nan(__half a, __half b) {
-    const float x = __half2float(a), y = __half2float(b);
-    return x != x || y != y ? __half{0x7fff} : x > y || (x == y && (a.bits & 0x8000) == 0) ? a : b;
-}
+inline __half larger_or_nan(__half a, __half b) { return larger_or_nan(a, b, __half2float(a), __half2float(b)); }
 inline __half2 __hmax2_nan(__half2 a, __half2 b) { return {larger_or_nan(a.x, b.x), larger_or_nan(a.y, b.y)}; }
