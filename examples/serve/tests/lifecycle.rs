@@ -220,7 +220,8 @@ async fn a_slow_client_reads_its_answer_to_the_end_while_the_server_shuts_down()
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn shutdown_lets_streams_end_and_takes_no_more() {
     let server = start(Toy::default(), |_| {}).await;
-    let body = completion("last words", json!({ "max_tokens": 200, "stream": true }));
+    // So many that the end is far off when the gate closes.
+    let body = completion("last words", json!({ "max_tokens": 2000, "stream": true }));
     let mut events = server.client.stream("/v1/completions", &body).await.unwrap();
     server.gate.close();
     let (app, client) = (server.server.app.clone(), server.client.clone());

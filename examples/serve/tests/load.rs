@@ -31,6 +31,11 @@ async fn sixty_four_clients_some_of_which_leave() {
         total.prefix_blocks_hit,
         total.prefix_blocks_asked
     );
-    assert_eq!(server.server.app.figures.lock().finished, 52 * 3);
+    // An answer may be done by the time its client has left.
+    let (finished, otherwise) = {
+        let figures = server.server.app.figures.lock();
+        (figures.finished, figures.ended_otherwise)
+    };
+    assert!(finished >= 52 * 3 && finished + otherwise == 64 * 3, "{finished} and {otherwise}");
     server.end().await;
 }
