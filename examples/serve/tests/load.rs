@@ -32,10 +32,7 @@ async fn sixty_four_clients_some_of_which_leave() {
         total.prefix_blocks_asked
     );
     // An answer may be done by the time its client has left.
-    let (finished, otherwise) = {
-        let figures = server.server.app.figures.lock();
-        (figures.finished, figures.ended_otherwise)
-    };
+    let (finished, otherwise) = server.ended();
     assert!(finished >= 52 * 3 && finished + otherwise == 64 * 3, "{finished} and {otherwise}");
     server.end().await;
 }

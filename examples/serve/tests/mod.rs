@@ -64,6 +64,12 @@ impl TestServer {
         assert_eq!((stats.sequences_open, stats.jobs_in_flight, stats.bytes_in_flight), (0, 0, 0));
     }
 
+    /// Requests that were answered to the end, and that ended otherwise.
+    fn ended(&self) -> (u64, u64) {
+        let state = self.server.app.figures.lock();
+        (state.finished, state.ended_otherwise)
+    }
+
     /// Checks that nothing is left, and ends it.
     async fn end(self) {
         self.is_clean().await;

@@ -173,11 +173,7 @@ async fn a_client_that_goes_away_frees_its_sequence() {
     }
     drop(events);
     server.is_clean().await;
-    let (finished, otherwise) = {
-        let state = server.server.app.figures.lock();
-        (state.finished, state.ended_otherwise)
-    };
-    assert_eq!((finished, otherwise), (0, 1));
+    assert_eq!(server.ended(), (0, 1));
     server.end().await;
 }
 

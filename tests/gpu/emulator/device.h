@@ -295,9 +295,16 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fsqrt_rn(float a) { return std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-// The larger of two elements of 16 bits, which are these numbers, or what is no number.
-template <typename T> T larger_or_nan(T a, T b, float x, float y) {
-    return x != x || y != y ? T{0x7fff} : x > y || (x == y && (a.bits & 0x8000) == 0) ? a : b;
+// The larger, or smaller, of two elements of 16 or 32 bits, or what is no number. They are of the type that has this infinity: all types order alike.
+inline unsigned extreme(unsigned a, unsigned b, unsigned infinity, bool larger) {
+    const unsigned shift = infinity > 0xffff ? 0 : 16, none = 0x7fffffffu >> shift;
+    if ((a & none) > infinity || (b & none) > infinity) return none;
+    // -0 is below 0.
+    const auto order = [&](unsigned bits) {
+        const int32_t at = (int32_t)(bits << shift);
+        return at < 0 ? INT32_MIN - at - 1 : at;
+    };
+    return (order(a) < order(b)) != larger ? a : b;
 }
 inline float __saturatef(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 

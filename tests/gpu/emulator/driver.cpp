@@ -42,7 +42,6 @@ enum Result {
     NOT_FOUND = 500,
     NOT_READY = 600,
     LAUNCH_FAILED = 719,
-    NOT_SUPPORTED = 801,
 };
 
 constexpr uint64_t MEMORY_BYTES = 8ull << 30;
@@ -212,6 +211,11 @@ struct Event {
     uint64_t asked = 0, reached = 0;
     std::chrono::steady_clock::time_point at;
 
+    // The point that was last asked for.
+    uint64_t last() {
+        const std::lock_guard<std::mutex> guard(mutex);
+        return asked;
+    }
     void wait(uint64_t point) {
         std::unique_lock<std::mutex> guard(mutex);
         changed.wait(guard, [&] { return reached >= point; });
@@ -234,6 +238,12 @@ int copy(void* to, const void* from, size_t bytes, void* stream) {
     const bool at_once = is_pageable(to) || is_pageable(from);
     stream_of(stream)->put([=] { if (!lost) memmove(to, from, bytes); });
     if (at_once) stream_of(stream)->drain();
+    return lost;
+}
+
+int copy_now(void* to, const void* from, size_t bytes) {
+    copy(to, from, bytes, nullptr);
+    stream_of(nullptr)->drain();
     return lost;
 }
 
@@ -298,24 +308,24 @@ constexpr Error ERRORS[] = {
     {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
     {LAUNCH_FAILED, "CUDA_ERROR_LAUNCH_FAILED", "unspecified launch failure"},
-    {NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
 };
+
+const Error* error_of(int code) {
+    const Error* const found = std::find_if(std::begin(ERRORS), std::end(ERRORS), [&](const Error& error) { return error.code == code; });
+    return found == std::end(ERRORS) ? nullptr : found;
+}
 
 }  // namespace
 
 #define API extern "C" __attribute__((visibility("default"))) int
 
 API cuGetErrorName(int code, const char** name) {
-    for (const Error& error : ERRORS) {
-        if (error.code == code) return *name = error.name, SUCCESS;
-    }
-    return INVALID_VALUE;
+    const Error* const error = error_of(code);
+    return error ? (*name = error->name, SUCCESS) : INVALID_VALUE;
 }
 API cuGetErrorString(int code, const char** text) {
-    for (const Error& error : ERRORS) {
-        if (error.code == code) return *text = error.text, SUCCESS;
-    }
-    return INVALID_VALUE;
+    const Error* const error = error_of(code);
+    return error ? (*text = error->text, SUCCESS) : INVALID_VALUE;
 }
 API cuInit(unsigned) { return SUCCESS; }
 API cuDriverGetVersion(int* version) { return *version = 12040, SUCCESS; }
@@ -338,9 +348,8 @@ API cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = MEMORY_BYTES, SUCC
 API cuDeviceGetAttribute(int* value, int attribute, int) {
     switch (attribute) {
         case 16: return *value = MULTIPROCESSORS, SUCCESS;
-        case 75: return *value = 8, SUCCESS;  // Compute capability.
-        case 76: return *value = 0, SUCCESS;
-        case 115: return *value = 0, SUCCESS;  // No pools of memory.
+        case 75: return *value = 8, SUCCESS;  // Compute capability: 8.0.
+        // Also that there are no pools of memory.
         default: return *value = 0, SUCCESS;
     }
 }
@@ -390,10 +399,7 @@ API cuMemHostRegister_v2(void* at, size_t bytes, unsigned) {
     ranges[(uint64_t)at] = {bytes, -1, nullptr, 0};
     return SUCCESS;
 }
-API cuMemHostUnregister(void* at) {
-    drain_all(current);
-    return give_back((uint64_t)at) ? SUCCESS : INVALID_VALUE;
-}
+API cuMemHostUnregister(void* at) { return cuMemFreeHost(at); }
 API cuMemHostGetDevicePointer_v2(uint64_t* address, void* at, unsigned) { return *address = (uint64_t)at, SUCCESS; }
 API cuPointerGetAttribute(void* to, int attribute, uint64_t address) {
     uint64_t start;
@@ -412,16 +418,8 @@ API cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stre
 API cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) { return copy(to, (void*)from, bytes, stream); }
 API cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* stream) { return copy((void*)to, (void*)from, bytes, stream); }
 API cuMemcpyAsync(uint64_t to, uint64_t from, size_t bytes, void* stream) { return copy((void*)to, (void*)from, bytes, stream); }
-API cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t bytes) {
-    copy((void*)to, from, bytes, nullptr);
-    stream_of(nullptr)->drain();
-    return lost;
-}
-API cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) {
-    copy(to, (void*)from, bytes, nullptr);
-    stream_of(nullptr)->drain();
-    return lost;
-}
+API cuMemcpyHtoD_v2(uint64_t to, const void* from, size_t bytes) { return copy_now((void*)to, from, bytes); }
+API cuMemcpyDtoH_v2(void* to, uint64_t from, size_t bytes) { return copy_now(to, (void*)from, bytes); }
 API cuMemsetD8_v2(uint64_t to, unsigned char value, size_t bytes) { return fill((void*)to, value, bytes, nullptr); }
 API cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void* stream) { return fill((void*)to, value, bytes, stream); }
 
@@ -431,14 +429,14 @@ API cuStreamCreate(void** stream, unsigned) {
 }
 API cuStreamCreateWithPriority(void** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
 API cuStreamDestroy_v2(void* handle) {
+    // Ends behind the lock: it carries out first what is on it.
     std::shared_ptr<Stream> stream;
-    {
-        const std::lock_guard<std::mutex> guard(all_streams);
-        for (size_t i = 0; i < streams.size(); i++) {
-            if (streams[i].get() == handle) stream = streams[i], streams.erase(streams.begin() + (ptrdiff_t)i--);
-        }
-    }
-    return stream ? SUCCESS : INVALID_VALUE;
+    const std::lock_guard<std::mutex> guard(all_streams);
+    const auto found = std::find_if(streams.begin(), streams.end(), [&](const auto& of) { return of.get() == handle; });
+    if (found == streams.end()) return INVALID_VALUE;
+    stream = std::move(*found);
+    streams.erase(found);
+    return SUCCESS;
 }
 API cuStreamSynchronize(void* stream) { return stream_of(stream)->drain(), (int)lost; }
 API cuStreamIsCapturing(void* stream, int* status) { return *status = stream_of(stream)->capturing, SUCCESS; }
@@ -454,12 +452,7 @@ API cuStreamWaitEvent(void* stream, void* handle, unsigned) {
     if (lost) return lost;
     const auto event = event_of(handle);
     if (!event) return INVALID_VALUE;
-    uint64_t point;
-    {
-        const std::lock_guard<std::mutex> guard(event->mutex);
-        point = event->asked;
-    }
-    stream_of(stream)->put([=] { event->wait(point); });
+    stream_of(stream)->put([=, point = event->last()] { event->wait(point); });
     return SUCCESS;
 }
 
@@ -495,12 +488,7 @@ API cuEventRecord(void* handle, void* stream) {
 API cuEventSynchronize(void* handle) {
     const auto event = event_of(handle);
     if (!event) return INVALID_VALUE;
-    uint64_t point;
-    {
-        const std::lock_guard<std::mutex> guard(event->mutex);
-        point = event->asked;
-    }
-    return event->wait(point), (int)lost;
+    return event->wait(event->last()), (int)lost;
 }
 API cuEventQuery(void* handle) {
     const auto event = event_of(handle);

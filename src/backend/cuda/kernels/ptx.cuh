@@ -36,18 +36,13 @@ __device__ __forceinline__ void fetch_shared(SharedAddress to, u64 from, bool so
 __device__ __forceinline__ void await_shared() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // The two smaller (larger) of each pair of elements in a word; NaN if there is one.
-template <u32 E> __device__ __forceinline__ u32 lesser(u32 a, u32 b) {
-    u32 out;
-    if (E == F16) asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    else if (E == BF16) asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    else asm("min.NaN.f32 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    return out;
-}
-
-template <u32 E> __device__ __forceinline__ u32 greater(u32 a, u32 b) {
-    u32 out;
-    if (E == F16) asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    else if (E == BF16) asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    else asm("max.NaN.f32 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
-    return out;
-}
+#define EXTREMES(NAME, INSTRUCTION) \
+    template <u32 E> __device__ __forceinline__ u32 NAME(u32 a, u32 b) { \
+        u32 out; \
+        if (E == F16) asm(INSTRUCTION ".NaN.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b)); \
+        else if (E == BF16) asm(INSTRUCTION ".NaN.bf16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b)); \
+        else asm(INSTRUCTION ".NaN.f32 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b)); \
+        return out; \
+    }
+EXTREMES(lesser, "min")
+EXTREMES(greater, "max")

@@ -222,6 +222,13 @@ impl Bench {
         bytes
     }
 
+    /// Any bytes in place of a sealed block.
+    fn seal_random(&self, rng: &mut SmallRng) -> Vec<u8> {
+        let bytes: Vec<u8> = (0..self.sealed.bytes()).map(|_| rng.random()).collect();
+        self.sealed.write_on(&self.stream, &bytes).unwrap();
+        bytes
+    }
+
     /// What the sealed block decodes to.
     fn reopened(&self, kernels: &Kernels) -> Vec<u8> {
         let reopen = self.step(abi::Convert {
@@ -507,8 +514,7 @@ fn random_bytes_decode_as_on_the_cpu(gpu: &Arc<Gpu>, format: Format) {
             let bench = Bench::new(gpu, layout, format.into());
             let kernels = Kernels::load(gpu, &layout, format, None).unwrap();
             for _ in 0..8 {
-                let bytes: Vec<u8> = (0..bench.sealed.bytes()).map(|_| rng.random()).collect();
-                bench.sealed.write_on(&bench.stream, &bytes).unwrap();
+                let bytes = bench.seal_random(&mut rng);
                 let on_gpu = bench.reopened(&kernels);
                 let on_cpu = decoded_on_cpu(&layout, format, &bytes);
                 let differs = on_gpu.iter().zip(&on_cpu).position(|(a, b)| a != b);
@@ -547,8 +553,7 @@ fn plain_kernels_of(gpu: &Arc<Gpu>, format: Format, centred: bool) {
             });
             let mut rng = SmallRng::seed_from_u64(3);
             for _ in 0..2 {
-                let bytes: Vec<u8> = (0..bench.sealed.bytes()).map(|_| rng.random()).collect();
-                bench.sealed.write_on(&bench.stream, &bytes).unwrap();
+                bench.seal_random(&mut rng);
                 let [fast, plain] = kernels.each_ref().map(|kernels| bench.reopened(kernels));
                 let what = format!("{format}, centred: {centred}, {element:?}, {shape:?}: random bytes");
                 let differs = fast.iter().zip(&plain).position(|(a, b)| a != b);

@@ -17,5 +17,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
 
-inline __nv_bfloat16 larger_or_nan(__nv_bfloat16 a, __nv_bfloat16 b) { return larger_or_nan(a, b, __bfloat162float(a), __bfloat162float(b)); }
-inline __nv_bfloat162 __hmax2_nan(__nv_bfloat162 a, __nv_bfloat162 b) { return {larger_or_nan(a.x, b.x), larger_or_nan(a.y, b.y)}; }
+inline __nv_bfloat162 __hmax2_nan(__nv_bfloat162 a, __nv_bfloat162 b) {
+    const auto larger = [](unsigned x, unsigned y) { return __nv_bfloat16{(unsigned short)extreme(x, y, 0x7f80, true)}; };
+    return {larger(a.x.bits, b.x.bits), larger(a.y.bits, b.y.bits)};
+}

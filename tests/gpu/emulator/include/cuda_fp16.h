@@ -18,5 +18,7 @@ inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
 inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }
 inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
 
-inline __half larger_or_nan(__half a, __half b) { return larger_or_nan(a, b, __half2float(a), __half2float(b)); }
-inline __half2 __hmax2_nan(__half2 a, __half2 b) { return {larger_or_nan(a.x, b.x), larger_or_nan(a.y, b.y)}; }
+inline __half2 __hmax2_nan(__half2 a, __half2 b) {
+    const auto larger = [](unsigned x, unsigned y) { return __half{(unsigned short)extreme(x, y, 0x7c00, true)}; };
+    return {larger(a.x.bits, b.x.bits), larger(a.y.bits, b.y.bits)};
+}

@@ -23,21 +23,10 @@ inline void await_shared() {
     fetches[threadIdx.x].clear();
 }
 
-// Of one element, whose bits may be taken for those of an f32 after a shift: they order alike.
-template <u32 E> inline u32 lesser_of(u32 a, u32 b, bool greater) {
-    const u32 shift = E == F32 ? 0 : 16, none = E == F32 ? 0x7fffffff : 0x7fff;
-    const u32 infinity = E == F16 ? 0x7c00 : E == BF16 ? 0x7f80 : 0x7f800000, magnitude = E == F32 ? 0x7fffffff : 0x7fff;
-    if ((a & magnitude) > infinity || (b & magnitude) > infinity) return none;
-    // -0 is below 0.
-    const auto order = [&](u32 bits) {
-        const int32_t at = (int32_t)(bits << shift);
-        return at < 0 ? (int32_t)0x80000000 - at - 1 : at;
-    };
-    return (order(a) < order(b)) != greater ? a : b;
+template <u32 E> inline u32 extreme_of_word(u32 a, u32 b, bool larger) {
+    if (E == F32) return extreme(a, b, 0x7f800000, larger);
+    const u32 infinity = E == F16 ? 0x7c00 : 0x7f80;
+    return extreme(a & 0xffff, b & 0xffff, infinity, larger) | extreme(a >> 16, b >> 16, infinity, larger) << 16;
 }
-template <u32 E> inline u32 lesser_of_word(u32 a, u32 b, bool greater) {
-    if (E == F32) return lesser_of<E>(a, b, greater);
-    return lesser_of<E>(a & 0xffff, b & 0xffff, greater) | lesser_of<E>(a >> 16, b >> 16, greater) << 16;
-}
-template <u32 E> inline u32 lesser(u32 a, u32 b) { return lesser_of_word<E>(a, b, false); }
-template <u32 E> inline u32 greater(u32 a, u32 b) { return lesser_of_word<E>(a, b, true); }
+template <u32 E> inline u32 lesser(u32 a, u32 b) { return extreme_of_word<E>(a, b, false); }
+template <u32 E> inline u32 greater(u32 a, u32 b) { return extreme_of_word<E>(a, b, true); }
