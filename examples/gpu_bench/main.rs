@@ -4,6 +4,7 @@
 //! cargo run --release --example gpu_bench              # a table
 //! cargo run --release --example gpu_bench -- --json    # one JSON object per line
 //! cargo run --release --example gpu_bench -- --only step,transfer
+//! cargo run --release --example gpu_bench -- --only kernels --formats r4,int8+rc
 //! cargo run --release --example gpu_bench -- --only prefix     # also without a GPU, on a CPU device
 //! ```
 //!
@@ -16,7 +17,7 @@ mod transfer;
 mod wake;
 
 use clap::Parser;
-use kv_cache::{Devices, ElementType, Geometry, Rope, RopeLayout};
+use kv_cache::{Devices, ElementType, Format, Geometry, Rope, RopeLayout};
 
 use crate::table::Table;
 
@@ -30,6 +31,9 @@ struct Options {
     /// Only these groups: kernels, driver, wake, step, transfer, prefix.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Of the kernels only those of these formats; `+rc` for keys with means. All if there is none.
+    #[arg(long, value_delimiter = ',')]
+    formats: Vec<String>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -48,7 +52,7 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
     if wanted("kernels") {
-        kernels(&mut table)?;
+        kernels(&mut table, &options.formats)?;
     }
     if wanted("driver") {
         table.group("calls of the driver, medians");
@@ -73,7 +77,12 @@ fn main() -> anyhow::Result<()> {
 
 /// The fused kernels over a GiB of tokens of 8 heads × 128, in one layer and in as many as models have, beside the device's own copies; then
 /// with keys as differences from their means, whose pairs lie half a head apart, or in one layer beside each other.
-fn kernels(table: &mut Table) -> anyhow::Result<()> {
+fn kernels(table: &mut Table, wanted: &[String]) -> anyhow::Result<()> {
+    let named =
+        |name: &str| Format::ALL.iter().any(|format| format.to_string() == name.trim_end_matches("+rc"));
+    if let Some(unknown) = wanted.iter().find(|name| !named(name)) {
+        anyhow::bail!("no format is called {unknown}: there are {:?}, each also with +rc", Format::ALL);
+    }
     let shapes =
         [(ElementType::F16, 1), (ElementType::Bf16, 1), (ElementType::F16, 32), (ElementType::Bf16, 80)];
     let layouts = [None, Some(RopeLayout::HalfSplit), Some(RopeLayout::Interleaved)];
@@ -81,6 +90,14 @@ fn kernels(table: &mut Table) -> anyhow::Result<()> {
         layouts.into_iter().flat_map(|layout| shapes.map(|shape| (layout, shape)))
     {
         if layout == Some(RopeLayout::Interleaved) && layers > 1 {
+            continue;
+        }
+        let name = |format: Format| format!("{format}{}", if layout.is_some() { "+rc" } else { "" });
+        let formats: Vec<Format> = Format::ALL
+            .into_iter()
+            .filter(|&format| wanted.is_empty() || wanted.contains(&name(format)))
+            .collect();
+        if formats.is_empty() {
             continue;
         }
         let mut geometry = Geometry::new(layers, 8, 128, element);
@@ -91,7 +108,7 @@ fn kernels(table: &mut Table) -> anyhow::Result<()> {
             attention_scale: 1.0,
         });
         let tokens = ((1 << 18) / layers as usize).next_multiple_of(32);
-        let figures = kv_cache::cuda::kernel_figures(0, &geometry, tokens, 31)?;
+        let figures = kv_cache::cuda::kernel_figures(0, &geometry, &formats, tokens, 31)?;
         let copy = figures[0].gb_per_s;
         // Keys and values of 2 bytes an element.
         let raw_bytes = (tokens * layers as usize) as f64 * 8.0 * 128.0 * 2.0 * 2.0;

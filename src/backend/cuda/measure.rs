@@ -76,8 +76,8 @@ impl Drop for Clock {
     }
 }
 
-/// Seals, decodes and gathers `tokens` tokens of `geometry` on GPU `ordinal`, `rounds` times each, beside copies of 512 MiB. If its keys
-/// rotate, sealed ones are differences from means, of sequences of 32,768 tokens.
+/// Seals, decodes and gathers `tokens` tokens of `geometry` in each of `formats` on GPU `ordinal`, `rounds` times each, beside copies of
+/// 512 MiB. If its keys rotate, sealed ones are differences from means, of sequences of 32,768 tokens.
 ///
 /// The data is random and larger than the GPU's caches if `tokens` is; every round goes over all of it. Descriptors lie in page-locked host
 /// memory, as those of a cache do.
@@ -87,6 +87,7 @@ impl Drop for Clock {
 pub fn kernel_figures(
     ordinal: usize,
     geometry: &Geometry,
+    formats: &[Format],
     tokens: usize,
     rounds: usize,
 ) -> Result<Vec<Figure>, BuildError> {
@@ -94,7 +95,7 @@ pub fn kernel_figures(
     let failed = |reason: String| BuildError::Device { device: format!("GPU {ordinal}"), reason };
     let centres =
         geometry.groups[0].rope.is_some().then(|| some_centres(geometry)).transpose().map_err(failed)?;
-    measure(ordinal, &layout, centres.as_ref(), tokens, rounds.max(1))
+    measure(ordinal, &layout, centres.as_ref(), formats, tokens, rounds.max(1))
         .map_err(|error| failed(error.to_string()))
 }
 
@@ -113,6 +114,7 @@ fn measure(
     ordinal: usize,
     layout: &BlockLayout,
     centres: Option<&Centres>,
+    formats: &[Format],
     tokens: usize,
     rounds: usize,
 ) -> Result<Vec<Figure>, DriverError> {
@@ -141,7 +143,7 @@ fn measure(
     let flag = PinnedMemory::zeroed(&gpu, 64)?;
     let near = NearDescriptors::new(&gpu)?;
     let at = |memory: &DeviceMemory, block: usize, bytes: usize| memory.address() + (block * bytes) as u64;
-    for format in Format::ALL.into_iter().filter(|format| *format != Format::Raw) {
+    for &format in formats.iter().filter(|format| **format != Format::Raw) {
         let block_format = BlockFormat::from(format);
         let kernels = Kernels::load(&gpu, layout, block_format, centres)?;
         let format = if centres.is_some() { format!("{format}+rc") } else { format.to_string() };
