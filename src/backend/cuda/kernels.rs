@@ -278,9 +278,10 @@ impl Kernels {
             let format = if planes == [Plane::Value] { place.format().values } else { place.format().keys };
             let rotated = format.is_rotated();
             let centred = tables.as_ref().filter(|_| planes.contains(&Plane::Key));
-            let halves = !rotated && centred.is_some_and(|tables| has_halves(block, &tables.at));
+            let halves = centred.is_some_and(|tables| has_halves(block, &tables.at));
             let function = |module: &Arc<Module>, name: &str| {
-                let function = pick(module, if halves { "halves_" } else { "" }, name, element)?;
+                let is_for_halves = halves && !(rotated && name == "seal");
+                let function = pick(module, if is_for_halves { "halves_" } else { "" }, name, element)?;
                 // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise. To put centres back wants a
                 // cache for their tables beside it.
                 if rotated {

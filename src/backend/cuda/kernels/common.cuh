@@ -625,10 +625,7 @@ __device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool 
     }
 
 // Those for centred keys of two bytes an element whose pairs lie half a row apart, with registers of their own. Other keys are not fast here.
-#define HALVES_KERNELS(E, NAME, SEALS, DECODES) \
-    extern "C" __global__ void SEALS halves_seal_##NAME(const __grid_constant__ Layout L, const Convert* s, u32 count) { \
-        seal_plane_of_halves<E>(L, fetched(s + step_of())); \
-    } \
+#define HALVES_DECODES(E, NAME, DECODES) \
     extern "C" __global__ void DECODES halves_reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { \
         reopen_plane_of_halves<E>(L, fetched(s + step_of())); \
     } \
@@ -637,3 +634,8 @@ __device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool 
         if (r.raw >> plane_of_read(L) & 1) gather_raw(L, r, false); \
         else read_plane_of_halves<E>(L, r); \
     }
+#define HALVES_KERNELS(E, NAME, SEALS, DECODES) \
+    extern "C" __global__ void SEALS halves_seal_##NAME(const __grid_constant__ Layout L, const Convert* s, u32 count) { \
+        seal_plane_of_halves<E>(L, fetched(s + step_of())); \
+    } \
+    HALVES_DECODES(E, NAME, DECODES)

@@ -42,9 +42,16 @@ __device__ __forceinline__ u32 code_of(float x, float half_least, float inverse)
     return __float_as_uint(__fadd_rn(fminf(__fmul_rn(__fmaf_rn(0.5f, x, -half_least), inverse), MOST), 8388608.0f));
 }
 
+// Whether no element of a group is larger than `most`.
+__device__ __forceinline__ bool leaves_room(float least, float step, float most) { return __fmaf_rn(2.0f * MOST, fabsf(step), fabsf(least)) <= most; }
+
 __device__ __forceinline__ float decoded(u32 code, float least, float step) {
     return __fmaf_rn(__fsub_rn(__uint_as_float(code | 0x4b000000u), 8388608.0f), step, least);
 }
+
+template <bool B> struct Limited {
+    static constexpr bool limited = B;
+};
 
 // Codes of one vector: the first in the lowest bits.
 template <u32 E> struct Codes {
@@ -344,17 +351,25 @@ __device__ __forceinline__ void decode_tile(const Layout& L, const Plane& p, con
             if (k < N) least[k] = load<E>((const u8*)at), step[k] = load<E>((const u8*)at + p.scale_bytes / 2);
         }
     }
-    const auto decode = [&](u32 k) {
+    // Whether no element of the lane's is too large, also with what may be added to it.
+    const float most = finite_max<E>() - (CENTRED && centre.on ? centre.most : 0.0f);
+    bool near = !p.keys || !CENTRED || !centre.on || centre.fits<E>();
+#pragma unroll
+    for (u32 i = 0; i < N; i++) near &= leaves_room(least[i], step[i], most);
+    const auto decode = [&](u32 k, auto kind) {
         float x[N];
         float m = least[k % N], s = step[k % N];
+        bool limited = kind.limited;
         if (!p.keys && k >= N) {
             const u64 at = leasts_of<E>(L, p, t.row + k * t.stride(), t.column * N / GROUP);
             m = load<E>((const u8*)at), s = load<E>((const u8*)at + p.scale_bytes / 2);
+            limited = false;
         }
 #pragma unroll
         for (u32 i = 0; i < N; i++) {
             const u32 code = Codes<E>::code(codes[k], i);
-            x[i] = saturated<E>(p.keys ? decoded(code, least[i], step[i]) : decoded(code, m, s));
+            x[i] = p.keys ? decoded(code, least[i], step[i]) : decoded(code, m, s);
+            if (!limited) x[i] = saturated<E>(x[i]);
         }
         return pack<E>(x);
     };
@@ -362,24 +377,23 @@ __device__ __forceinline__ void decode_tile(const Layout& L, const Plane& p, con
         const u64 to = target(t.row + k * t.stride());
         if (to != 0) __stcs((uint4*)to + t.column, v);
     };
-    if (CENTRED && centre.on) {
-        // No element is so large then that a centre could make it too large.
-        bool near = centre.fits<E>();
-#pragma unroll
-        for (u32 i = 0; i < N; i++) near &= __fmaf_rn(2.0f * MOST, fabsf(step[i]), fabsf(least[i])) <= finite_max<E>() - centre.most;
-        if (near) {
+    if (near) {
+        if (CENTRED && centre.on) {
             // The rows of a tile are of one head.
             const u32 head = t.row / L.block_tokens, token = t.row - head * L.block_tokens, d = t.column * N;
             const Turned<E> turned = centre.of<E, ON>(head, d);
             centre.of_kind(d, [&](auto kind) {
 #pragma unroll
-                for (u32 k = 0; k < LANE_ROWS; k++) put(k, centre.quick<E, kind.other>(decode(k), turned, token + k * t.stride(), d));
+                for (u32 k = 0; k < LANE_ROWS; k++) put(k, centre.quick<E, kind.other>(decode(k, Limited<true>()), turned, token + k * t.stride(), d));
             });
             return;
         }
+#pragma unroll
+        for (u32 k = 0; k < LANE_ROWS; k++) put(k, decode(k, Limited<true>()));
+        return;
     }
 #pragma unroll
-    for (u32 k = 0; k < LANE_ROWS; k++) put(k, decode(k));
+    for (u32 k = 0; k < LANE_ROWS; k++) put(k, decode(k, Limited<false>()));
     if (CENTRED && centre.on) {
 #pragma unroll 1
         for (u32 k = 0; k < LANE_ROWS; k++) {
@@ -455,6 +469,15 @@ template <u32 E> __device__ __forceinline__ bool in_halves(const Plane& p, const
     return centre.halves<E>() && p.dim / Vector<E>::N % (2 * TILE_COLUMNS) == 0;
 }
 
+// Columns of either half of which some element may be too large for its centre. Rare, so it is kept out of the way of the others.
+template <u32 E, class Place> __device__ __noinline__ void decode_exactly(const Layout& L, Plane p, Centre centre, Tile<E> t, u32 half, Place place) {
+    const u32 head = t.row / L.block_tokens;
+    const auto target = [&](u32 row) { return place.target(head, row); };
+    decode_tile<E>(L, p, centre, t, target);
+    t.column += half;
+    decode_tile<E>(L, p, centre, t, target);
+}
+
 // Decodes keys of which a lane may have a column of either half of the dims, whose turns are one: tiles from `first` on, `apart` from each other.
 // `place` says where the first half of each is, and `place.target` where a row goes, or 0.
 template <u32 E, class Place>
@@ -480,25 +503,27 @@ __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, C
             const u64 at = leasts_of<E>(L, p, t.row, d + of * half * N);
             unpack<E>(__ldg((const uint4*)at), least[of]), unpack<E>(__ldg((const uint4*)(at + p.scale_bytes / 2)), step[of]);
 #pragma unroll
-            for (u32 i = 0; i < N; i++) near &= __fmaf_rn(2.0f * MOST, step[of][i], fabsf(least[of][i])) <= finite_max<E>() - centre.most;
+            for (u32 i = 0; i < N; i++) near &= leaves_room(least[of][i], step[of][i], finite_max<E>() - centre.most);
         }
         // Behind the loads that take longest.
         if (turn == first) centre.turn<E>();
         if (tile != turn + threadIdx.x / 32) break;
         const u32 head = t.row / L.block_tokens, token = t.row - head * L.block_tokens;
+        if (!near) {
+            decode_exactly<E>(L, p, centre, t, half, place);
+            continue;
+        }
         const auto decode = [&](u32 of, u32 k) {
             float x[N];
 #pragma unroll
-            for (u32 i = 0; i < N; i++) x[i] = saturated<E>(decoded(Codes<E>::code(codes[of][k], i), least[of][i], step[of][i]));
+            for (u32 i = 0; i < N; i++) x[i] = decoded(Codes<E>::code(codes[of][k], i), least[of][i], step[of][i]);
             return pack<E>(x);
         };
 #pragma unroll
         for (u32 k = 0; k < LANE_ROWS; k++) {
-            const u32 row = t.row + k * t.stride();
             uint4 x = decode(0, k), y = decode(1, k);
-            if (near) centre.quick_halves<E, ON>(x, y, centre.turned + head * p.dim + d, token + k * t.stride(), d);
-            else x = centre.shifted<E, ON>(x, row, d), y = centre.shifted<E, ON>(y, row, d + half * N);
-            const u64 target = place.target(head, row);
+            centre.quick_halves<E, ON>(x, y, centre.turned + head * p.dim + d, token + k * t.stride(), d);
+            const u64 target = place.target(head, t.row + k * t.stride());
             uint4* const to = (uint4*)target + t.column;
             if (target != 0) __stcs(to, x), __stcs(to + half, y);
         }

@@ -150,7 +150,8 @@ fn every_fast_kernel_has_a_plain_twin() {
             .filter(|name| !name.starts_with("plain_") && name != "signal")
             .partition(|name| name.starts_with("halves_"));
         assert!(fast.len() == if source == CACHE { 4 } else { 9 }, "{fast:?}");
-        assert!(halves.is_empty() || halves.len() == 6, "{halves:?}");
+        // Those that take centres off rows of rotated formats are the same for all pairs.
+        assert!([0, 4, 6].contains(&halves.len()), "{halves:?}");
         for name in fast.iter().chain(&halves) {
             assert!(left.contains(&format!("plain_{}", name.trim_start_matches("halves_"))), "{name}");
             assert!(left.contains(&format!("gone_{name}")) && !left.contains(name), "{name}");
