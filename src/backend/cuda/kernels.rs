@@ -280,8 +280,15 @@ impl Kernels {
             let centred = tables.as_ref().filter(|_| planes.contains(&Plane::Key));
             let halves = centred.is_some_and(|tables| has_halves(block, &tables.at));
             let function = |module: &Arc<Module>, name: &str| {
-                let is_for_halves = halves && !(rotated && name == "seal");
-                let function = pick(module, if is_for_halves { "halves_" } else { "" }, name, element)?;
+                // Those of groups know the length of a row, and seals of rotated rows take centres off in a way of their own.
+                let kind = match (format, block.key_dim) {
+                    _ if !halves || rotated && name == "seal" => "",
+                    (Format::Int4 | Format::Int2, 64) => "halves64_",
+                    (Format::Int4 | Format::Int2, 128) => "halves128_",
+                    (Format::Int4 | Format::Int2, _) => "",
+                    _ => "halves_",
+                };
+                let function = pick(module, kind, name, element)?;
                 // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise. To put centres back wants a
                 // cache for their tables beside it.
                 if rotated {

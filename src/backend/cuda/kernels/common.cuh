@@ -200,6 +200,20 @@ template <u32 E> __device__ __forceinline__ uint4 pack(const float* x) {
     return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
+// The same of half a vector of elements of two bytes.
+template <u32 E> __device__ __forceinline__ void unpack(const uint2& v, float* x) {
+    float all[8];
+    unpack<E>(make_uint4(v.x, v.y, 0, 0), all);
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) x[i] = all[i];
+}
+
+template <u32 E> __device__ __forceinline__ uint2 pack_half(const float* x) {
+    const float all[8] = {x[0], x[1], x[2], x[3]};
+    const uint4 v = pack<E>(all);
+    return make_uint2(v.x, v.y);
+}
+
 // The largest |x| of a vector as bits; a NaN or infinity gives bits of at least infinity.
 template <u32 E> __device__ __forceinline__ u32 abs_max_bits(const uint4& v) {
     const u32 w[4] = {v.x, v.y, v.z, v.w};
@@ -363,22 +377,15 @@ struct Centre {
         }
     }
 
-    // Has the thread block keep the means of all heads in shared memory, if they fit. All threads call it, best behind loads that take longer. With
-    // `FELLOWS`, for pairs that lie apart, also those of the other dims, with the signs that they are added with to take centres off.
-    template <u32 E, bool FELLOWS = false> __device__ __forceinline__ void turn() {
+    // Has the thread block keep the means of all heads in shared memory, if they fit. All threads call it, best behind loads that take longer.
+    template <u32 E> __device__ __forceinline__ void turn() {
         if constexpr (CENTRED) {
-            alignas(16) __shared__ float here[TURNED_MAX * (FELLOWS ? 2 : 1)];
+            alignas(16) __shared__ float here[TURNED_MAX];
             if (!fits<E>() || heads * dim > TURNED_MAX) return;
             for (u32 i = 4 * threadIdx.x; i < heads * dim; i += 4 * blockDim.x) {
                 float own[4];
-                const u32 head = i / dim, d = i % dim;
-                turned4(head, d, own);
+                turned4(i / dim, i % dim, own);
                 *(float4*)(here + i) = make_float4(own[0], own[1], own[2], own[3]);
-                if (FELLOWS) {
-                    const bool first = d < apart;
-                    *(float4*)(here + TURNED_MAX + (first ? i + apart : i - apart)) =
-                        first ? make_float4(-own[0], -own[1], -own[2], -own[3]) : make_float4(own[0], own[1], own[2], own[3]);
-                }
             }
             __syncthreads();
             turned = here;
@@ -439,23 +446,6 @@ struct Centre {
             }
         }
         a = pack<E>(x), b = pack<E>(y);
-    }
-
-    // Takes the centre off one vector of such a row, alone. Fellows are kept too.
-    template <u32 E> __device__ __forceinline__ void quick_half(uint4& v, const float* own, u32 token, u32 d) const {
-        constexpr u32 N = Vector<E>::N;
-        const u32 at = token * pairs + (d < apart ? d : d - apart);
-        float x[N];
-        unpack<E>(v, x);
-#pragma unroll
-        for (u32 first = 0; first < N; first += 4) {
-            float p[4], q[4], c[4], s[4];
-            load_shared(own + first, p), load_shared(own + TURNED_MAX + first, q);
-            load_table<4>(cos + at + first, c), load_table<4>(sin + at + first, s);
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) x[first + i] = __fmaf_rn(q[i], s[i], __fmaf_rn(-p[i], c[i], x[first + i]));
-        }
-        v = pack<E>(x);
     }
 
     // Calls `f` with the `Kind` of the vector from dim `d` on: a loop in it does not have to ask again.
@@ -624,18 +614,19 @@ __device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool 
         else read_plane<E>(L, r, true); \
     }
 
-// Those for centred keys of two bytes an element whose pairs lie half a row apart, with registers of their own. Other keys are not fast here.
-#define HALVES_DECODES(E, NAME, DECODES) \
-    extern "C" __global__ void DECODES halves_reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { \
-        reopen_plane_of_halves<E>(L, fetched(s + step_of())); \
+// Those for centred keys of two bytes an element whose pairs lie half a row apart, with registers of their own. Other keys are not fast here. What comes last is
+// what their functions take as template arguments.
+#define HALVES_DECODES(KIND, NAME, DECODES, ...) \
+    extern "C" __global__ void DECODES KIND##_reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { \
+        reopen_plane_of_halves<__VA_ARGS__>(L, fetched(s + step_of())); \
     } \
-    extern "C" __global__ void DECODES halves_read_##NAME(const __grid_constant__ Layout L, const Read* steps) { \
+    extern "C" __global__ void DECODES KIND##_read_##NAME(const __grid_constant__ Layout L, const Read* steps) { \
         const Read& r = fetched(steps + blockIdx.x); \
         if (r.raw >> plane_of_read(L) & 1) gather_raw(L, r, false); \
-        else read_plane_of_halves<E>(L, r); \
+        else read_plane_of_halves<__VA_ARGS__>(L, r); \
     }
-#define HALVES_KERNELS(E, NAME, SEALS, DECODES) \
-    extern "C" __global__ void SEALS halves_seal_##NAME(const __grid_constant__ Layout L, const Convert* s, u32 count) { \
-        seal_plane_of_halves<E>(L, fetched(s + step_of())); \
+#define HALVES_KERNELS(KIND, NAME, SEALS, DECODES, ...) \
+    extern "C" __global__ void SEALS KIND##_seal_##NAME(const __grid_constant__ Layout L, const Convert* s, u32 count) { \
+        seal_plane_of_halves<__VA_ARGS__>(L, fetched(s + step_of())); \
     } \
-    HALVES_DECODES(E, NAME, DECODES)
+    HALVES_DECODES(KIND, NAME, DECODES, __VA_ARGS__)

@@ -53,18 +53,21 @@ template <bool B> struct Limited {
     static constexpr bool limited = B;
 };
 
-// Codes of one vector: the first in the lowest bits.
+// Codes beside each other, the first in the lowest bits.
+template <u32 N> __device__ __forceinline__ u32 packed(const u32* codes) {
+    // The exponents add up to a constant.
+    constexpr u32 EXPONENTS = 0x4b000000u + (0x4b000000u << BITS) + (BITS == 2 ? 0x4b000000u << 4 : 0) + (BITS == 2 ? 0x4b000000u << 6 : 0);
+    u32 word = codes[N - 1];
+#pragma unroll
+    for (int i = N - 2; i >= 0; i--) word = (word << BITS) + codes[i];
+    return word - EXPONENTS;
+}
+
+// Codes of one vector.
 template <u32 E> struct Codes {
     static constexpr u32 N = Vector<E>::N, BYTES = Vector<E>::N * BITS / 8;
 
-    __device__ __forceinline__ static u32 pack(const u32* codes) {
-        // The exponents add up to a constant.
-        constexpr u32 EXPONENTS = 0x4b000000u + (0x4b000000u << BITS) + (BITS == 2 ? 0x4b000000u << 4 : 0) + (BITS == 2 ? 0x4b000000u << 6 : 0);
-        u32 word = codes[N - 1];
-#pragma unroll
-        for (int i = N - 2; i >= 0; i--) word = (word << BITS) + codes[i];
-        return word - EXPONENTS;
-    }
+    __device__ __forceinline__ static u32 pack(const u32* codes) { return packed<N>(codes); }
 
     __device__ __forceinline__ static u32 code(u32 word, u32 i) { return word >> BITS * i & ((1 << BITS) - 1); }
 
@@ -90,19 +93,14 @@ template <u32 E> __device__ __forceinline__ bool are_vectors(const Layout& L, co
 template <u32 E> struct Tile {
     u32 row, column;
     bool active;
-    Tile() = default;
+    // From this row and this column on.
+    __device__ __forceinline__ Tile(u32 row, u32 column)
+        : row(row + threadIdx.x % 32 / TILE_COLUMNS), column(column + threadIdx.x % TILE_COLUMNS), active(true) {}
     __device__ __forceinline__ Tile(const Plane& p, u32 tile) {
         const u32 lane = threadIdx.x % 32, per_row = p.dim / Vector<E>::N, across = (per_row + TILE_COLUMNS - 1) / TILE_COLUMNS;
         row = tile / across * TILE_ROWS + lane / TILE_COLUMNS;
         column = tile % across * TILE_COLUMNS + lane % TILE_COLUMNS;
         active = column < per_row;
-    }
-    // Of the first half of the dims, `across` tiles of it.
-    __device__ __forceinline__ static Tile of_half(u32 tile, u32 across) {
-        Tile t;
-        t.row = tile / across * TILE_ROWS + threadIdx.x % 32 / TILE_COLUMNS, t.column = tile % across * TILE_COLUMNS + threadIdx.x % TILE_COLUMNS;
-        t.active = true;
-        return t;
     }
     __device__ __forceinline__ static u32 count(const Plane& p, u32 rows) {
         return rows / TILE_ROWS * ((p.dim / Vector<E>::N + TILE_COLUMNS - 1) / TILE_COLUMNS);
@@ -228,15 +226,13 @@ template <u32 E> __device__ __noinline__ bool seal_exactly(const Layout& L, cons
     return seal_keys<E>(L, p, t, v);
 }
 
-// With `HALVES` keys are pairs that lie half a row apart, and the thread block keeps their means.
-template <u32 E, bool HALVES = false> __device__ __forceinline__ void seal_tiles(const Layout& L, const Convert& s, const Plane& p) {
+// With `VALUES` it is known that they are none of keys.
+template <u32 E, bool VALUES = false> __device__ __forceinline__ void seal_tiles(const Layout& L, const Convert& s, const Plane& p) {
     constexpr u32 N = Vector<E>::N;
-    Centre centre(L, plane_of(L), s.index);
-    const u32 count = Tile<E>::count(p, p.rows), warps = blockDim.x / 32;
+    const bool keys = !VALUES && p.keys;
+    const Centre centre(L, plane_of(L), s.index);
     bool bad = false;
-    // The whole block takes every turn.
-    for (u32 first = 0; first < count; first += warps) {
-        const u32 tile = min(first + threadIdx.x / 32, count - 1);
+    for (u32 tile = threadIdx.x / 32; tile < Tile<E>::count(p, p.rows); tile += blockDim.x / 32) {
         const Tile<E> t(p, tile);
         uint4 v[LANE_ROWS];
 #pragma unroll
@@ -244,22 +240,14 @@ template <u32 E, bool HALVES = false> __device__ __forceinline__ void seal_tiles
             v[k] = make_uint4(0, 0, 0, 0);
             if (t.active) v[k] = __ldcs((const uint4*)(p.raw + (u64)(t.row + k * t.stride()) * p.row_bytes) + t.column);
         }
-        if (HALVES && p.keys && first == 0) centre.turn<E, true>();
-        if (tile != first + threadIdx.x / 32) break;
-        if (!CENTRED || !p.keys) {
-            bad |= p.keys ? seal_keys<E>(L, p, t, v) : seal_values<E>(L, p, t, v);
+        if (!CENTRED || !keys) {
+            bad |= keys ? seal_keys<E>(L, p, t, v) : seal_values<E>(L, p, t, v);
             continue;
         }
         // The rows of a tile are of one head. Lanes that have no column look at the first.
         const u32 head = t.row / L.block_tokens, token = t.row - head * L.block_tokens, d = t.active ? t.column * N : 0;
         bool again = !centre.fits<E>();
-        if (HALVES) {
-            const float* own = centre.turned + head * p.dim + d;
-#pragma unroll
-            for (u32 k = 0; k < LANE_ROWS; k++) {
-                if (t.active) centre.quick_half<E>(v[k], own, token + k * t.stride(), d);
-            }
-        } else if (!again) {
+        if (!again) {
             const Turned<E> turned = centre.of<E, OFF>(head, d);
             centre.of_kind(d, [&](auto kind) {
 #pragma unroll
@@ -268,8 +256,8 @@ template <u32 E, bool HALVES = false> __device__ __forceinline__ void seal_tiles
                     if (t.active) v[k] = x;
                 }
             });
+            again = seal_keys<E>(L, p, t, v);
         }
-        if (!again) again = seal_keys<E>(L, p, t, v);
         if (__any_sync(0xffffffffu, again)) bad |= seal_exactly<E>(L, s, tile);
     }
     if (bad) raise(s.flag);
@@ -329,18 +317,19 @@ template <u32 E> __device__ __forceinline__ void seal_plane(const Layout& L, con
 // ---------------------------------------------------------------------------------------------------------------------
 // Decode
 
-// Tiles of a plane, as many rows of each as `target` wants: it says where a row goes, or 0.
-template <u32 E, class Target>
+// Tiles of a plane, as many rows of each as `target` wants: it says where a row goes, or 0. Of values if it is known.
+template <u32 E, bool VALUES = false, class Target>
 __device__ __forceinline__ void decode_tile(const Layout& L, const Plane& p, const Centre& centre, const Tile<E>& t, Target target) {
     constexpr u32 N = Vector<E>::N;
     if (!t.active) return;
+    const bool keys = !VALUES && p.keys, centred = CENTRED && !VALUES && centre.on;
     u32 codes[LANE_ROWS];
 #pragma unroll
     for (u32 k = 0; k < LANE_ROWS; k++) {
         codes[k] = Codes<E>::load(p.codes + (u64)(t.row + k * t.stride()) * p.code_bytes + t.column * Codes<E>::BYTES);
     }
     float least[N], step[N];
-    if (p.keys) {
+    if (keys) {
         const u64 at = leasts_of<E>(L, p, t.row, t.column * N);
         unpack<E>(__ldg((const uint4*)at), least), unpack<E>(__ldg((const uint4*)(at + p.scale_bytes / 2)), step);
     } else {
@@ -352,15 +341,15 @@ __device__ __forceinline__ void decode_tile(const Layout& L, const Plane& p, con
         }
     }
     // Whether no element of the lane's is too large, also with what may be added to it.
-    const float most = finite_max<E>() - (CENTRED && centre.on ? centre.most : 0.0f);
-    bool near = !p.keys || !CENTRED || !centre.on || centre.fits<E>();
+    const float most = finite_max<E>() - (centred ? centre.most : 0.0f);
+    bool near = !keys || !centred || centre.fits<E>();
 #pragma unroll
     for (u32 i = 0; i < N; i++) near &= leaves_room(least[i], step[i], most);
     const auto decode = [&](u32 k, auto kind) {
         float x[N];
         float m = least[k % N], s = step[k % N];
         bool limited = kind.limited;
-        if (!p.keys && k >= N) {
+        if (!keys && k >= N) {
             const u64 at = leasts_of<E>(L, p, t.row + k * t.stride(), t.column * N / GROUP);
             m = load<E>((const u8*)at), s = load<E>((const u8*)at + p.scale_bytes / 2);
             limited = false;
@@ -368,7 +357,7 @@ __device__ __forceinline__ void decode_tile(const Layout& L, const Plane& p, con
 #pragma unroll
         for (u32 i = 0; i < N; i++) {
             const u32 code = Codes<E>::code(codes[k], i);
-            x[i] = p.keys ? decoded(code, least[i], step[i]) : decoded(code, m, s);
+            x[i] = keys ? decoded(code, least[i], step[i]) : decoded(code, m, s);
             if (!limited) x[i] = saturated<E>(x[i]);
         }
         return pack<E>(x);
@@ -378,7 +367,7 @@ __device__ __forceinline__ void decode_tile(const Layout& L, const Plane& p, con
         if (to != 0) __stcs((uint4*)to + t.column, v);
     };
     if (near) {
-        if (CENTRED && centre.on) {
+        if (centred) {
             // The rows of a tile are of one head.
             const u32 head = t.row / L.block_tokens, token = t.row - head * L.block_tokens, d = t.column * N;
             const Turned<E> turned = centre.of<E, ON>(head, d);
@@ -394,7 +383,7 @@ __device__ __forceinline__ void decode_tile(const Layout& L, const Plane& p, con
     }
 #pragma unroll
     for (u32 k = 0; k < LANE_ROWS; k++) put(k, decode(k, Limited<false>()));
-    if (CENTRED && centre.on) {
+    if (centred) {
 #pragma unroll 1
         for (u32 k = 0; k < LANE_ROWS; k++) {
             const u32 row = t.row + k * t.stride();
@@ -415,12 +404,12 @@ __device__ __forceinline__ float decode_one(const Layout& L, const Plane& p, con
 }
 
 // Decodes a whole plane back to rows as they were.
-template <u32 E> __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
+template <u32 E, bool VALUES = false> __device__ __forceinline__ void reopen_plane(const Layout& L, const Convert& s, bool plain) {
     const Plane p(L, s.to, s.from, plane_of(L));
     const Centre centre(L, plane_of(L), s.index);
     if (!plain && are_vectors<E>(L, p)) {
         for (u32 tile = threadIdx.x / 32; tile < Tile<E>::count(p, p.rows); tile += blockDim.x / 32) {
-            decode_tile<E>(L, p, centre, Tile<E>(p, tile), [&](u32 row) { return p.raw + (u64)row * p.row_bytes; });
+            decode_tile<E, VALUES>(L, p, centre, Tile<E>(p, tile), [&](u32 row) { return p.raw + (u64)row * p.row_bytes; });
         }
         return;
     }
@@ -430,7 +419,7 @@ template <u32 E> __device__ __forceinline__ void reopen_plane(const Layout& L, c
 }
 
 // Gathers and decodes tokens of one layer: [kv_head][token][dim] to [tokens, kv_heads, dim].
-template <u32 E> __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
+template <u32 E, bool VALUES = false> __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool plain) {
     const u32 plane = plane_of_read(L), row_bytes = L.row_bytes[plane];
     const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
     const Centre centre(L, 2 * r.layer + plane, r.index);
@@ -445,7 +434,7 @@ template <u32 E> __device__ __forceinline__ void read_plane(const Layout& L, con
             const u32 head = i / of_head;
             Tile<E> t(p, i % of_head);
             t.row += head * L.block_tokens + begin;
-            decode_tile<E>(L, p, centre, t, [&](u32 row) -> u64 {
+            decode_tile<E, VALUES>(L, p, centre, t, [&](u32 row) -> u64 {
                 const u32 token = row - head * L.block_tokens - r.first_token;
                 return token < r.tokens ? output + (u64)(token * L.kv_heads + head) * row_bytes : 0;
             });
@@ -464,128 +453,237 @@ FORMAT_KERNELS(F32, f32)
 
 // ---------------------------------------------------------------------------------------------------------------------
 #if CENTRED
-// Whether a lane may have a column of either half of a head's dims: both dims of its pairs.
-template <u32 E> __device__ __forceinline__ bool in_halves(const Plane& p, const Centre& centre) {
-    return centre.halves<E>() && p.dim / Vector<E>::N % (2 * TILE_COLUMNS) == 0;
+// Keys whose dims are pairs half a row apart, in rows of DIM elements of two bytes: a length that is known makes addresses cheap.
+
+// A lane has four dims of 16 rows of a tile, or of either half of a row: so few that what its rows have in common stays in registers.
+enum { DIMS = 4, ROWS_BESIDE = 4 };
+
+// The tiles are those of `Tile`.
+template <u32 E, u32 DIM> __device__ __forceinline__ void seal_halves(const Layout& L, const Convert& s, const Plane& p) {
+    constexpr u32 COLUMNS = 16, ROWS = 16, APART = 2, HALF = DIM / 2, ACROSS = DIM / (COLUMNS * DIMS);
+    constexpr u32 ROW = DIM * sizeof(u16), CODES = DIM * BITS / 8;
+    Centre centre(L, plane_of(L), s.index);
+    const u32 count = Tile<E>::count(p, p.rows), warps = blockDim.x / 32, lane = threadIdx.x % 32;
+    bool bad = false;
+    // The whole block takes every turn.
+    for (u32 first = 0; first < count; first += warps) {
+        const u32 tile = min(first + threadIdx.x / 32, count - 1);
+        const u32 row = tile / ACROSS * TILE_ROWS + lane / COLUMNS, d = (tile % ACROSS * COLUMNS + lane % COLUMNS) * DIMS;
+        const u64 from = p.raw + (u64)row * ROW + d * sizeof(u16);
+        uint2 v[ROWS];
+#pragma unroll
+        for (u32 k = 0; k < ROWS; k++) v[k] = __ldcs((const uint2*)(from + k * APART * ROW));
+        // Behind the loads that take longest.
+        if (first == 0) centre.turn<E>();
+        if (tile != first + threadIdx.x / 32) break;
+        const u32 head = row / L.block_tokens, token = row - head * L.block_tokens;
+        const bool in_first = d < HALF;
+        float own[DIMS], other[DIMS];
+        load_shared(centre.turned + head * DIM + d, own), load_shared(centre.turned + head * DIM + (in_first ? d + HALF : d - HALF), other);
+#pragma unroll
+        for (u32 i = 0; i < DIMS; i++) other[i] = in_first ? other[i] : -other[i];
+        const float* const cos = centre.cos + token * HALF + (in_first ? d : d - HALF);
+        const float* const sin = centre.sin + (cos - centre.cos);
+#pragma unroll
+        for (u32 k = 0; k < ROWS; k++) {
+            float x[DIMS], c[DIMS], s[DIMS];
+            unpack<E>(v[k], x);
+            load_constant(cos + k * APART * HALF, c), load_constant(sin + k * APART * HALF, s);
+#pragma unroll
+            for (u32 i = 0; i < DIMS; i++) x[i] = __fmaf_rn(other[i], s[i], __fmaf_rn(-own[i], c[i], x[i]));
+            v[k] = pack_half<E>(x);
+        }
+        uint2 low = v[0], high = v[0];
+        const auto widen = [&](const uint2& a, const uint2& b) {
+            low = make_uint2(lesser<E>(low.x, a.x), lesser<E>(low.y, a.y)), high = make_uint2(greater<E>(high.x, b.x), greater<E>(high.y, b.y));
+        };
+#pragma unroll
+        for (u32 k = 1; k < ROWS; k++) widen(v[k], v[k]);
+        const auto fellow = [&](u32 word) { return __shfl_xor_sync(0xffffffffu, word, COLUMNS); };
+        const uint2 a = make_uint2(fellow(low.x), fellow(low.y)), b = make_uint2(fellow(high.x), fellow(high.y));
+        widen(a, b);
+        float least[DIMS], half_least[DIMS], step[DIMS], inverse[DIMS], most[DIMS];
+        unpack<E>(low, least), unpack<E>(high, most);
+        bool fine = true;
+#pragma unroll
+        for (u32 i = 0; i < DIMS; i++) {
+            const Group g = Group::of<E>(least[i], most[i]);
+            least[i] = g.least, half_least[i] = g.half_least, step[i] = g.step, inverse[i] = g.inverse;
+            fine &= g.finite;
+        }
+        // Centres were taken off as if all were finite.
+        if (!__all_sync(0xffffffffu, fine)) {
+            bad |= seal_exactly<E>(L, s, tile);
+            continue;
+        }
+        const u64 leasts = leasts_of<E>(L, p, row, d);
+        if (lane < COLUMNS) __stcs((uint2*)leasts, pack_half<E>(least));
+        else __stcs((uint2*)(leasts + p.scale_bytes / 2), pack_half<E>(step));
+        const u64 to = p.codes + (u64)row * CODES + d * BITS / 8;
+#pragma unroll
+        for (u32 k = 0; k < ROWS; k++) {
+            float x[DIMS];
+            u32 codes[DIMS];
+            unpack<E>(v[k], x);
+#pragma unroll
+            for (u32 i = 0; i < DIMS; i++) codes[i] = code_of(x[i], half_least[i], inverse[i]);
+            const u32 word = packed<DIMS>(codes);
+            if (BITS == 4) __stcs((u16*)(to + k * APART * CODES), (u16)word);
+            else __stcs((u8*)(to + k * APART * CODES), (u8)word);
+        }
+    }
+    if (bad) raise(s.flag);
 }
 
-// Columns of either half of which some element may be too large for its centre. Rare, so it is kept out of the way of the others.
-template <u32 E, class Place> __device__ __noinline__ void decode_exactly(const Layout& L, Plane p, Centre centre, Tile<E> t, u32 half, Place place) {
-    const u32 head = t.row / L.block_tokens;
-    const auto target = [&](u32 row) { return place.target(head, row); };
-    decode_tile<E>(L, p, centre, t, target);
-    t.column += half;
-    decode_tile<E>(L, p, centre, t, target);
+// Whole blocks, or rows of each head from the beginning of a tile on: where a tile of DIMS of up to 16 lanes begins, and where a row goes, or 0.
+template <u32 DIM> struct PlaceInBlock {
+    static constexpr u32 COLUMNS = DIM / 2 / DIMS < 16 ? DIM / 2 / DIMS : 16, ACROSS = DIM / 2 / DIMS / COLUMNS;
+    u64 raw;
+    __device__ __forceinline__ uint2 operator()(u32 tile) const { return make_uint2(tile / ACROSS * TILE_ROWS, tile % ACROSS * COLUMNS * DIMS); }
+    __device__ __forceinline__ u64 target(u32, u32 row) const { return raw + (u64)row * DIM * sizeof(u16); }
+};
+
+template <u32 DIM> struct PlaceInRead {
+    static constexpr u32 COLUMNS = PlaceInBlock<DIM>::COLUMNS, ACROSS = PlaceInBlock<DIM>::ACROSS;
+    const Layout& L;
+    const Read& r;
+    u64 output;
+    u32 begin, of_head;
+    __device__ __forceinline__ PlaceInRead(const Layout& L, const Read& r, u64 output) : L(L), r(r), output(output) {
+        begin = r.first_token / TILE_ROWS * TILE_ROWS;
+        of_head = (r.first_token + r.tokens - begin + TILE_ROWS - 1) / TILE_ROWS * ACROSS;
+    }
+    __device__ __forceinline__ uint2 operator()(u32 tile) const {
+        const u32 head = tile / of_head, of = tile % of_head;
+        return make_uint2(head * L.block_tokens + begin + of / ACROSS * TILE_ROWS, of % ACROSS * COLUMNS * DIMS);
+    }
+    __device__ __forceinline__ u64 target(u32 head, u32 row) const {
+        const u32 token = row - head * L.block_tokens - r.first_token;
+        return token < r.tokens ? output + (u64)(token * L.kv_heads + head) * (DIM * sizeof(u16)) : 0;
+    }
+};
+
+// A tile of which some element may be too large for its centre. Rare, so it is kept out of the way of the others.
+template <u32 E, u32 DIM, class Place> __device__ __noinline__ void decode_exactly(const Layout& L, Plane p, Centre centre, uint2 begin, Place place) {
+    const u32 head = begin.x / L.block_tokens;
+    for (u32 half = 0; half < 2; half++) {
+        Tile<E> t(begin.x, (begin.y + half * DIM / 2) / Vector<E>::N);
+        t.active = threadIdx.x % TILE_COLUMNS < Place::COLUMNS * DIMS / Vector<E>::N;
+        decode_tile<E>(L, p, centre, t, [&](u32 row) { return place.target(head, row); });
+    }
 }
 
-// Decodes keys of which a lane may have a column of either half of the dims, whose turns are one: tiles from `first` on, `apart` from each other.
-// `place` says where the first half of each is, and `place.target` where a row goes, or 0.
-template <u32 E, class Place>
+// Four codes of either half of a row, those of the second above.
+template <u32 DIM> __device__ __forceinline__ u32 load_halves(u64 at) {
+    constexpr u32 APART = DIM / 2 * BITS / 8;
+    if (BITS == 4) return __ldcs((const u16*)at) | (u32)__ldcs((const u16*)(at + APART)) << 16;
+    return __ldcs((const u8*)at) | (u32)__ldcs((const u8*)(at + APART)) << 16;
+}
+
+// Decodes tiles from `first` on, `apart` from each other.
+template <u32 E, u32 DIM, class Place>
 __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, Centre centre, u32 tiles, u32 first, u32 apart, Place place) {
-    constexpr u32 N = Vector<E>::N;
-    const u32 half = p.dim / N / 2;
+    constexpr u32 COLUMNS = Place::COLUMNS, ROWS = COLUMNS, APART = 32 / COLUMNS, HALF = DIM / 2, CODES = DIM * BITS / 8;
+    const u32 lane = threadIdx.x % 32;
     // The whole block takes every turn.
     for (u32 turn = first; turn < tiles; turn += apart) {
         const u32 tile = min(turn + threadIdx.x / 32, tiles - 1);
-        const Tile<E> t = place(tile);
-        const u32 d = t.column * N;
-        u32 codes[2][LANE_ROWS];
+        const uint2 begin = place(tile);
+        u32 row = begin.x + lane / COLUMNS;
+        const u32 d = begin.y + lane % COLUMNS * DIMS;
+        u64 from = p.codes + (u64)row * CODES + d * BITS / 8;
+        u32 codes[ROWS_BESIDE];
+        const auto load = [&] {
 #pragma unroll
-        for (u32 k = 0; k < LANE_ROWS; k++) {
-            const u64 at = p.codes + (u64)(t.row + k * t.stride()) * p.code_bytes + t.column * Codes<E>::BYTES;
-            codes[0][k] = Codes<E>::load(at), codes[1][k] = Codes<E>::load(at + half * Codes<E>::BYTES);
-        }
-        float least[2][N], step[2][N];
+            for (u32 k = 0; k < ROWS_BESIDE; k++) codes[k] = load_halves<DIM>(from + k * APART * CODES);
+            from += ROWS_BESIDE * APART * CODES;
+        };
+        load();
+        float least[2][DIMS], step[2][DIMS];
         // No element is so large then that a centre could make it too large.
         bool near = true;
 #pragma unroll
-        for (u32 of = 0; of < 2; of++) {
-            const u64 at = leasts_of<E>(L, p, t.row, d + of * half * N);
-            unpack<E>(__ldg((const uint4*)at), least[of]), unpack<E>(__ldg((const uint4*)(at + p.scale_bytes / 2)), step[of]);
+        for (u32 half = 0; half < 2; half++) {
+            const u64 at = leasts_of<E>(L, p, row, d + half * HALF);
+            unpack<E>(__ldg((const uint2*)at), least[half]), unpack<E>(__ldg((const uint2*)(at + p.scale_bytes / 2)), step[half]);
 #pragma unroll
-            for (u32 i = 0; i < N; i++) near &= leaves_room(least[of][i], step[of][i], finite_max<E>() - centre.most);
+            for (u32 i = 0; i < DIMS; i++) near &= leaves_room(least[half][i], step[half][i], finite_max<E>() - centre.most);
         }
         // Behind the loads that take longest.
         if (turn == first) centre.turn<E>();
         if (tile != turn + threadIdx.x / 32) break;
-        const u32 head = t.row / L.block_tokens, token = t.row - head * L.block_tokens;
-        if (!near) {
-            decode_exactly<E>(L, p, centre, t, half, place);
+        if (!__all_sync(0xffffffffu, near)) {
+            decode_exactly<E, DIM>(L, p, centre, begin, place);
             continue;
         }
-        const auto decode = [&](u32 of, u32 k) {
-            float x[N];
+        const u32 head = row / L.block_tokens, token = row - head * L.block_tokens;
+        const float *cos = centre.cos + token * HALF + d, *sin = centre.sin + token * HALF + d;
+        float of_x[DIMS], of_y[DIMS];
+        load_shared(centre.turned + head * DIM + d, of_x), load_shared(centre.turned + head * DIM + d + HALF, of_y);
+        // A loop that stays one: of all rows at once the compiler would keep too much.
+#pragma unroll 1
+        for (u32 turns = ROWS / ROWS_BESIDE; turns > 0; turns--) {
+            u32 words[ROWS_BESIDE];
 #pragma unroll
-            for (u32 i = 0; i < N; i++) x[i] = decoded(Codes<E>::code(codes[of][k], i), least[of][i], step[of][i]);
-            return pack<E>(x);
-        };
+            for (u32 k = 0; k < ROWS_BESIDE; k++) words[k] = codes[k];
+            if (turns > 1) load();
 #pragma unroll
-        for (u32 k = 0; k < LANE_ROWS; k++) {
-            uint4 x = decode(0, k), y = decode(1, k);
-            centre.quick_halves<E, ON>(x, y, centre.turned + head * p.dim + d, token + k * t.stride(), d);
-            const u64 target = place.target(head, t.row + k * t.stride());
-            uint4* const to = (uint4*)target + t.column;
-            if (target != 0) __stcs(to, x), __stcs(to + half, y);
+            for (u32 k = 0; k < ROWS_BESIDE; k++) {
+                float x[DIMS], y[DIMS], c[DIMS], s[DIMS];
+#pragma unroll
+                for (u32 i = 0; i < DIMS; i++) {
+                    x[i] = decoded(words[k] >> i * BITS & ((1 << BITS) - 1), least[0][i], step[0][i]);
+                    y[i] = decoded(words[k] >> (16 + i * BITS) & ((1 << BITS) - 1), least[1][i], step[1][i]);
+                }
+                unpack<E>(pack_half<E>(x), x), unpack<E>(pack_half<E>(y), y);
+                Centre::load_table<DIMS>(cos + k * APART * HALF, c), Centre::load_table<DIMS>(sin + k * APART * HALF, s);
+#pragma unroll
+                for (u32 i = 0; i < DIMS; i++) {
+                    x[i] = __fmaf_rn(-of_y[i], s[i], __fmaf_rn(of_x[i], c[i], x[i]));
+                    y[i] = __fmaf_rn(of_x[i], s[i], __fmaf_rn(of_y[i], c[i], y[i]));
+                }
+                const u64 target = place.target(head, row + k * APART), to = target + d * sizeof(u16);
+                if (target != 0) __stcs((uint2*)to, pack_half<E>(x)), __stcs((uint2*)(to + HALF * sizeof(u16)), pack_half<E>(y));
+            }
+            row += ROWS_BESIDE * APART, cos += ROWS_BESIDE * APART * HALF, sin += ROWS_BESIDE * APART * HALF;
         }
     }
 }
 
-// Of a whole block.
-template <u32 E> struct PlaceInBlock {
-    u64 raw;
-    u32 row_bytes, across;
-    __device__ __forceinline__ Tile<E> operator()(u32 tile) const { return Tile<E>::of_half(tile, across); }
-    __device__ __forceinline__ u64 target(u32, u32 row) const { return raw + (u64)row * row_bytes; }
-};
-
-// Of a read: rows of each head from that of a tile's beginning on.
-template <u32 E> struct PlaceInRead {
-    const Layout& L;
-    const Read& r;
-    u64 output;
-    u32 row_bytes, across, begin, of_head;
-    __device__ __forceinline__ PlaceInRead(const Layout& L, const Read& r, const Plane& p, u64 output)
-        : L(L), r(r), output(output), row_bytes(p.row_bytes), across(p.dim / Vector<E>::N / 2 / TILE_COLUMNS) {
-        begin = r.first_token / TILE_ROWS * TILE_ROWS;
-        of_head = (r.first_token + r.tokens - begin + TILE_ROWS - 1) / TILE_ROWS * across;
-    }
-    __device__ __forceinline__ Tile<E> operator()(u32 tile) const {
-        const u32 head = tile / of_head;
-        Tile<E> t = Tile<E>::of_half(tile % of_head, across);
-        t.row += head * L.block_tokens + begin;
-        return t;
-    }
-    __device__ __forceinline__ u64 target(u32 head, u32 row) const {
-        const u32 token = row - head * L.block_tokens - r.first_token;
-        return token < r.tokens ? output + (u64)(token * L.kv_heads + head) * row_bytes : 0;
-    }
-};
-
-template <u32 E> __device__ __forceinline__ void seal_plane_of_halves(const Layout& L, const Convert& s) {
-    const Plane p(L, s.from, s.to, plane_of(L));
-    if (!are_vectors<E>(L, p) || p.keys && !Centre(L, plane_of(L), s.index).halves<E>()) plain_seal<E>(L, s, p);
-    else seal_tiles<E, true>(L, s, p);
+// Whether keys are for these kernels.
+template <u32 E, u32 DIM> __device__ __forceinline__ bool are_halves(const Layout& L, const Plane& p, const Centre& centre) {
+    return p.dim == DIM && are_vectors<E>(L, p) && centre.halves<E>();
 }
 
-template <u32 E> __device__ __forceinline__ void reopen_plane_of_halves(const Layout& L, const Convert& s) {
+template <u32 E, u32 DIM> __device__ __forceinline__ void seal_plane_of_halves(const Layout& L, const Convert& s) {
+    const Plane p(L, s.from, s.to, plane_of(L));
+    if (!p.keys && are_vectors<E>(L, p)) seal_tiles<E, true>(L, s, p);
+    else if (p.keys && are_halves<E, DIM>(L, p, Centre(L, plane_of(L), s.index))) seal_halves<E, DIM>(L, s, p);
+    else plain_seal<E>(L, s, p);
+}
+
+template <u32 E, u32 DIM> __device__ __forceinline__ void reopen_plane_of_halves(const Layout& L, const Convert& s) {
     const Plane p(L, s.to, s.from, plane_of(L));
     const Centre centre(L, plane_of(L), s.index);
-    if (!p.keys || !are_vectors<E>(L, p) || !in_halves<E>(p, centre)) return reopen_plane<E>(L, s, false);
-    const PlaceInBlock<E> place{p.raw, p.row_bytes, p.dim / Vector<E>::N / 2 / TILE_COLUMNS};
-    decode_halves<E>(L, p, centre, p.rows / TILE_ROWS * place.across, 0, blockDim.x / 32, place);
+    if (!p.keys) return reopen_plane<E, true>(L, s, false);
+    if (!are_halves<E, DIM>(L, p, centre)) return reopen_plane<E>(L, s, true);
+    const PlaceInBlock<DIM> place{p.raw};
+    decode_halves<E, DIM>(L, p, centre, p.rows / TILE_ROWS * place.ACROSS, 0, blockDim.x / 32, place);
 }
 
-template <u32 E> __device__ __forceinline__ void read_plane_of_halves(const Layout& L, const Read& r) {
-    const u32 plane = plane_of_read(L);
+template <u32 E, u32 DIM> __device__ __forceinline__ void read_plane_of_halves(const Layout& L, const Read& r) {
+    const u32 plane = plane_of_read(L), warps = blockDim.x / 32;
     const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
     const Centre centre(L, 2 * r.layer + plane, r.index);
     const u64 output = r.output[plane];
-    if (!p.keys || !are_vectors<E>(L, p) || (output & 15) != 0 || !in_halves<E>(p, centre)) return read_plane<E>(L, r, false);
-    const PlaceInRead<E> place(L, r, p, output);
-    const u32 warps = blockDim.x / 32;
-    decode_halves<E>(L, p, centre, L.kv_heads * place.of_head, blockIdx.z * warps, gridDim.z * warps, place);
+    if (!p.keys) return read_plane<E, true>(L, r, false);
+    if ((output & 15) != 0 || !are_halves<E, DIM>(L, p, centre)) return read_plane<E>(L, r, true);
+    const PlaceInRead<DIM> place(L, r, output);
+    decode_halves<E, DIM>(L, p, centre, L.kv_heads * place.of_head, blockIdx.z * warps, gridDim.z * warps, place);
 }
 
-HALVES_KERNELS(F16, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 2))
-HALVES_KERNELS(BF16, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 2))
+HALVES_KERNELS(halves64, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), F16, 64)
+HALVES_KERNELS(halves64, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), BF16, 64)
+HALVES_KERNELS(halves128, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), F16, 128)
+HALVES_KERNELS(halves128, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), BF16, 128)
 #endif

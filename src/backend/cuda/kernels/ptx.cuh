@@ -28,6 +28,11 @@ __device__ __forceinline__ uint4 load_shared(const u32* from) {
     return v;
 }
 
+// Four numbers of a table in device memory, when they are needed.
+__device__ __forceinline__ void load_constant(const float* from, float* to) {
+    asm volatile("ld.global.nc.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3]) : "l"(from));
+}
+
 // 16 bytes on their way to shared memory, or zeros.
 __device__ __forceinline__ void fetch_shared(SharedAddress to, u64 from, bool some) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(some ? 16u : 0u) : "memory");

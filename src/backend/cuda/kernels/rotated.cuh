@@ -883,8 +883,8 @@ template <u32 E> __device__ __forceinline__ void read_plane_of_halves(const Layo
     });
 }
 
-HALVES_DECODES(F16, f16, __launch_bounds__(256, 3))
-HALVES_DECODES(BF16, bf16, __launch_bounds__(256, 3))
+HALVES_DECODES(halves, f16, __launch_bounds__(256, 3), F16)
+HALVES_DECODES(halves, bf16, __launch_bounds__(256, 3), BF16)
 #endif
 
 FORMAT_KERNELS(F16, f16)

@@ -498,6 +498,6 @@ template <u32 E> __device__ __forceinline__ void read_plane_of_halves(const Layo
     decode_halves<E>(L, p, centre, output, r.first_token, r.tokens, blockIdx.z, gridDim.z, [&](u32 head, u32 token) { return token * L.kv_heads + head; });
 }
 
-HALVES_KERNELS(F16, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3))
-HALVES_KERNELS(BF16, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3))
+HALVES_KERNELS(halves, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), F16)
+HALVES_KERNELS(halves, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), BF16)
 #endif

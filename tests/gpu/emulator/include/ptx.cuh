@@ -9,6 +9,7 @@ inline void load_shared(const float* from, float* to) {
     const float4 v = *(const float4*)from;
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
 }
+inline void load_constant(const float* from, float* to) { load_shared(from, to); }
 inline uint4 load_shared(const u32* from) { return *(const uint4*)from; }
 
 // There when they are awaited, and no sooner.
