@@ -280,13 +280,13 @@ impl Kernels {
             let centred = tables.as_ref().filter(|_| planes.contains(&Plane::Key));
             let halves = centred.is_some_and(|tables| has_halves(block, &tables.at));
             let function = |module: &Arc<Module>, name: &str| {
-                // Those of groups know the length of a row, and seals of rotated rows take centres off in a way of their own.
+                // Seals of rotated rows take centres off in a way of their own, and others than those of whole rows know the length of one.
                 let kind = match (format, block.key_dim) {
                     _ if !halves || rotated && name == "seal" => "",
-                    (Format::Int4 | Format::Int2, 64) => "halves64_",
-                    (Format::Int4 | Format::Int2, 128) => "halves128_",
-                    (Format::Int4 | Format::Int2, _) => "",
-                    _ => "halves_",
+                    (Format::Int8 | Format::Fp8, _) => "halves_",
+                    (_, 64) => "halves64_",
+                    (_, 128) => "halves128_",
+                    _ => "",
                 };
                 let function = pick(module, kind, name, element)?;
                 // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise. To put centres back wants a

@@ -381,6 +381,11 @@ struct Centre {
     template <u32 E> __device__ __forceinline__ void turn() {
         if constexpr (CENTRED) {
             alignas(16) __shared__ float here[TURNED_MAX];
+            turn<E>(here);
+        }
+    }
+    template <u32 E> __device__ __forceinline__ void turn(float* here) {
+        if constexpr (CENTRED) {
             if (!fits<E>() || heads * dim > TURNED_MAX) return;
             for (u32 i = 4 * threadIdx.x; i < heads * dim; i += 4 * blockDim.x) {
                 float own[4];

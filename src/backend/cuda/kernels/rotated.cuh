@@ -107,6 +107,15 @@ struct DecodeTables : Signs {
     __device__ __forceinline__ float value(u32 offset) const { return *(const float*)((const u8*)values + offset); }
 };
 
+// What a thread block decodes with: either the one, or a row.
+union DecodeShared {
+    struct {
+        DecodeTables tables;
+        alignas(16) float turned[CENTRED ? TURNED_MAX : 4];
+    } fast;
+    float y[DIM_MAX];
+};
+
 struct SealTables : Signs {
 #if CENTRED
     // The means of the head whose rows a warp seals, after the turn of the block: both dims of each pair, to be added.
@@ -749,16 +758,13 @@ __device__ __forceinline__ void seal_planes(const Layout& L, const Convert* s, u
 
 template <u32 E, typename F>
 __device__ __forceinline__ void decode_plane(const Layout& L, const Plane& p, Centre centre, u64 output, u32 rows, u32 part, u32 parts, bool plain, F place) {
-    __shared__ union Shared {
-        DecodeTables tables;
-        float y[DIM_MAX];
-    } S;
+    __shared__ DecodeShared S;
     if (plain || !is_fast(p, output)) return plain_decode_rows<E>(L, p, centre, S.y, output, rows, part, parts, place);
-    S.tables.template fill<E>();
-    centre.turn<E>();
+    S.fast.tables.template fill<E>();
+    centre.turn<E>(S.fast.turned);
     const u32 lanes = p.dim / PER_THREAD;
-    if (lanes == 4) decode_rows<E>(p, centre, S.tables, 4, output, rows, part, parts, place);
-    else decode_rows<E>(p, centre, S.tables, lanes, output, rows, part, parts, place);
+    if (lanes == 4) decode_rows<E>(p, centre, S.fast.tables, 4, output, rows, part, parts, place);
+    else decode_rows<E>(p, centre, S.fast.tables, lanes, output, rows, part, parts, place);
 }
 
 template <u32 E>
@@ -778,64 +784,68 @@ __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool 
 }
 
 #if CENTRED
-// Decodes rows as `decode_rows` does where both dims of a pair are half a row apart, with what a row needs loaded before its turn.
-template <u32 E, typename F>
-__device__ __forceinline__ void decode_halves(const Plane& p, Centre centre, u32 lanes, u64 output, u32 rows, u32 part, u32 parts, F place) {
-    constexpr u32 N = Vector<E>::N, STEP = 4;
-    __shared__ DecodeTables tables;
-    const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, apart = blockDim.x / lanes * parts;
-    const float shorten = inverse_root(lanes * PER_THREAD);
+// Keys whose dims are pairs half a row apart, in rows of DIM elements of two bytes: decodes them as `decode_rows` does, with what a row needs on its way
+// before its turn.
+template <u32 E, u32 DIM, typename F>
+__device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, Centre centre, u64 output, u32 rows, u32 part, u32 parts, F place) {
+    __shared__ DecodeShared S;
+    if (p.dim != DIM || !is_fast(p, output) || !centre.halves<E>()) return plain_decode_rows<E>(L, p, centre, S.y, output, rows, part, parts, place);
+    DecodeTables& tables = S.fast.tables;
+    constexpr u32 LANES = DIM / PER_THREAD, HALF = DIM / 2, STEP = 4, CODES = DIM * BITS / 8, ROW = DIM * sizeof(u16);
+    const u32 lane = threadIdx.x % LANES, begin = part * (blockDim.x / LANES) + threadIdx.x / LANES, apart = blockDim.x / LANES * parts;
+    const float shorten = inverse_root(DIM);
     // No element is so large then that the centre could make it too large.
-    const float bound = (finite_max<E>() - centre.most) / (3.0f * PER_THREAD * lanes);
-    u32 first = part * (blockDim.x / lanes) + group, words[UNITS];
+    const float bound = (finite_max<E>() - centre.most) / (3.0f * DIM);
+    u32 first = begin, words[UNITS];
     uint2 at;
     float factor;
     const auto fetch = [&] {
         at = place(min(first, rows - 1));
+        const u64 codes = p.codes + (u64)at.x * CODES + lane * BITS;
 #pragma unroll
-        for (u32 k = 0; k < UNITS; k++) words[k] = load_codes(p.codes + (u64)at.x * p.code_bytes + (k * lanes + lane) * BITS);
+        for (u32 k = 0; k < UNITS; k++) words[k] = load_codes(codes + k * LANES * BITS);
         factor = read_factor(p.scales + (u64)at.x * 2);
     };
     fetch();
     tables.template fill<E>();
-    centre.turn<E>();
+    centre.turn<E>(S.fast.turned);
     bool all_quick = true;
     // All lanes of a warp take every turn: shuffles need them.
     for (u32 turns = (rows + apart - 1) / apart; turns > 0; turns--) {
         const float scale = __fmul_rn(factor, shorten);
         const u32 head = at.x / centre.block_tokens, token = at.x - head * centre.block_tokens;
-        uint4* const to = (uint4*)(output + (u64)at.y * p.row_bytes) + lane * VECTORS<E>;
+        uint4* const to = (uint4*)(output + (u64)at.y * ROW) + lane;
         const bool some = first < rows;
         float y[PER_THREAD];
 #pragma unroll
         for (u32 i = 0; i < PER_THREAD; i++) y[i] = tables.value(offset_of(words[i / UNIT], i % UNIT));
         first += apart;
         fetch();
-        transform<PER_THREAD>(y, lane, lanes);
+        transform<PER_THREAD>(y, lane, LANES);
         if (!some) continue;
         const bool quick = fabsf(scale) <= bound;
         all_quick &= quick;
-        const float* const means = centre.turned + head * p.dim + lane * UNIT;
-        const u32 turn = token * centre.pairs + lane * UNIT;
+        const float* const means = centre.turned + head * DIM + lane * UNIT;
+        const float *const cos = centre.cos + token * HALF + lane * UNIT, *const sin = centre.sin + token * HALF + lane * UNIT;
 #pragma unroll
         for (u32 k = 0; k < UNITS / 2; k++) {
             float *const a = y + k * UNIT, *const b = a + PER_THREAD / 2;
-            const u32 dim = k * lanes * UNIT;
+            const u32 d = k * LANES * UNIT;
 #pragma unroll
-            for (u32 i = 0; i < UNIT; i++) {
-                a[i] = __fmul_rn(a[i], scale), b[i] = __fmul_rn(b[i], scale);
+            for (u32 i = 0; i < UNIT; i++) a[i] = __fmul_rn(a[i], scale), b[i] = __fmul_rn(b[i], scale);
+            if (!quick) {
                 // What is too large without its centre gets it below.
-                if (!quick) a[i] = saturated<E>(a[i]), b[i] = saturated<E>(b[i]);
+#pragma unroll
+                for (u32 i = 0; i < UNIT; i++) a[i] = saturated<E>(a[i]), b[i] = saturated<E>(b[i]);
             }
-            const u32 vector = k * lanes + lane;
-            uint4 of_a = tables.flipped(pack<E>(a), vector), of_b = tables.flipped(pack<E>(b), vector + UNITS / 2 * lanes);
+            uint4 of_a = tables.flipped(pack<E>(a), k * LANES + lane), of_b = tables.flipped(pack<E>(b), (k + UNITS / 2) * LANES + lane);
             if (quick) {
                 unpack<E>(of_a, a), unpack<E>(of_b, b);
 #pragma unroll
-                for (u32 i = 0; i < N; i += STEP) {
+                for (u32 i = 0; i < UNIT; i += STEP) {
                     float p[STEP], q[STEP], c[STEP], s[STEP];
-                    load_shared(means + dim + i, p), load_shared(means + dim + centre.apart + i, q);
-                    Centre::load_table<STEP>(centre.cos + turn + dim + i, c), Centre::load_table<STEP>(centre.sin + turn + dim + i, s);
+                    load_shared(means + d + i, p), load_shared(means + d + HALF + i, q);
+                    Centre::load_table<STEP>(cos + d + i, c), Centre::load_table<STEP>(sin + d + i, s);
 #pragma unroll
                     for (u32 j = 0; j < STEP; j++) {
                         float &x = a[i + j], &z = b[i + j];
@@ -845,46 +855,39 @@ __device__ __forceinline__ void decode_halves(const Plane& p, Centre centre, u32
                 }
                 of_a = pack<E>(a), of_b = pack<E>(b);
             }
-            __stcs(to + k * lanes, of_a), __stcs(to + (k + UNITS / 2) * lanes, of_b);
+            __stcs(to + k * LANES, of_a), __stcs(to + (k + UNITS / 2) * LANES, of_b);
         }
     }
     if (all_quick) return;
-    for (first = part * (blockDim.x / lanes) + group; first < rows; first += apart) {
+    for (first = begin; first < rows; first += apart) {
         at = place(first);
         const float scale = __fmul_rn(read_factor(p.scales + (u64)at.x * 2), shorten);
-        uint4* const to = (uint4*)(output + (u64)at.y * p.row_bytes);
-        if (scale != scale) put_largest<E>(to, centre, at.x, lane, lanes);
-        else if (!(fabsf(scale) <= bound)) put_centred<E>(to, centre, at.x, lane, lanes);
+        uint4* const to = (uint4*)(output + (u64)at.y * ROW);
+        if (scale != scale) put_largest<E>(to, centre, at.x, lane, LANES);
+        else if (!(fabsf(scale) <= bound)) put_centred<E>(to, centre, at.x, lane, LANES);
     }
 }
 
-template <u32 E, typename F>
-__device__ __forceinline__ void decode_plane_of_halves(const Plane& p, const Centre& centre, u64 output, u32 rows, u32 part, u32 parts, F place) {
-    const u32 lanes = p.dim / PER_THREAD;
-    if (lanes == 4) decode_halves<E>(p, centre, 4, output, rows, part, parts, place);
-    else decode_halves<E>(p, centre, lanes, output, rows, part, parts, place);
-}
-
-template <u32 E> __device__ __forceinline__ void reopen_plane_of_halves(const Layout& L, const Convert& s) {
+template <u32 E, u32 DIM> __device__ __forceinline__ void reopen_plane_of_halves(const Layout& L, const Convert& s) {
     const Plane p(L, s.to, s.from, plane_of(L));
     const Centre centre(L, plane_of(L), s.index);
-    if (!is_fast(p, p.raw) || !centre.halves<E>()) return reopen_plane<E>(L, s, true);
-    decode_plane_of_halves<E>(p, centre, p.raw, p.rows, 0, 1, [](u32 row) { return make_uint2(row, row); });
+    decode_halves<E, DIM>(L, p, centre, p.raw, p.rows, 0, 1, [](u32 row) { return make_uint2(row, row); });
 }
 
-template <u32 E> __device__ __forceinline__ void read_plane_of_halves(const Layout& L, const Read& r) {
+template <u32 E, u32 DIM> __device__ __forceinline__ void read_plane_of_halves(const Layout& L, const Read& r) {
     const u32 plane = plane_of_read(L);
     const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
     const Centre centre(L, 2 * r.layer + plane, r.index);
-    if (!is_fast(p, r.output[plane]) || !centre.halves<E>()) return read_plane<E>(L, r, true);
-    decode_plane_of_halves<E>(p, centre, r.output[plane], r.tokens * L.kv_heads, blockIdx.z, gridDim.z, [&](u32 i) {
+    decode_halves<E, DIM>(L, p, centre, r.output[plane], r.tokens * L.kv_heads, blockIdx.z, gridDim.z, [&](u32 i) {
         const Place place(L, r, i);
         return make_uint2(place.row, place.target);
     });
 }
 
-HALVES_DECODES(halves, f16, __launch_bounds__(256, 3), F16)
-HALVES_DECODES(halves, bf16, __launch_bounds__(256, 3), BF16)
+HALVES_DECODES(halves64, f16, __launch_bounds__(256, 3), F16, 64)
+HALVES_DECODES(halves64, bf16, __launch_bounds__(256, 3), BF16, 64)
+HALVES_DECODES(halves128, f16, __launch_bounds__(256, 3), F16, 128)
+HALVES_DECODES(halves128, bf16, __launch_bounds__(256, 3), BF16, 128)
 #endif
 
 FORMAT_KERNELS(F16, f16)
