@@ -171,9 +171,12 @@ impl Gpu {
     /// Its multiprocessors.
     pub(super) fn multiprocessors(&self) -> Result<u32, DriverError> {
         let which = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        Ok(self.attribute(which)?.cast_unsigned())
+    }
+
+    fn attribute(&self, which: sys::CUdevice_attribute) -> Result<i32, DriverError> {
         // SAFETY: the device is valid.
-        let count = unsafe { result::device::get_attribute(self.device, which) };
-        Ok(check("cuDeviceGetAttribute", count)?.cast_unsigned())
+        check("cuDeviceGetAttribute", unsafe { result::device::get_attribute(self.device, which) })
     }
 
     /// The context, for comparing with the embedder's.
@@ -592,6 +595,11 @@ unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
 impl Module {
+    /// Where it is loaded.
+    pub(super) fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
     /// Loads PTX; the driver compiles it for the GPU, or finds it in its cache.
     pub(super) fn load(gpu: &Arc<Gpu>, ptx: &str) -> Result<Module, DriverError> {
         gpu.make_current()?;
@@ -633,6 +641,23 @@ impl Function {
         check("cuFuncSetAttribute", unsafe {
             result::function::set_function_attribute(self.0, attribute, percent)
         })
+    }
+
+    /// Asks for as much shared memory as the blocks of `threads` threads need that a multiprocessor has registers for: the rest is a cache.
+    ///
+    /// # Errors
+    /// Those of the driver.
+    pub(super) fn prefer_cache(self, gpu: &Gpu, threads: u32) -> Result<(), DriverError> {
+        let per_block = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK;
+        let per_multiprocessor =
+            sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR;
+        let of_function = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+        // SAFETY: the function's module lives (1).
+        let bytes = unsafe { result::function::get_function_attribute(self.0, of_function) };
+        let bytes = check("cuFuncGetAttribute", bytes)? + gpu.attribute(per_block)?;
+        let needed = self.resident_blocks(threads)? * bytes.cast_unsigned();
+        let all = gpu.attribute(per_multiprocessor)?.cast_unsigned();
+        self.prefer_shared_memory((100 * needed).div_ceil(all.max(1)).min(100).cast_signed())
     }
 
     /// How many blocks of `threads` threads a multiprocessor has room for at once.

@@ -289,11 +289,14 @@ impl Kernels {
                     _ => "",
                 };
                 let function = pick(module, kind, name, element)?;
-                // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise. To put centres back wants a
-                // cache for their tables beside it.
+                // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise. Centres want a cache for
+                // their tables beside it.
                 if rotated {
-                    let adds_centres = centred.is_some() && name != "seal";
-                    function.prefer_shared_memory(if adds_centres { 50 } else { 100 })?;
+                    match (centred.is_some(), name) {
+                        (false, _) => function.prefer_shared_memory(100)?,
+                        (true, "seal") => function.prefer_cache(module.gpu(), ROTATED_SEAL_THREADS)?,
+                        (true, _) => function.prefer_shared_memory(50)?,
+                    }
                 }
                 Ok::<_, DriverError>(function)
             };

@@ -384,13 +384,15 @@ struct Centre {
             turn<E>(here);
         }
     }
-    template <u32 E> __device__ __forceinline__ void turn(float* here) {
+    // `between` heads there is nothing.
+    template <u32 E> __device__ __forceinline__ void turn(float* here, u32 between = 0) {
         if constexpr (CENTRED) {
             if (!fits<E>() || heads * dim > TURNED_MAX) return;
             for (u32 i = 4 * threadIdx.x; i < heads * dim; i += 4 * blockDim.x) {
                 float own[4];
-                turned4(i / dim, i % dim, own);
-                *(float4*)(here + i) = make_float4(own[0], own[1], own[2], own[3]);
+                const u32 head = i / dim;
+                turned4(head, i % dim, own);
+                *(float4*)(here + i + head * between) = make_float4(own[0], own[1], own[2], own[3]);
             }
             __syncthreads();
             turned = here;

@@ -535,12 +535,16 @@ template <u32 E, u32 DIM> __device__ __forceinline__ void seal_halves(const Layo
     if (bad) raise(s.flag);
 }
 
-// Whole blocks, or rows of each head from the beginning of a tile on: where a tile of DIMS of up to 16 lanes begins, and where a row goes, or 0.
+// Whole blocks, or rows of each head from the beginning of a tile on: where a tile of DIMS of up to 16 lanes begins, which tokens
+// are wanted, where the row of one goes, and how far it is to that of the next token.
 template <u32 DIM> struct PlaceInBlock {
     static constexpr u32 COLUMNS = DIM / 2 / DIMS < 16 ? DIM / 2 / DIMS : 16, ACROSS = DIM / 2 / DIMS / COLUMNS;
     u64 raw;
+    u32 block_tokens;
     __device__ __forceinline__ uint2 operator()(u32 tile) const { return make_uint2(tile / ACROSS * TILE_ROWS, tile % ACROSS * COLUMNS * DIMS); }
-    __device__ __forceinline__ u64 target(u32, u32 row) const { return raw + (u64)row * DIM * sizeof(u16); }
+    __device__ __forceinline__ bool wants(u32) const { return true; }
+    __device__ __forceinline__ u64 per_token() const { return DIM * sizeof(u16); }
+    __device__ __forceinline__ u64 target(u32 head, u32 token) const { return raw + (u64)(head * block_tokens + token) * (DIM * sizeof(u16)); }
 };
 
 template <u32 DIM> struct PlaceInRead {
@@ -557,9 +561,10 @@ template <u32 DIM> struct PlaceInRead {
         const u32 head = tile / of_head, of = tile % of_head;
         return make_uint2(head * L.block_tokens + begin + of / ACROSS * TILE_ROWS, of % ACROSS * COLUMNS * DIMS);
     }
-    __device__ __forceinline__ u64 target(u32 head, u32 row) const {
-        const u32 token = row - head * L.block_tokens - r.first_token;
-        return token < r.tokens ? output + (u64)(token * L.kv_heads + head) * (DIM * sizeof(u16)) : 0;
+    __device__ __forceinline__ bool wants(u32 token) const { return token - r.first_token < r.tokens; }
+    __device__ __forceinline__ u64 per_token() const { return L.kv_heads * (DIM * sizeof(u16)); }
+    __device__ __forceinline__ u64 target(u32 head, u32 token) const {
+        return output + head * (DIM * sizeof(u16)) + token * per_token() - r.first_token * per_token();
     }
 };
 
@@ -569,7 +574,10 @@ template <u32 E, u32 DIM, class Place> __device__ __noinline__ void decode_exact
     for (u32 half = 0; half < 2; half++) {
         Tile<E> t(begin.x, (begin.y + half * DIM / 2) / Vector<E>::N);
         t.active = threadIdx.x % TILE_COLUMNS < Place::COLUMNS * DIMS / Vector<E>::N;
-        decode_tile<E>(L, p, centre, t, [&](u32 row) { return place.target(head, row); });
+        decode_tile<E>(L, p, centre, t, [&](u32 row) -> u64 {
+            const u32 token = row - head * L.block_tokens;
+            return place.wants(token) ? place.target(head, token) : 0;
+        });
     }
 }
 
@@ -589,8 +597,7 @@ __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, C
     for (u32 turn = first; turn < tiles; turn += apart) {
         const u32 tile = min(turn + threadIdx.x / 32, tiles - 1);
         const uint2 begin = place(tile);
-        u32 row = begin.x + lane / COLUMNS;
-        const u32 d = begin.y + lane % COLUMNS * DIMS;
+        const u32 row = begin.x + lane / COLUMNS, d = begin.y + lane % COLUMNS * DIMS;
         u64 from = p.codes + (u64)row * CODES + d * BITS / 8;
         u32 codes[ROWS_BESIDE];
         const auto load = [&] {
@@ -616,8 +623,10 @@ __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, C
             decode_exactly<E, DIM>(L, p, centre, begin, place);
             continue;
         }
-        const u32 head = row / L.block_tokens, token = row - head * L.block_tokens;
+        const u32 head = row / L.block_tokens;
+        u32 token = row - head * L.block_tokens;
         const float *cos = centre.cos + token * HALF + d, *sin = centre.sin + token * HALF + d;
+        u64 to = place.target(head, token) + d * sizeof(u16);
         float of_x[DIMS], of_y[DIMS];
         load_shared(centre.turned + head * DIM + d, of_x), load_shared(centre.turned + head * DIM + d + HALF, of_y);
         // A loop that stays one: of all rows at once the compiler would keep too much.
@@ -642,10 +651,10 @@ __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, C
                     x[i] = __fmaf_rn(-of_y[i], s[i], __fmaf_rn(of_x[i], c[i], x[i]));
                     y[i] = __fmaf_rn(of_x[i], s[i], __fmaf_rn(of_y[i], c[i], y[i]));
                 }
-                const u64 target = place.target(head, row + k * APART), to = target + d * sizeof(u16);
-                if (target != 0) __stcs((uint2*)to, pack_half<E>(x)), __stcs((uint2*)(to + HALF * sizeof(u16)), pack_half<E>(y));
+                if (place.wants(token + k * APART)) __stcs((uint2*)to, pack_half<E>(x)), __stcs((uint2*)(to + HALF * sizeof(u16)), pack_half<E>(y));
+                to += APART * place.per_token();
             }
-            row += ROWS_BESIDE * APART, cos += ROWS_BESIDE * APART * HALF, sin += ROWS_BESIDE * APART * HALF;
+            token += ROWS_BESIDE * APART, cos += ROWS_BESIDE * APART * HALF, sin += ROWS_BESIDE * APART * HALF;
         }
     }
 }
@@ -667,7 +676,7 @@ template <u32 E, u32 DIM> __device__ __forceinline__ void reopen_plane_of_halves
     const Centre centre(L, plane_of(L), s.index);
     if (!p.keys) return reopen_plane<E, true>(L, s, false);
     if (!are_halves<E, DIM>(L, p, centre)) return reopen_plane<E>(L, s, true);
-    const PlaceInBlock<DIM> place{p.raw};
+    const PlaceInBlock<DIM> place{p.raw, L.block_tokens};
     decode_halves<E, DIM>(L, p, centre, p.rows / TILE_ROWS * place.ACROSS, 0, blockDim.x / 32, place);
 }
 

@@ -18,6 +18,8 @@
 constexpr u32 UNIT = 8, UNITS = 4, PER_THREAD = UNIT * UNITS;
 // Threads of a warp, and warps of a block that seals.
 constexpr u32 WARP = 32, WARPS = SEAL_THREADS / WARP;
+// Between the means of heads as a thread block that decodes keeps them: those that threads read at once are in different banks.
+constexpr u32 TURNED_APART = 4;
 
 // Elements that are rotated together, at most, and those of the widest row.
 #define GROUP_MAX 256u
@@ -111,7 +113,7 @@ struct DecodeTables : Signs {
 union DecodeShared {
     struct {
         DecodeTables tables;
-        alignas(16) float turned[CENTRED ? TURNED_MAX : 4];
+        alignas(16) float turned[CENTRED ? TURNED_MAX + TURNED_MAX / 64 * TURNED_APART : 4];
     } fast;
     float y[DIM_MAX];
 };
@@ -121,15 +123,26 @@ struct SealTables : Signs {
     // The means of the head whose rows a warp seals, after the turn of the block: both dims of each pair, to be added.
     alignas(16) float2 means[WARPS][64];
 
-    // Takes the centre off a row whose pairs all turn, the `threadIdx.x % WARP`th from row `first` of a plane on: right if all of it is finite, and stays so.
-    template <u32 E, u32 DIM> __device__ __forceinline__ void centre(float* y, const Centre& centre, u32 first) {
-        const u32 lane = threadIdx.x % WARP, head = first / WARP;
-        float2* here = means[threadIdx.x / WARP];
+    // What is to be added to a lane's share of the pairs of a head all of whose dims turn.
+    template <u32 DIM> static __device__ __forceinline__ void turned(float2* to, const Centre& centre, u32 head) {
         const u32 step = centre.apart == 1 ? 2 : 1;
+        const float* mean = centre.means + head * DIM;
 #pragma unroll
-        for (u32 pair = lane; pair < DIM / 2; pair += WARP) {
-            here[pair] = make_float2(-centre.turned_at(head, pair * step), -centre.turned_at(head, pair * step + centre.apart));
+        for (u32 i = 0; i < DIM / 2 / WARP; i++) {
+            const u32 pair = threadIdx.x % WARP + i * WARP;
+            const float x = __ldg(mean + pair * step), y = __ldg(mean + pair * step + centre.apart);
+            const float2 by = __ldg(centre.of_block + pair);
+            to[i] = make_float2(-__fsub_rn(__fmul_rn(x, by.x), __fmul_rn(y, by.y)), -__fadd_rn(__fmul_rn(x, by.y), __fmul_rn(y, by.x)));
         }
+    }
+
+    // Takes the centre off a row whose pairs all turn, the `threadIdx.x % WARP`th of a head: right if all of it is finite, and stays so. Each lane has its
+    // share of the means.
+    template <u32 E, u32 DIM> __device__ __forceinline__ void centre(float* y, const Centre& centre, const float2* share) {
+        const u32 lane = threadIdx.x % WARP;
+        float2* here = means[threadIdx.x / WARP];
+#pragma unroll
+        for (u32 i = 0; i < DIM / 2 / WARP; i++) here[lane + i * WARP] = share[i];
         __syncwarp();
         // Tokens of a pair are beside each other.
         const float2* turns = (const float2*)centre.L.centres.pair_turns + lane;
@@ -274,14 +287,14 @@ __device__ __forceinline__ void put_codes(u8* at, u32 word) {
 __device__ __forceinline__ u32 load_codes(u64 at) {
     if (BITS == 4) return __ldcs((const u32*)at);
     if (BITS == 2) return __ldcs((const u16*)at);
-    u32 word = 0;
-#pragma unroll
-    for (u32 byte = 0; byte < BITS; byte++) word |= (u32)((const u8*)at)[byte] << 8 * byte;
-    return word;
+    // Of the words that they begin and end in. Rows are whole words.
+    const u64 word = ~(u64)3;
+    return __funnelshift_r(__ldcs((const u32*)(at & word)), __ldcs((const u32*)((at + 2) & word)), at % 4 * 8);
 }
 
 // Code `i` of a unit, in bytes of the table of values.
 __device__ __forceinline__ u32 offset_of(u32 word, u32 i) {
+    if (BITS == 4) return __byte_perm((i % 2 == 0 ? word << 2 : word >> 2) & 0x3c3c3c3cu, 0, 0x4440 + i / 2);
     const u32 shifted = i * BITS < 2 ? word << (2 - i * BITS) : word >> (i * BITS - 2);
     return shifted & (4 * (2 * MAGNITUDES - 1));
 }
@@ -355,18 +368,27 @@ __device__ __forceinline__ void store_rows(u64 to, const u8* codes, u32 row_byte
 
 // What is left to do for a warp: 32 rows at a time of a plane of a block, consecutive ones of all that a launch seals.
 struct Share {
-    u32 planes, per_plane, at, end;
+    u32 planes, per_plane, block, of_planes, of_rows, left, most;
     __device__ __forceinline__ Share(const Layout& L, u32 count) : planes(L.planes) {
         per_plane = (L.kv_heads * L.block_tokens + WARP - 1) / WARP;
         const u64 all = (u64)count * planes * per_plane;
         const u32 warps = gridDim.x * WARPS, warp = blockIdx.x * WARPS + threadIdx.x / WARP;
-        at = all * warp / warps, end = all * (warp + 1) / warps;
+        const u32 at = all * warp / warps;
+        left = (u32)(all * (warp + 1) / warps) - at;
+        most = (all + warps - 1) / warps;
+        of_planes = at / per_plane % planes, of_rows = at % per_plane, block = at / per_plane / planes;
     }
-    __device__ __forceinline__ u32 block() const { return at / (planes * per_plane); }
-    __device__ __forceinline__ u32 plane(const Layout& L) const { return L.first_plane + at / per_plane % planes * L.plane_step; }
-    __device__ __forceinline__ u32 row() const { return at % per_plane * WARP; }
+    __device__ __forceinline__ u32 plane(const Layout& L) const { return L.first_plane + of_planes * L.plane_step; }
+    __device__ __forceinline__ u32 row() const { return of_rows * WARP; }
     // Whether it is the first of its block.
-    __device__ __forceinline__ bool begins() const { return at % (planes * per_plane) == 0; }
+    __device__ __forceinline__ bool begins() const { return of_rows == 0 && of_planes == 0; }
+    __device__ __forceinline__ void next() {
+        left--;
+        if (++of_rows < per_plane) return;
+        of_rows = 0;
+        if (++of_planes < planes) return;
+        of_planes = 0, block++;
+    }
 };
 
 // Rows `first` to `end` of a plane, by a warp: `lanes` threads share one.
@@ -430,8 +452,8 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
     const auto place = [](u32 row, u32 vector) { return row * ROW + (vector ^ row % 8) * 16; };
     Share share(L, count);
     const auto fetch = [&](bool first) {
-        if (first || share.begins()) tables.fetch(s, share.block());
-        const Plane p(L, tables.step(share.block()).from, 0, share.plane(L));
+        if (first || share.begins()) tables.fetch(s, share.block);
+        const Plane p(L, tables.step(share.block).from, 0, share.plane(L));
         const u64 from = p.raw + (u64)share.row() * ROW + lane * 16;
         // The rows of a turn are an even number of rows behind those of the first, fewer than which these are: their order is that of the
         // first but for bits that it has not.
@@ -444,17 +466,24 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
             fetch_shared((to ^ (turn * WARP / N % 8 * 16)) + turn * WARP * 16, from + turn * WARP * 16, some);
         }
     };
-    if (share.at < share.end) fetch(true);
-    while (share.at < share.end) {
-        const Convert& here = tables.step(share.block());
+    if (share.left > 0) fetch(true);
+    for (u32 turns = share.most; turns > 0; turns--) {
+        // Warps that are at the same place share what they fetch of the kernel's code.
+        __syncthreads();
+        if (share.left == 0) break;
+        const Convert& here = tables.step(share.block);
         const u32 plane = share.plane(L), first = share.row(), end = min(first + WARP, of_plane);
         const bool some = first + lane < end;
-        await_shared();
-        __syncwarp();
 #if CENTRED
         const Centre centre(L, plane, here.index);
         // Rows of one head, all of whose dims turn.
         const bool quick = L.block_tokens == WARP && 2 * centre.pairs == N * UNIT;
+        float2 means[N * UNIT / 2 / WARP];
+        if (centre.on && quick) tables.turned<N * UNIT>(means, centre, first / WARP);
+#endif
+        await_shared();
+        __syncwarp();
+#if CENTRED
         if (centre.on && !quick && some) {
 #pragma unroll 1
             for (u32 k = 0; k < N; k++) {
@@ -467,15 +496,15 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
 #pragma unroll
         for (u32 k = 0; k < N; k++) unpack<E>(*(const uint4*)(rows + place(lane, k)), y + k * UNIT);
 #if CENTRED
-        if (centre.on && quick) tables.centre<E, N * UNIT>(y, centre, first);
+        if (centre.on && quick) tables.centre<E, N * UNIT>(y, centre, means);
 #endif
 #pragma unroll
         for (u32 i = 0; i < N * UNIT; i++) {
             if (sign_word(i / 32) >> i % 32 & 1) y[i] = -y[i];
         }
         __syncwarp();
-        share.at++;
-        if (share.at < share.end) fetch(false);
+        share.next();
+        if (share.left > 0) fetch(false);
         transform<N * UNIT>(y, 0, 1);
         const float square = square_of<N>(y, 1);
         // A centre is taken off here as if all were finite.
@@ -749,9 +778,9 @@ __device__ __forceinline__ void seal_planes(const Layout& L, const Convert* s, u
         if (dim == 64) return seal_own_rows<E, 8>(L, s, count, S.tables);
     }
     bool first = true;
-    for (Share share(L, count); share.at < share.end; share.at++, first = false) {
-        if (first || share.begins()) S.tables.fetch(s, share.block());
-        const Convert& here = S.tables.step(share.block());
+    for (Share share(L, count); share.left > 0; share.next(), first = false) {
+        if (first || share.begins()) S.tables.fetch(s, share.block);
+        const Convert& here = S.tables.step(share.block);
         seal_rows<E>(L, here, S.tables, share.plane(L), share.row(), min(share.row() + WARP, rows));
     }
 }
@@ -786,9 +815,16 @@ __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool 
 #if CENTRED
 // Keys whose dims are pairs half a row apart, in rows of DIM elements of two bytes: decodes them as `decode_rows` does, with what a row needs on its way
 // before its turn.
+//
+// Rows of one token are at once in a warp, of as many heads as there are: they turn alike.
 template <u32 E, u32 DIM, typename F>
-__device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, Centre centre, u64 output, u32 rows, u32 part, u32 parts, F place) {
+__device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, Centre centre, u64 output, u32 first_token, u32 tokens, u32 part, u32 parts, F target) {
     __shared__ DecodeShared S;
+    const u32 rows = tokens * L.kv_heads;
+    const auto place = [&](u32 i) {
+        const u32 head = i % L.kv_heads, token = first_token + i / L.kv_heads;
+        return make_uint2(head * L.block_tokens + token, target(head, token));
+    };
     if (p.dim != DIM || !is_fast(p, output) || !centre.halves<E>()) return plain_decode_rows<E>(L, p, centre, S.y, output, rows, part, parts, place);
     DecodeTables& tables = S.fast.tables;
     constexpr u32 LANES = DIM / PER_THREAD, HALF = DIM / 2, STEP = 4, CODES = DIM * BITS / 8, ROW = DIM * sizeof(u16);
@@ -796,37 +832,42 @@ __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, C
     const float shorten = inverse_root(DIM);
     // No element is so large then that the centre could make it too large.
     const float bound = (finite_max<E>() - centre.most) / (3.0f * DIM);
-    u32 first = begin, words[UNITS];
-    uint2 at;
+    // Of the row whose codes come next: beyond the last one it stays.
+    u32 first = begin, head = min(begin, rows - 1) % L.kv_heads, token = min(begin, rows - 1) / L.kv_heads, words[UNITS];
+    const u32 heads_apart = apart % L.kv_heads, tokens_apart = apart / L.kv_heads;
     float factor;
     const auto fetch = [&] {
-        at = place(min(first, rows - 1));
-        const u64 codes = p.codes + (u64)at.x * CODES + lane * BITS;
+        const u32 row = head * L.block_tokens + first_token + token;
+        const u64 codes = p.codes + (u64)row * CODES + lane * BITS;
 #pragma unroll
         for (u32 k = 0; k < UNITS; k++) words[k] = load_codes(codes + k * LANES * BITS);
-        factor = read_factor(p.scales + (u64)at.x * 2);
+        factor = read_factor(p.scales + (u64)row * 2);
     };
     fetch();
     tables.template fill<E>();
-    centre.turn<E>(S.fast.turned);
+    centre.turn<E>(S.fast.turned, TURNED_APART);
     bool all_quick = true;
     // All lanes of a warp take every turn: shuffles need them.
     for (u32 turns = (rows + apart - 1) / apart; turns > 0; turns--) {
         const float scale = __fmul_rn(factor, shorten);
-        const u32 head = at.x / centre.block_tokens, token = at.x - head * centre.block_tokens;
-        uint4* const to = (uint4*)(output + (u64)at.y * ROW) + lane;
+        const u32 of_head = head, of_token = first_token + token;
+        uint4* const to = (uint4*)(output + (u64)target(of_head, of_token) * ROW) + lane;
         const bool some = first < rows;
         float y[PER_THREAD];
 #pragma unroll
         for (u32 i = 0; i < PER_THREAD; i++) y[i] = tables.value(offset_of(words[i / UNIT], i % UNIT));
         first += apart;
+        if (first < rows) {
+            head += heads_apart, token += tokens_apart;
+            if (head >= L.kv_heads) head -= L.kv_heads, token++;
+        }
         fetch();
         transform<PER_THREAD>(y, lane, LANES);
         if (!some) continue;
         const bool quick = fabsf(scale) <= bound;
         all_quick &= quick;
-        const float* const means = centre.turned + head * DIM + lane * UNIT;
-        const float *const cos = centre.cos + token * HALF + lane * UNIT, *const sin = centre.sin + token * HALF + lane * UNIT;
+        const float* const means = centre.turned + of_head * (DIM + TURNED_APART) + lane * UNIT;
+        const float *const cos = centre.cos + of_token * HALF + lane * UNIT, *const sin = centre.sin + of_token * HALF + lane * UNIT;
 #pragma unroll
         for (u32 k = 0; k < UNITS / 2; k++) {
             float *const a = y + k * UNIT, *const b = a + PER_THREAD / 2;
@@ -860,7 +901,7 @@ __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, C
     }
     if (all_quick) return;
     for (first = begin; first < rows; first += apart) {
-        at = place(first);
+        const uint2 at = place(first);
         const float scale = __fmul_rn(read_factor(p.scales + (u64)at.x * 2), shorten);
         uint4* const to = (uint4*)(output + (u64)at.y * ROW);
         if (scale != scale) put_largest<E>(to, centre, at.x, lane, LANES);
@@ -871,16 +912,15 @@ __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, C
 template <u32 E, u32 DIM> __device__ __forceinline__ void reopen_plane_of_halves(const Layout& L, const Convert& s) {
     const Plane p(L, s.to, s.from, plane_of(L));
     const Centre centre(L, plane_of(L), s.index);
-    decode_halves<E, DIM>(L, p, centre, p.raw, p.rows, 0, 1, [](u32 row) { return make_uint2(row, row); });
+    decode_halves<E, DIM>(L, p, centre, p.raw, 0, L.block_tokens, 0, 1, [&](u32 head, u32 token) { return head * L.block_tokens + token; });
 }
 
 template <u32 E, u32 DIM> __device__ __forceinline__ void read_plane_of_halves(const Layout& L, const Read& r) {
     const u32 plane = plane_of_read(L);
     const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
     const Centre centre(L, 2 * r.layer + plane, r.index);
-    decode_halves<E, DIM>(L, p, centre, r.output[plane], r.tokens * L.kv_heads, blockIdx.z, gridDim.z, [&](u32 i) {
-        const Place place(L, r, i);
-        return make_uint2(place.row, place.target);
+    decode_halves<E, DIM>(L, p, centre, r.output[plane], r.first_token, r.tokens, blockIdx.z, gridDim.z, [&](u32 head, u32 token) {
+        return (token - r.first_token) * L.kv_heads + head;
     });
 }
 
