@@ -16,6 +16,8 @@ mod table;
 mod transfer;
 mod wake;
 
+use std::str::FromStr;
+
 use clap::Parser;
 use kv_cache::{Devices, ElementType, Format, Geometry, Rope, RopeLayout};
 
@@ -33,7 +35,23 @@ struct Options {
     only: Vec<String>,
     /// Of the kernels only those of these formats; `+rc` for keys with means. All if there is none.
     #[arg(long, value_delimiter = ',')]
-    formats: Vec<String>,
+    formats: Vec<KernelsOf>,
+}
+
+/// Kernels of a format, for keys with means or without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct KernelsOf {
+    format: Format,
+    means: bool,
+}
+
+impl FromStr for KernelsOf {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<KernelsOf, String> {
+        let with_means = name.strip_suffix("+rc");
+        Ok(KernelsOf { format: with_means.unwrap_or(name).parse()?, means: with_means.is_some() })
+    }
 }
 
 fn main() -> anyhow::Result<()> {
@@ -77,12 +95,7 @@ fn main() -> anyhow::Result<()> {
 
 /// The fused kernels over a GiB of tokens of 8 heads × 128, in one layer and in as many as models have, beside the device's own copies; then
 /// with keys as differences from their means, whose pairs lie half a head apart, or in one layer beside each other.
-fn kernels(table: &mut Table, wanted: &[String]) -> anyhow::Result<()> {
-    let named =
-        |name: &str| Format::ALL.iter().any(|format| format.to_string() == name.trim_end_matches("+rc"));
-    if let Some(unknown) = wanted.iter().find(|name| !named(name)) {
-        anyhow::bail!("no format is called {unknown}: there are {:?}, each also with +rc", Format::ALL);
-    }
+fn kernels(table: &mut Table, wanted: &[KernelsOf]) -> anyhow::Result<()> {
     let shapes =
         [(ElementType::F16, 1), (ElementType::Bf16, 1), (ElementType::F16, 32), (ElementType::Bf16, 80)];
     let layouts = [None, Some(RopeLayout::HalfSplit), Some(RopeLayout::Interleaved)];
@@ -92,11 +105,10 @@ fn kernels(table: &mut Table, wanted: &[String]) -> anyhow::Result<()> {
         if layout == Some(RopeLayout::Interleaved) && layers > 1 {
             continue;
         }
-        let name = |format: Format| format!("{format}{}", if layout.is_some() { "+rc" } else { "" });
-        let formats: Vec<Format> = Format::ALL
-            .into_iter()
-            .filter(|&format| wanted.is_empty() || wanted.contains(&name(format)))
-            .collect();
+        let is_wanted = |&format: &Format| {
+            wanted.is_empty() || wanted.contains(&KernelsOf { format, means: layout.is_some() })
+        };
+        let formats: Vec<Format> = Format::ALL.into_iter().filter(is_wanted).collect();
         if formats.is_empty() {
             continue;
         }

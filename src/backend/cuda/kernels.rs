@@ -280,7 +280,8 @@ impl Kernels {
             let centred = tables.as_ref().filter(|_| planes.contains(&Plane::Key));
             let halves = centred.is_some_and(|tables| has_halves(block, &tables.at));
             let function = |module: &Arc<Module>, name: &str| {
-                // Seals of rotated rows take centres off in a way of their own, and others than those of whole rows know the length of one.
+                // Seals of rotated rows take the centres of all pairs off in one way. Kernels of `int8` and `fp8` are for all lengths of rows
+                // that have halves, others for one each.
                 let kind = match (format, block.key_dim) {
                     _ if !halves || rotated && name == "seal" => "",
                     (Format::Int8 | Format::Fp8, _) => "halves_",

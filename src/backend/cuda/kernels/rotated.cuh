@@ -366,7 +366,8 @@ __device__ __forceinline__ void store_rows(u64 to, const u8* codes, u32 row_byte
     }
 }
 
-// What is left to do for a warp: 32 rows at a time of a plane of a block, consecutive ones of all that a launch seals.
+// What is left to do for a warp: 32 rows at a time of a plane of a block, consecutive ones of all that a launch seals. No warp has more turns than `most`, or
+// fewer by more than one.
 struct Share {
     u32 planes, per_plane, block, of_planes, of_rows, left, most;
     __device__ __forceinline__ Share(const Layout& L, u32 count) : planes(L.planes) {
