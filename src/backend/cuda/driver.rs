@@ -174,6 +174,11 @@ impl Gpu {
         Ok(self.attribute(which)?.cast_unsigned())
     }
 
+    /// Its compute capability: major and minor number.
+    pub(super) fn capability(&self) -> Result<(i32, i32), DriverError> {
+        capability(self.ordinal)
+    }
+
     fn attribute(&self, which: sys::CUdevice_attribute) -> Result<i32, DriverError> {
         // SAFETY: the device is valid.
         check("cuDeviceGetAttribute", unsafe { result::device::get_attribute(self.device, which) })
@@ -601,15 +606,32 @@ impl Module {
     }
 
     /// Loads PTX; the driver compiles it for the GPU, or finds it in its cache.
-    pub(super) fn load(gpu: &Arc<Gpu>, ptx: &str) -> Result<Module, DriverError> {
-        gpu.make_current()?;
-        let image = CString::new(ptx).map_err(|_| DriverError::Call {
+    pub(super) fn load_ptx(gpu: &Arc<Gpu>, ptx: &str) -> Result<Module, DriverError> {
+        let broken = |text: &str| DriverError::Call {
             call: "cuModuleLoadData",
             name: "the PTX is broken".into(),
-            text: "it holds a zero byte".into(),
-        })?;
+            text: text.into(),
+        };
+        let image = CString::new(ptx).map_err(|_| broken("it holds a zero byte"))?;
         // SAFETY: a text that ends in zero, as the driver wants PTX.
-        let raw = check("cuModuleLoadData", unsafe { result::module::load_data(image.as_ptr().cast()) })?;
+        unsafe { Module::load(gpu, image.as_ptr().cast()) }
+    }
+
+    /// Loads what was compiled for a GPU already.
+    ///
+    /// # Safety
+    /// It is a whole cubin: the driver goes by the sizes in it.
+    pub(super) unsafe fn load_cubin(gpu: &Arc<Gpu>, cubin: &[u8]) -> Result<Module, DriverError> {
+        // SAFETY: passed on.
+        unsafe { Module::load(gpu, cubin.as_ptr().cast()) }
+    }
+
+    /// # Safety
+    /// PTX that ends in zero, or a whole cubin.
+    unsafe fn load(gpu: &Arc<Gpu>, image: *const c_void) -> Result<Module, DriverError> {
+        gpu.make_current()?;
+        // SAFETY: passed on.
+        let raw = check("cuModuleLoadData", unsafe { result::module::load_data(image) })?;
         Ok(Module { raw, gpu: gpu.clone() })
     }
 

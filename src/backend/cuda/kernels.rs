@@ -1,4 +1,4 @@
-//! The kernels, loaded from the PTX that the crate carries, and their typed launchers.
+//! The kernels, loaded from what the crate carries, and their typed launchers.
 //!
 //! A kernel that cannot be loaded is replaced by its plain twin, which gives the same bytes; a warning says so once.
 
@@ -10,34 +10,34 @@ use kv_cache_actors::geometry::{BlockLayout, ElementType, Plane};
 
 use super::abi;
 use super::driver::{DeviceMemory, DriverError, Function, Gpu, Module, Stream};
+use super::image::{Image, image};
 use crate::RopeLayout;
 use crate::key_means::Centres;
 
-/// Made by `kernels/build.py` from the sources beside them: what knows no format, and a module for each format.
-const CACHE: &str = include_str!("kernels/cache.ptx");
-/// Keys as they are, and keys as differences from centres.
-const INT8: [&str; 2] = [include_str!("kernels/int8.ptx"), include_str!("kernels/int8_rc.ptx")];
-const FP8: [&str; 2] = [include_str!("kernels/fp8.ptx"), include_str!("kernels/fp8_rc.ptx")];
-const R4: [&str; 2] = [include_str!("kernels/r4.ptx"), include_str!("kernels/r4_rc.ptx")];
-const R3: [&str; 2] = [include_str!("kernels/r3.ptx"), include_str!("kernels/r3_rc.ptx")];
-const R2: [&str; 2] = [include_str!("kernels/r2.ptx"), include_str!("kernels/r2_rc.ptx")];
-const INT4: [&str; 2] = [include_str!("kernels/int4.ptx"), include_str!("kernels/int4_rc.ptx")];
-const INT2: [&str; 2] = [include_str!("kernels/int2.ptx"), include_str!("kernels/int2_rc.ptx")];
+/// What knows no format, and a module for each format: for keys as they are, and for keys as differences from centres.
+static CACHE: Image = image!("cache");
+static INT8: [Image; 2] = [image!("int8"), image!("int8_rc")];
+static FP8: [Image; 2] = [image!("fp8"), image!("fp8_rc")];
+static R4: [Image; 2] = [image!("r4"), image!("r4_rc")];
+static R3: [Image; 2] = [image!("r3"), image!("r3_rc")];
+static R2: [Image; 2] = [image!("r2"), image!("r2_rc")];
+static INT4: [Image; 2] = [image!("int4"), image!("int4_rc")];
+static INT2: [Image; 2] = [image!("int2"), image!("int2_rc")];
 
 /// The module of a format, if it has any kernels: blocks that stay raw are read by `CACHE`.
 ///
 /// # Errors
 /// A format of a newer core, which has none yet.
-fn source(format: Format, centred: bool) -> Result<Option<&'static str>, DriverError> {
+fn image_of(format: Format, centred: bool) -> Result<Option<&'static Image>, DriverError> {
     let both = match format {
         Format::Raw => return Ok(None),
-        Format::Int8 => INT8,
-        Format::Fp8 => FP8,
-        Format::R4 => R4,
-        Format::R3 => R3,
-        Format::R2 => R2,
-        Format::Int4 => INT4,
-        Format::Int2 => INT2,
+        Format::Int8 => &INT8,
+        Format::Fp8 => &FP8,
+        Format::R4 => &R4,
+        Format::R3 => &R3,
+        Format::R2 => &R2,
+        Format::Int4 => &INT4,
+        Format::Int2 => &INT2,
         other => {
             return Err(DriverError::Call {
                 call: "loading kernels",
@@ -46,7 +46,7 @@ fn source(format: Format, centred: bool) -> Result<Option<&'static str>, DriverE
             });
         }
     };
-    Ok(Some(both[usize::from(centred)]))
+    Ok(Some(&both[usize::from(centred)]))
 }
 
 /// Threads of a block of the kernels that convert whole planes.
@@ -221,7 +221,7 @@ impl Kernels {
         centres: Option<&Centres>,
     ) -> Result<Kernels, DriverError> {
         let module =
-            |format, centred| source(format, centred)?.map(|source| Self::module(gpu, source)).transpose();
+            |format, centred| image_of(format, centred)?.map(|image| Self::module(gpu, image)).transpose();
         let mut modules = Vec::new();
         for &format in formats.into().formats() {
             let keys = module(format.keys, centres.is_some())?;
@@ -234,21 +234,21 @@ impl Kernels {
         }
         let tables = centres.map(|centres| Tables::upload(gpu, centres)).transpose()?;
         gpu.make_current()?;
-        Self::of(Self::module(gpu, CACHE)?, modules, block, tables, gpu.multiprocessors()?)
+        Self::of(Self::module(gpu, &CACHE)?, modules, block, tables, gpu.multiprocessors()?)
     }
 
     /// A module on a GPU, loaded once for all caches that are on it at a time.
-    fn module(gpu: &Arc<Gpu>, source: &'static str) -> Result<Arc<Module>, DriverError> {
-        /// By the GPU's number and the source's address.
+    fn module(gpu: &Arc<Gpu>, image: &'static Image) -> Result<Arc<Module>, DriverError> {
+        /// By the GPU's number and the image's address.
         type Loaded = ((usize, usize), Weak<Module>);
         static LOADED: Mutex<Vec<Loaded>> = Mutex::new(Vec::new());
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-        let key = (gpu.ordinal(), source.as_ptr().addr());
+        let key = (gpu.ordinal(), std::ptr::from_ref(image).addr());
         let found = loaded.iter().find(|(of, _)| *of == key);
         if let Some(module) = found.and_then(|(_, module)| module.upgrade()) {
             return Ok(module);
         }
-        let module = Arc::new(Module::load(gpu, source)?);
+        let module = Arc::new(image.load(gpu)?);
         loaded.retain(|(_, module)| module.strong_count() > 0);
         loaded.push((key, Arc::downgrade(&module)));
         Ok(module)

@@ -7,7 +7,7 @@
 //! | launch | at most one kernel of each kind, however many steps; payloads, and descriptors of few layers, are read by the kernels where they lie |
 //! | launch done | the fence word has reached the launch's ticket |
 //!
-//! Nothing here needs a CUDA toolkit: the driver is loaded at run time, and the kernels come as PTX with the crate.
+//! Nothing here needs a CUDA toolkit: the driver is loaded at run time, and the kernels come with the crate, compiled or as PTX.
 //!
 //! # Safety chapter
 //!
@@ -33,6 +33,7 @@
 //!    that drains it for the event behind its filling; both are recorded before they are waited for.
 //! 10. **Tickets of an engine come in order.** They are issued on one stream; on another only behind all that were issued before,
 //!     or while none is outstanding.
+//! 11. **Cubins are whole.** They are made with the crate, and CI compares; a frame whose checksum is wrong is not handed to the driver.
 
 mod abi;
 #[cfg(feature = "candle-cuda")]
@@ -41,6 +42,7 @@ mod compound;
 mod copies;
 mod driver;
 mod fence;
+mod image;
 pub(crate) mod interop;
 mod kernels;
 mod lane;

@@ -38,6 +38,7 @@ enum Result {
     OUT_OF_MEMORY = 2,
     INVALID_DEVICE = 101,
     INVALID_CONTEXT = 201,
+    NO_BINARY_FOR_GPU = 209,
     INVALID_PTX = 218,
     NOT_FOUND = 500,
     NOT_READY = 600,
@@ -304,6 +305,7 @@ constexpr Error ERRORS[] = {
     {OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "out of memory"},
     {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
     {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
+    {NO_BINARY_FOR_GPU, "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"},
     {INVALID_PTX, "CUDA_ERROR_INVALID_PTX", "a PTX JIT compilation failed"},
     {NOT_FOUND, "CUDA_ERROR_NOT_FOUND", "named symbol not found"},
     {NOT_READY, "CUDA_ERROR_NOT_READY", "device not ready"},
@@ -504,6 +506,8 @@ API cuEventElapsedTime(float* ms, void* from, void* to) {
 
 API cuModuleLoadData(void** module, const void* image) {
     if (lost) return lost;
+    // What was compiled for a GPU.
+    if (memcmp(image, "\x7f" "ELF", 4) == 0) return NO_BINARY_FOR_GPU;
     const std::string ptx = (const char*)image;
     const emulator::Kernel* kernel = kernels_of(ptx);
     if (!kernel) {

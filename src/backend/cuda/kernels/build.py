@@ -1,22 +1,29 @@
 #!/usr/bin/env python3
-"""Compiles .cu sources to the PTX beside them, with a pinned NVRTC. Needs no GPU.
+"""Compiles .cu sources to the PTX beside them, with a pinned NVRTC, and that of the crate to cubins, with a pinned ptxas. Needs no GPU.
 
-    python3 -m pip install nvidia-cuda-nvrtc-cu12==12.4.127 nvidia-cuda-runtime-cu12==12.4.127
-    python3 src/backend/cuda/kernels/build.py            # writes *.ptx
+    python3 -m pip install -r src/backend/cuda/kernels/requirements.txt
+    python3 src/backend/cuda/kernels/build.py            # writes *.ptx and sm_*/*.cubin.zst
     python3 src/backend/cuda/kernels/build.py --check    # fails if what is there is not what the sources give
 
 Without more arguments: the kernels that the crate ships, and those of its GPU tests. Otherwise the files and folders named.
 """
 import ctypes
 import importlib.util
+import itertools
 import multiprocessing
 import pathlib
 import re
+import subprocess
 import sys
+import tempfile
+
+import zstandard
 
 HERE = pathlib.Path(__file__).resolve().parent
 FOLDERS = [HERE, HERE.parents[3] / "tests" / "gpu" / "kernels"]
 VERSION = (12, 4)
+# A cubin runs on all GPUs of its major number: A100, A10, L4, and H100.
+CUBINS = ["sm_80", "sm_90"]
 OPTIONS = [
     "--gpu-architecture=compute_80",
     "--std=c++17",
@@ -63,6 +70,40 @@ def compile_ptx(source):
     return "\n".join(lines).strip() + "\n"
 
 
+def compile_cubin(ptx, architecture):
+    ptxas = package_dir("nvidia.cuda_nvcc") / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = pathlib.Path(folder) / "in.ptx", pathlib.Path(folder) / "out.cubin"
+        source.write_text(ptx)
+        subprocess.run([ptxas, f"--gpu-name={architecture}", "-O3", source, "-o", target], check=True)
+        return target.read_bytes()
+
+
+def compiled(source):
+    """What is shipped of a source: path and bytes of each file."""
+    ptx = compile_ptx(source)
+    files = [(source.with_suffix(".ptx"), ptx.encode())]
+    if source.parent == HERE:
+        for architecture in CUBINS:
+            path = source.parent / architecture / f"{source.stem}.cubin.zst"
+            files.append((path, compile_cubin(ptx, architecture)))
+    return files
+
+
+def is_packed(path):
+    return path.suffix == ".zst"
+
+
+def content(path):
+    packed = path.read_bytes()
+    return zstandard.ZstdDecompressor().decompress(packed) if is_packed(path) else packed
+
+
+def pack(path, content):
+    compressor = zstandard.ZstdCompressor(level=19, write_checksum=True)
+    return compressor.compress(content) if is_packed(path) else content
+
+
 def sources(paths):
     for path in paths:
         if not path.exists():
@@ -76,17 +117,18 @@ def main():
     # Each in a process of its own: what NVRTC has compiled before shows in what it gives.
     with multiprocessing.Pool(maxtasksperchild=1) as processes:
         try:
-            compiled = processes.map(compile_ptx, files, chunksize=1)
-        except RuntimeError as error:
+            outcomes = processes.map(compiled, files, chunksize=1)
+        except (RuntimeError, subprocess.CalledProcessError) as error:
             sys.exit(str(error))
-    for source, ptx in zip(files, compiled):
-        target = source.with_suffix(".ptx")
+    for path, wanted in itertools.chain.from_iterable(outcomes):
+        if path.exists() and content(path) == wanted:
+            continue
         if check:
-            if not target.exists() or target.read_text() != ptx:
-                stale.append(str(target))
+            stale.append(str(path))
         else:
-            target.write_text(ptx)
-            print(f"{target.name}: {len(ptx)} bytes, {ptx.count('.entry')} kernels")
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(pack(path, wanted))
+            print(f"{path.relative_to(path.parents[1])}: {len(wanted)} bytes")
     if stale:
         sys.exit(f"{', '.join(stale)}: not what the sources give; run build.py and commit the result")
 

@@ -143,13 +143,13 @@ fn every_fast_kernel_has_a_plain_twin() {
         entries.filter_map(|entry| entry.split(['(', ' ']).next()).map(str::to_owned).collect()
     };
     let all = [false, true].into_iter().flat_map(|centred| Format::ALL.map(|format| (format, centred)));
-    for source in all.map(|(format, centred)| source(format, centred).unwrap().unwrap_or(CACHE)) {
-        let left = names(&without_fast_kernels(source));
-        let (halves, fast): (Vec<String>, Vec<String>) = names(source)
+    for image in all.map(|(format, centred)| image_of(format, centred).unwrap().unwrap_or(&CACHE)) {
+        let left = names(&without_fast_kernels(image.ptx));
+        let (halves, fast): (Vec<String>, Vec<String>) = names(image.ptx)
             .into_iter()
             .filter(|name| !name.starts_with("plain_") && name != "signal")
             .partition(|name| name.starts_with("halves"));
-        assert!(fast.len() == if source == CACHE { 4 } else { 9 }, "{fast:?}");
+        assert!(fast.len() == if std::ptr::eq(image, &CACHE) { 4 } else { 9 }, "{fast:?}");
         // Seals of rotated formats are the same for all pairs, and most kernels for some are for one of two lengths of rows.
         assert!([0, 6, 8, 12].contains(&halves.len()), "{halves:?}");
         for name in fast.iter().chain(&halves) {
@@ -528,11 +528,12 @@ fn random_bytes_decode_as_on_the_cpu(gpu: &Arc<Gpu>, format: Format) {
 }
 
 fn plain_kernels_of(gpu: &Arc<Gpu>, format: Format, centred: bool) {
-    let twins = |source: &str| {
-        [source, &without_fast_kernels(source)].map(|source| Arc::new(Module::load(gpu, source).unwrap()))
+    let twins = |image: &Image| {
+        let plain = Module::load_ptx(gpu, &without_fast_kernels(image.ptx)).unwrap();
+        [image.load(gpu).unwrap(), plain].map(Arc::new)
     };
     let ([fast, plain], [fast_format, plain_format]) =
-        (twins(CACHE), twins(source(format, centred).unwrap().unwrap()));
+        (twins(&CACHE), twins(image_of(format, centred).unwrap().unwrap()));
     for name in ["append", "move_blocks", "read_raw"] {
         assert!(fast.function(name).is_ok() && plain.function(name).is_err(), "{name}");
     }
