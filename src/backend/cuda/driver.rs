@@ -607,12 +607,11 @@ impl Module {
 
     /// Loads PTX; the driver compiles it for the GPU, or finds it in its cache.
     pub(super) fn load_ptx(gpu: &Arc<Gpu>, ptx: &str) -> Result<Module, DriverError> {
-        let broken = |text: &str| DriverError::Call {
+        let image = CString::new(ptx).map_err(|_| DriverError::Call {
             call: "cuModuleLoadData",
             name: "the PTX is broken".into(),
-            text: text.into(),
-        };
-        let image = CString::new(ptx).map_err(|_| broken("it holds a zero byte"))?;
+            text: "it holds a zero byte".into(),
+        })?;
         // SAFETY: a text that ends in zero, as the driver wants PTX.
         unsafe { Module::load(gpu, image.as_ptr().cast()) }
     }

@@ -50,7 +50,8 @@ impl Image {
         Module::load_ptx(gpu, self.ptx)
     }
 
-    fn unpack(frame: &[u8]) -> Result<Vec<u8>, DriverError> {
+    /// A cubin out of its frame.
+    pub(super) fn unpack(frame: &[u8]) -> Result<Vec<u8>, DriverError> {
         let broken = |text: String| DriverError::Call {
             call: "unpacking kernels",
             name: "the frame is broken".into(),
@@ -65,47 +66,5 @@ impl Image {
             return Err(broken(format!("its checksum is {found:08x?}, not {wanted:08x?}")));
         }
         Ok(cubin)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::driver::usable_gpus;
-    use super::*;
-
-    static CACHE: Image = image!("cache");
-
-    #[test]
-    fn cubins_are_for_their_gpus_and_whole() {
-        for (major, frame) in CACHE.cubins {
-            let cubin = Image::unpack(frame).unwrap();
-            // An ELF file, whose flags begin with the architecture: 80 or 90.
-            assert_eq!(&cubin[..4], b"\x7fELF");
-            assert_eq!(i32::from(cubin[48]), 10 * major);
-        }
-    }
-
-    #[test]
-    fn broken_frames_are_errors() {
-        let (_, frame) = CACHE.cubins[1];
-        for cut in [0, 3, 20, frame.len() / 2, frame.len() - 1] {
-            assert!(Image::unpack(&frame[..cut]).is_err(), "{cut} bytes of {}", frame.len());
-        }
-        // The last bytes are the checksum.
-        for at in [frame.len() / 2, frame.len() - 1] {
-            let mut frame = frame.to_vec();
-            frame[at] ^= 1;
-            assert!(Image::unpack(&frame).is_err(), "byte {at}");
-        }
-    }
-
-    #[test]
-    fn a_broken_cubin_gives_way_to_the_ptx() {
-        if let Err(reason) = usable_gpus() {
-            return println!("skipped: {reason}");
-        }
-        let gpu = Gpu::shared(0).unwrap();
-        let image = Image { cubins: CACHE.cubins.map(|(major, _)| (major, &b"nothing"[..])), ..CACHE };
-        assert!(image.load(&gpu).unwrap().function("append").is_ok());
     }
 }

@@ -14,8 +14,9 @@ use super::image::{Image, image};
 use crate::RopeLayout;
 use crate::key_means::Centres;
 
-/// What knows no format, and a module for each format: for keys as they are, and for keys as differences from centres.
+/// What knows no format.
 static CACHE: Image = image!("cache");
+/// A module for each format: for keys as they are, and for keys as differences from centres.
 static INT8: [Image; 2] = [image!("int8"), image!("int8_rc")];
 static FP8: [Image; 2] = [image!("fp8"), image!("fp8_rc")];
 static R4: [Image; 2] = [image!("r4"), image!("r4_rc")];

@@ -81,7 +81,7 @@ def compile_cubin(ptx, architecture):
 
 
 def compiled(source):
-    """What is shipped of a source: path and bytes of each file."""
+    """What is shipped of a source: path and content of each file."""
     ptx = compile_ptx(source)
     files = [(source.with_suffix(".ptx"), ptx.encode())]
     if source.parent == HERE:
@@ -91,18 +91,23 @@ def compiled(source):
     return files
 
 
-def is_packed(path):
-    return path.suffix == ".zst"
+def read(path):
+    """What a shipped file holds. None if it is missing, or cannot be unpacked."""
+    if not path.exists():
+        return None
+    if path.suffix != ".zst":
+        return path.read_bytes()
+    try:
+        return zstandard.ZstdDecompressor().decompress(path.read_bytes())
+    except zstandard.ZstdError:
+        return None
 
 
-def content(path):
-    packed = path.read_bytes()
-    return zstandard.ZstdDecompressor().decompress(packed) if is_packed(path) else packed
-
-
-def pack(path, content):
-    compressor = zstandard.ZstdCompressor(level=19, write_checksum=True)
-    return compressor.compress(content) if is_packed(path) else content
+def write(path, content):
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".zst":
+        content = zstandard.ZstdCompressor(level=19, write_checksum=True).compress(content)
+    path.write_bytes(content)
 
 
 def sources(paths):
@@ -113,7 +118,7 @@ def sources(paths):
 
 
 def main():
-    check, paths = "--check" in sys.argv[1:], [pathlib.Path(at) for at in sys.argv[1:] if at != "--check"]
+    check, paths = "--check" in sys.argv[1:], [pathlib.Path(at).resolve() for at in sys.argv[1:] if at != "--check"]
     stale, files = [], list(sources(paths or FOLDERS))
     # Each in a process of its own: what NVRTC has compiled before shows in what it gives.
     with multiprocessing.Pool(maxtasksperchild=1) as processes:
@@ -122,13 +127,12 @@ def main():
         except (RuntimeError, subprocess.CalledProcessError) as error:
             sys.exit(str(error))
     for path, wanted in itertools.chain.from_iterable(outcomes):
-        if path.exists() and content(path) == wanted:
+        if read(path) == wanted:
             continue
         if check:
             stale.append(str(path))
         else:
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(pack(path, wanted))
+            write(path, wanted)
             print(f"{path.relative_to(path.parents[1])}: {len(wanted)} bytes")
     if stale:
         sys.exit(f"{', '.join(stale)}: not what the sources give; run build.py and commit the result")

@@ -142,8 +142,7 @@ fn every_fast_kernel_has_a_plain_twin() {
         let entries = text.lines().filter_map(|line| line.split(".entry ").nth(1));
         entries.filter_map(|entry| entry.split(['(', ' ']).next()).map(str::to_owned).collect()
     };
-    let all = [false, true].into_iter().flat_map(|centred| Format::ALL.map(|format| (format, centred)));
-    for image in all.map(|(format, centred)| image_of(format, centred).unwrap().unwrap_or(&CACHE)) {
+    for image in all_images() {
         let left = names(&without_fast_kernels(image.ptx));
         let (halves, fast): (Vec<String>, Vec<String>) = names(image.ptx)
             .into_iter()
@@ -159,6 +158,42 @@ fn every_fast_kernel_has_a_plain_twin() {
             assert!(left.contains(&format!("gone_{name}")) && !left.contains(name), "{name}");
         }
     }
+}
+
+fn all_images() -> impl Iterator<Item = &'static Image> {
+    let all = [false, true].into_iter().flat_map(|centred| Format::ALL.map(|format| (format, centred)));
+    all.map(|(format, centred)| image_of(format, centred).unwrap().unwrap_or(&CACHE))
+}
+
+#[test]
+fn cubins_are_for_their_gpus_and_whole() {
+    for (major, frame) in all_images().flat_map(|image| image.cubins) {
+        let cubin = Image::unpack(frame).unwrap();
+        // An ELF file, whose flags begin with the architecture: 80 or 90.
+        assert_eq!(&cubin[..4], b"\x7fELF");
+        assert_eq!(i32::from(cubin[48]), 10 * major);
+    }
+}
+
+#[test]
+fn broken_frames_are_errors() {
+    let (_, frame) = CACHE.cubins[1];
+    for cut in [0, 3, 20, frame.len() / 2, frame.len() - 1] {
+        assert!(Image::unpack(&frame[..cut]).is_err(), "{cut} bytes of {}", frame.len());
+    }
+    // The last bytes are the checksum.
+    for at in [frame.len() / 2, frame.len() - 1] {
+        let mut frame = frame.to_vec();
+        frame[at] ^= 1;
+        assert!(Image::unpack(&frame).is_err(), "byte {at}");
+    }
+}
+
+#[test]
+fn a_broken_cubin_gives_way_to_the_ptx() {
+    let Some(gpu) = gpu() else { return };
+    let image = Image { cubins: CACHE.cubins.map(|(major, _)| (major, &b"nothing"[..])), ..CACHE };
+    assert!(image.load(&gpu).unwrap().function("append").is_ok());
 }
 
 /// Elements of every size, zeros and the largest among them; calm ones are all about 1.
