@@ -56,6 +56,9 @@ struct Append {
     u32 source_tokens, first_layer, layers, first_token, tokens, padding;
 };
 
+// In the place of a block's number, `abi::EACH_POSITION`: the rest is the address of the positions of its tokens.
+#define EACH_POSITION (1ull << 63)
+
 // Mirrors `abi::Convert`: block `index` of a sequence from one format to another. `flag` is set if an element is not finite.
 struct Convert {
     u64 from, to, flag, index;
@@ -293,7 +296,8 @@ struct Columns {
 };
 
 // Sealed keys are differences from a centre: the mean key of their head, rotated as they are, by the turn of the block and that of the
-// token in it. The arithmetic is that of `RowCentres` in cpu/codec. Modules that are compiled with CENTRED know it, others skip it.
+// token in it. Tokens of a block that were put together when others were dropped have turns of their own, of the block and the place that they
+// had. The arithmetic is that of `RowCentres` in cpu/codec. Modules that are compiled with CENTRED know it, others skip it.
 
 // What the means of all heads of a plane may be for a thread block to keep them turned.
 #define TURNED_MAX 4096
@@ -321,6 +325,8 @@ struct Centre {
     const float2* of_block;
     const float *cos, *sin;
     const float* turned;
+    // Of each token, if they do not follow each other.
+    const u32* positions;
     u32 pairs, apart, heads, block_tokens, dim;
     // None is larger.
     float most;
@@ -330,6 +336,7 @@ struct Centre {
         pairs = L.centres.pairs, apart = L.centres.apart, heads = L.kv_heads, block_tokens = L.block_tokens, dim = L.dim[0];
         most = L.centres.most;
         means = (const float*)L.centres.means + (u64)(plane_index >> 1) * L.kv_heads * dim;
+        positions = CENTRED && (block & EACH_POSITION) != 0 ? (const u32*)(block & ~EACH_POSITION) : nullptr;
         of_block = (const float2*)L.centres.block_turns + block * pairs;
         cos = (const float*)L.centres.token_turns, sin = cos + block_tokens * pairs;
     }
@@ -338,8 +345,8 @@ struct Centre {
     __device__ __forceinline__ bool is_first(u32 d) const { return apart == 1 ? d % 2 == 0 : d < apart; }
     __device__ __forceinline__ u32 pair_of(u32 d) const { return apart == 1 ? d / 2 : d < apart ? d : d - apart; }
 
-    // The mean of dim `d` of a head after the turn of the block.
-    __device__ __forceinline__ float turned_at(u32 head, u32 d) const {
+    // The mean of dim `d` of a head after the turn of a block.
+    __device__ __forceinline__ float turned_at(const float2* of_block, u32 head, u32 d) const {
         const float* mean = means + head * dim;
         if (d >= 2 * pairs) return mean[d];
         const bool first = is_first(d);
@@ -348,10 +355,10 @@ struct Centre {
         return first ? __fsub_rn(__fmul_rn(x, b.x), __fmul_rn(y, b.y)) : __fadd_rn(__fmul_rn(x, b.y), __fmul_rn(y, b.x));
     }
 
-    // Whether every vector lies wholly inside or outside the dims that turn, and each unit of rows in one head.
+    // Whether every vector lies wholly inside or outside the dims that turn, each unit of rows in one head, and all tokens of the block turn as it does.
     template <u32 E> __device__ __forceinline__ bool fits() const {
         constexpr u32 N = Vector<E>::N;
-        return CENTRED && on && dim % N == 0 && pairs % N == 0 && block_tokens % 8 == 0;
+        return CENTRED && on && !positions && dim % N == 0 && pairs % N == 0 && block_tokens % 8 == 0;
     }
 
     // `turned_at` of the four dims from `d` on.
@@ -504,16 +511,33 @@ struct Centre {
         return pack<E>(x);
     }
 
+    // What turns a row's key: of which head it is, and the token of which block.
+    struct Turn {
+        const float2* of_block;
+        u32 head, token;
+    };
+    __device__ __forceinline__ Turn turn_of(u32 row) const {
+        Turn t;
+        t.of_block = of_block, t.head = row / block_tokens, t.token = row - t.head * block_tokens;
+        if (positions) {
+            const u32 position = __ldg(positions + t.token), block = position / block_tokens;
+            t.of_block = (const float2*)L.centres.block_turns + block * pairs, t.token = position - block * block_tokens;
+        }
+        return t;
+    }
+
     // One element, rounded to its type. What is no number stays so, and what becomes too large is the largest.
     template <u32 E, Shift S> __device__ __forceinline__ float shifted(float x, u32 row, u32 d) const {
         if (!CENTRED) return x;
-        const u32 head = row / block_tokens, token = row - head * block_tokens;
-        const float own = S == OFF ? -turned_at(head, d) : turned_at(head, d);
+        return shifted<E, S>(x, turn_of(row), d);
+    }
+    template <u32 E, Shift S> __device__ __forceinline__ float shifted(float x, const Turn& t, u32 d) const {
+        const float mean = turned_at(t.of_block, t.head, d), own = S == OFF ? -mean : mean;
         float y = __fadd_rn(x, own);
         if (d < 2 * pairs) {
             const bool first = is_first(d);
-            const u32 at = token * pairs + pair_of(d);
-            const float other = turned_at(head, first ? d + apart : d - apart);
+            const u32 at = t.token * pairs + pair_of(d);
+            const float other = turned_at(t.of_block, t.head, first ? d + apart : d - apart);
             y = __fmaf_rn((S == OFF) == first ? other : -other, sin[at], __fmaf_rn(own, cos[at], x));
         }
         return fabsf(x) <= finite_max<F32>() ? rounded<E>(saturated<E>(y)) : x;
@@ -529,10 +553,11 @@ struct Centre {
     template <u32 E, Shift S>
     static __device__ __noinline__ uint4 called(const Layout& L, u64 block, u32 plane, uint4 v, u32 row, u32 d) {
         const Centre centre(L, plane, block);
+        const Turn turn = centre.turn_of(row);
         float x[Vector<E>::N];
         unpack<E>(v, x);
 #pragma unroll
-        for (u32 i = 0; i < Vector<E>::N; i++) x[i] = centre.shifted<E, S>(x[i], row, d + i);
+        for (u32 i = 0; i < Vector<E>::N; i++) x[i] = centre.shifted<E, S>(x[i], turn, d + i);
         return pack<E>(x);
     }
 };

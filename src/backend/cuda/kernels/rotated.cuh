@@ -477,8 +477,8 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
         const bool some = first + lane < end;
 #if CENTRED
         const Centre centre(L, plane, here.index);
-        // Rows of one head, all of whose dims turn.
-        const bool quick = L.block_tokens == WARP && 2 * centre.pairs == N * UNIT;
+        // Rows of one head, all of whose dims turn, at positions that follow each other.
+        const bool quick = L.block_tokens == WARP && 2 * centre.pairs == N * UNIT && !centre.positions;
         float2 means[N * UNIT / 2 / WARP];
         if (centre.on && quick) tables.turned<N * UNIT>(means, centre, first / WARP);
 #endif
