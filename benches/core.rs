@@ -72,7 +72,7 @@ fn step(name: &str, count: usize, copied: bool, each: bool) {
         seals_per_launch: 16,
         deterministic: false,
         dropping: None,
-        no_scores: None,
+        centred: false,
         keys,
         eviction: EvictionPolicy::Auto,
         index_hash_bits: 64,

@@ -196,8 +196,8 @@ pub struct CacheConfig {
     /// Where.
     #[serde(default)]
     pub devices: Devices,
-    /// Bytes of each device's slab, allocated at start. On GPUs where tokens may be dropped by their scores (unless the cache truncates, or has
-    /// `quantisation.key_means`) those of 8 raw blocks come on top, to gather tokens in.
+    /// Bytes of each device's slab, allocated at start. On GPUs where tokens may be dropped by their scores (unless the cache truncates)
+    /// those of 8 raw blocks come on top, to gather tokens in.
     #[serde(default = "defaults::memory_bytes_per_device")]
     pub memory_bytes_per_device: u64,
     /// Bytes of each device's host tier, to which sealed blocks can be moved ([`Sequence::offload`](crate::Sequence::offload)).
@@ -417,16 +417,15 @@ impl CacheConfig {
         if self.compression.enabled && !(ratio > 0.0 && ratio <= 1.0) {
             return Err(ConfigError::invalid("compression.ratio", ratio, "use a share above 0 and up to 1"));
         }
-        // A unit of work is at most half a ring, and holds at least one token (of all layers: a row of a decode step is not cut) and a
-        // flag for each operation.
+        // A unit of work is at most half a ring, and holds at least one token (of all layers: a row of a decode step is not cut), the positions of a
+        // block's tokens and a flag for each operation.
         let token_bytes = layout.layers * (layout.token_bytes(Plane::Key) + layout.token_bytes(Plane::Value));
-        let unit_least = token_bytes as u64 + 4 * self.max_jobs_in_flight as u64;
+        let unit_least = token_bytes as u64 + 4 * (layout.block_tokens + self.max_jobs_in_flight) as u64;
         let pinned_least = 3 * (4 * unit_least).max(1 << 20);
         if self.pinned_memory_bytes < pinned_least && !matches!(self.devices, Devices::Cpu(_)) {
             let fix = format!("use at least {pinned_least}");
             return Err(ConfigError::invalid("pinned_memory_bytes", self.pinned_memory_bytes, fix));
         }
-        self.check_scores()?;
         let (format, tokens) = (self.sealed_format(), layout.block_tokens);
         self.check_ladder(&layout)?;
         let of_keys = self.formats().formats().iter().map(|format| format.keys).collect::<Vec<_>>();
@@ -484,19 +483,6 @@ impl CacheConfig {
             return invalid("all", "reserve_bytes", sum, fix);
         }
         Ok(())
-    }
-
-    /// Refuses to drop tokens by scores where that is not built.
-    fn check_scores(&self) -> Result<(), ConfigError> {
-        let has_means = self.quantisation.key_means.is_some() && self.codes_keys();
-        match self.dropping().and_then(|dropping| dropping.score).filter(|_| has_means) {
-            None => Ok(()),
-            Some(_) => {
-                let value = format!("{:?}", self.compression.method);
-                let instead = "truncation, or no `quantisation.key_means`";
-                Err(ConfigError::NotBuilt { field: "compression.method", value, instead })
-            }
-        }
     }
 
     /// The format that the quantisation settings stand for.

@@ -8,6 +8,7 @@
 use std::ops::Range;
 use std::path::Path;
 
+use kv_cache_actors::dropping::Positions;
 use kv_cache_actors::geometry::{ElementType, Geometry, Rope, RopeLayout};
 use serde::{Deserialize, Serialize};
 
@@ -211,8 +212,8 @@ fn turn_alike(rope: &Rope, other: &Rope) -> bool {
 
 /// The means as a device uses them: where the mean key lies at any position of any block.
 ///
-/// The centre of a key is its head's mean, rotated as the key was: by the turn of its block, once for all keys of a head in it, and then by that
-/// of its place in the block. The [codec](crate::backend::cpu::codec) has the arithmetic: every device finds the same numbers.
+/// The centre of a key is its head's mean, rotated as the key was: by the turn of the block that it was written to, once for all keys of a head in it, and then by
+/// that of its place there. Where tokens were dropped by their scores it may be in another block by now, at another place: its position counts. The [codec](crate::backend::cpu::codec) has the arithmetic: every device finds the same numbers.
 #[derive(Debug)]
 pub(crate) struct Centres {
     kv_heads: usize,
@@ -316,7 +317,11 @@ impl Centres {
         from: &[u8],
         to: &mut [u8],
     ) {
-        kernels.subtract_centres(element, &self.of(keys), from, to);
+        let row = self.key_dim * element.bytes();
+        self.runs(keys, |first, centres| {
+            let rows = first * row..(first + centres.rows) * row;
+            kernels.subtract_centres(element, centres, &from[rows.clone()], &mut to[rows]);
+        });
     }
 
     /// Adds the centres to rows that begin `stride` bytes apart: the inverse of [`Centres::subtract`], but for rounding.
@@ -328,15 +333,38 @@ impl Centres {
         rows: &mut [u8],
         stride: usize,
     ) {
-        kernels.add_centres(element, &self.of(keys), rows, stride);
+        self.runs(keys, |first, centres| {
+            kernels.add_centres(element, centres, &mut rows[first * stride..], stride)
+        });
     }
 
-    fn of(&self, keys: &Keys) -> RowCentres<'_> {
+    /// Calls `then` with the centres of all rows, in order, and which is the first: at once of those whose tokens follow each other as they would in
+    /// a block of their own.
+    fn runs(&self, keys: &Keys, mut then: impl FnMut(usize, &RowCentres)) {
+        match keys.positions {
+            Positions::From(first) => {
+                then(0, &self.of(keys, *first as usize / self.block_tokens, keys.tokens.clone()));
+            }
+            Positions::Each(each) => {
+                let block = |position: u32| position as usize / self.block_tokens;
+                let is_next = |a: &u32, b: &u32| a + 1 == *b && block(*a) == block(*b);
+                let mut done = 0;
+                for run in each[keys.tokens.clone()].chunk_by(is_next) {
+                    let token = run[0] as usize % self.block_tokens;
+                    then(done, &self.of(keys, block(run[0]), token..token + run.len()));
+                    done += run.len();
+                }
+            }
+        }
+    }
+
+    /// Of the head, where tokens of a block of any sequence lie that nothing was dropped from.
+    fn of(&self, keys: &Keys, block: usize, tokens: Range<usize>) -> RowCentres<'_> {
         let mean = (keys.layer * self.kv_heads + keys.head) * self.key_dim;
-        let turn = keys.position as usize / self.block_tokens * self.pairs;
-        let of_tokens = keys.tokens.start * self.pairs..keys.tokens.end * self.pairs;
+        let turn = block * self.pairs;
+        let of_tokens = tokens.start * self.pairs..tokens.end * self.pairs;
         RowCentres {
-            rows: keys.tokens.len(),
+            rows: tokens.len(),
             mean: &self.means[mean..mean + self.key_dim],
             turn: &self.block_turns[turn..turn + self.pairs],
             row_turns: self.token_turns.each_ref().map(|of_all| &of_all[of_tokens.clone()]),
@@ -347,11 +375,11 @@ impl Centres {
 
 /// Keys of one head in one block.
 #[derive(Debug, Clone)]
-pub(crate) struct Keys {
+pub(crate) struct Keys<'a> {
     pub(crate) layer: usize,
     pub(crate) head: usize,
-    /// Of the block's first token.
-    pub(crate) position: u32,
+    /// Of the block's tokens.
+    pub(crate) positions: &'a Positions,
     /// Of the block.
     pub(crate) tokens: Range<usize>,
 }
@@ -425,7 +453,8 @@ mod tests {
                         .clone()
                         .flat_map(|token| keys(layer, position + token)[10 * head..10 * (head + 1)].to_vec())
                         .collect();
-                    let which = Keys { layer: layer as usize, head, position, tokens: 1..4 };
+                    let positions = &Positions::From(position);
+                    let which = Keys { layer: layer as usize, head, positions, tokens: 1..4 };
                     let (kernels, mut bytes) = (Kernels::best(), vec![0; size_of_val(&rows[..])]);
                     centres.subtract(
                         kernels,
@@ -447,6 +476,62 @@ mod tests {
     }
 
     #[test]
+    fn tokens_put_together_are_centred_where_they_stood() {
+        for rope in ropes() {
+            let geometry = geometry(Some(rope.clone()));
+            let mean: Vec<f64> = (0..10).map(|dim| f64::from(dim) * 7.0 - 30.0).collect();
+            let mut builder = KeyMeansBuilder::new(&geometry).unwrap();
+            let of_all: Vec<f32> = rotated(&mean, &rope, 0).iter().map(|x| *x as f32).collect();
+            builder.add(0, 0, &of_all.repeat(3));
+            let centres = Centres::new(&builder.finish().unwrap(), &geometry, 4001).unwrap();
+            let (kernels, element) = (Kernels::best(), ElementType::F32);
+            // Blocks are of four tokens: some of one, over a border, and far apart.
+            let each = [6, 7, 8, 4000];
+            let rows: Vec<f32> =
+                each.iter().flat_map(|at| rotated(&mean, &rope, *at)).map(|x| x as f32).collect();
+            let bytes: &[u8] = bytemuck::cast_slice(&rows);
+            let positions = Positions::Each(each.into());
+            for tokens in [0..4, 1..3, 3..4] {
+                let keys = Keys { layer: 0, head: 1, positions: &positions, tokens: tokens.clone() };
+                let bytes = &bytes[tokens.start * 40..tokens.end * 40];
+                let mut left = vec![0; bytes.len()];
+                centres.subtract(kernels, &keys, element, bytes, &mut left);
+                for x in left.chunks_exact(4).map(bytemuck::pod_read_unaligned::<f32>) {
+                    assert!(x.abs() < 1e-3, "{tokens:?}: {x}");
+                }
+                // With room between them, back to where they were.
+                let mut apart = vec![0; tokens.len() * 56];
+                apart
+                    .chunks_exact_mut(56)
+                    .zip(left.chunks_exact(40))
+                    .for_each(|(to, row)| to[..40].copy_from_slice(row));
+                centres.add(kernels, &keys, element, &mut apart, 56);
+                for (got, row) in apart.chunks_exact(56).zip(bytes.chunks_exact(40)) {
+                    let off = |(a, b): (&[u8], &[u8])| {
+                        (bytemuck::pod_read_unaligned::<f32>(a) - bytemuck::pod_read_unaligned::<f32>(b))
+                            .abs()
+                    };
+                    let most = got.chunks_exact(4).zip(row.chunks_exact(4)).map(off).fold(0.0, f32::max);
+                    assert!(most < 1e-3, "{tokens:?}: off by {most}");
+                    assert!(got[40..].iter().all(|byte| *byte == 0));
+                }
+            }
+            // Those of a block as it was written are the same to the bit.
+            for (positions, first) in [([96, 97, 98, 99], 96), ([4000, 4001, 4002, 4003], 4000)] {
+                let [mut by_each, mut by_first] = [vec![0; 160], vec![0; 160]];
+                for (positions, to) in [
+                    (Positions::Each(positions.into()), &mut by_each),
+                    (Positions::From(first), &mut by_first),
+                ] {
+                    let keys = Keys { layer: 0, head: 2, positions: &positions, tokens: 0..4 };
+                    centres.subtract(kernels, &keys, element, bytes, to);
+                }
+                assert_eq!(by_each, by_first);
+            }
+        }
+    }
+
+    #[test]
     fn what_is_no_number_stays_so_and_what_is_large_stays_finite() {
         let geometry = Geometry::new(1, 1, 4, ElementType::F16);
         let mut builder = KeyMeansBuilder::new(&geometry).unwrap();
@@ -454,7 +539,7 @@ mod tests {
         let centres = Centres::new(&builder.finish().unwrap(), &geometry, 100).unwrap();
         let row = [60000.0, f32::NAN, f32::INFINITY, 1.0].map(half::f16::from_f32);
         let mut bytes = [0; 8];
-        let keys = Keys { layer: 0, head: 0, position: 64, tokens: 3..4 };
+        let keys = Keys { layer: 0, head: 0, positions: &Positions::From(64), tokens: 3..4 };
         centres.subtract(Kernels::best(), &keys, ElementType::F16, bytemuck::cast_slice(&row), &mut bytes);
         let row: Vec<half::f16> = bytes.chunks_exact(2).map(bytemuck::pod_read_unaligned).collect();
         assert_eq!(row[0], half::f16::MAX);

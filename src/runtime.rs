@@ -114,7 +114,6 @@ pub(crate) fn open(
     let mut assembler =
         Assembler::new(devices.len(), config.max_jobs_in_flight, config.max_sequences, events.clone());
     for (shard, (device, memory)) in devices.iter().zip(&memories).enumerate() {
-        let no_scores = centres.as_ref().map(|_| "use a cache without mean keys, or truncation");
         let core = CoreConfig {
             cache,
             shard: shard as u16,
@@ -129,7 +128,7 @@ pub(crate) fn open(
             seals_per_launch: memory.seals_per_launch(),
             deterministic: config.deterministic,
             dropping: config.dropping(),
-            no_scores,
+            centred: centres.is_some(),
             keys: keys.clone(),
             eviction: config.eviction,
             tenants: tenants.clone(),

@@ -278,7 +278,7 @@ impl Sequence {
     ///
     /// # Errors
     /// Nothing was dropped on any error: [`Error::Scores`], [`Error::ScoreNotANumber`], [`Error::StagedTokens`], [`Error::Capacity`];
-    /// [`Error::Unsupported`] in a cache with mean keys, and in one that truncates; those of a lost shard or closed cache.
+    /// [`Error::Unsupported`] in a cache that truncates; those of a lost shard or closed cache.
     pub async fn drop_tokens(&self, keep: u32, scores: impl Into<TokenScores>) -> Result<u32, Error> {
         let scores = scores.into();
         match self.runtime.one(scores.bytes(), 0, |batch| batch.drop_tokens(self.id(), keep, scores)).await? {

@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock, OnceLock};
 use half::{bf16, f16};
 use kv_cache_actors::block::{BlockId, Place};
 use kv_cache_actors::device::ShardView;
-use kv_cache_actors::dropping::Compacted;
+use kv_cache_actors::dropping::{Compacted, Positions};
 use kv_cache_actors::format::{BlockFormat, FormatLayout, History, RowFormat};
 use kv_cache_actors::sequence::{SequenceShared, SequenceState};
 use kv_cache_actors::slot::SlotPin;
@@ -93,6 +93,8 @@ struct Piece {
     /// Its first token, among those that are stored.
     stored: u32,
     first_token: u32,
+    /// Where the block's tokens stand, if keys are differences from where that puts their mean.
+    positions: Option<Positions>,
     inside: Range<usize>,
     offset: usize,
     format: BlockFormat,
@@ -131,10 +133,20 @@ impl Pinned {
                 let first_token = state.position(stored);
                 let found = state.blocks.get(at).and_then(|&block| pin(shard, block));
                 let (place, pin) = found.ok_or(Error::ClosedSequence(shared.id()))?;
+                let positions = runtime.centres.as_ref().map(|_| state.positions(at, layout.block_tokens));
                 let offset = runtime.pool.offset_bytes(place.class, place.slot);
                 let copy = OnceLock::new();
                 let (format, history) = (place.format, place.history);
-                pinned.pieces.push(Piece { stored, first_token, inside, offset, format, history, copy });
+                pinned.pieces.push(Piece {
+                    stored,
+                    first_token,
+                    positions,
+                    inside,
+                    offset,
+                    format,
+                    history,
+                    copy,
+                });
                 pinned._pins.push(shard, pin);
             }
         }
@@ -384,10 +396,11 @@ impl<'a> BlockView<'a> {
         let out = bytemuck::cast_slice_mut(rows);
         let of = RowFormat::new(self.format_of(plane), &self.pinned.layout, plane);
         KERNELS.decode(of, skip, codes, scales.bytes(), out, row);
-        if let (Some(centres), Plane::Key) = (&self.pinned.centres, plane) {
+        if let (Some(centres), Some(positions), Plane::Key) =
+            (&self.pinned.centres, &self.piece.positions, plane)
+        {
             let tokens = self.piece.inside.clone();
-            let position = self.piece.first_token - tokens.start as u32;
-            centres.add(*KERNELS, &Keys { layer: self.layer, head, position, tokens }, T::TYPE, out, row);
+            centres.add(*KERNELS, &Keys { layer: self.layer, head, positions, tokens }, T::TYPE, out, row);
         }
         Ok(())
     }

@@ -165,6 +165,25 @@ pub fn choose(scores: &[f32], keep: u32) -> Vec<u32> {
     (0..SINK_TOKENS).chain(others).chain(all - recent..all).collect()
 }
 
+/// Where the tokens of a block stand in their sequence: part of what sealed keys mean that are differences from a centre.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Positions {
+    /// One after the other from this one on, at which a block of any sequence begins that nothing was dropped from.
+    From(u32),
+    /// Each for itself, since others between them were dropped by their scores. As many as a block has tokens.
+    Each(Arc<[u32]>),
+}
+
+impl Positions {
+    /// Where a token of the block stands.
+    pub fn of(&self, token: usize) -> u32 {
+        match self {
+            Positions::From(first) => first + token as u32,
+            Positions::Each(each) => each[token],
+        }
+    }
+}
+
 /// Where the tokens stood that were kept when others were dropped.
 ///
 /// A sequence's blocks hold its *stored* tokens one after the other. Those that outlived a dropping come first; all behind them stand at
@@ -201,6 +220,12 @@ impl Compacted {
     pub fn position(&self, stored: u32) -> u32 {
         let kept = self.positions.get(stored as usize).copied();
         kept.unwrap_or_else(|| self.next + (stored - self.thinned()))
+    }
+
+    /// Positions of as many stored tokens as a block has, `block_tokens`, in the block at place `at` of the sequence.
+    pub fn of_block(&self, at: usize, block_tokens: usize) -> Positions {
+        let first = at * block_tokens;
+        Positions::Each((first..first + block_tokens).map(|stored| self.position(stored as u32)).collect())
     }
 
     /// What is left of it if the sequence is cut to its first `tokens`.
@@ -284,6 +309,11 @@ mod tests {
         assert_eq!((cut.thinned(), cut.stored(7), cut.position(3)), (3, 3, 7));
         assert_eq!((cut.position(2), cut.stored(9)), (5, 5), "and it goes on behind the cut");
         assert_eq!(compacted.truncated(0).position(0), 0);
+        // In blocks of three.
+        assert_eq!(compacted.of_block(0, 3), Positions::Each([0, 1, 5].into()));
+        assert_eq!(compacted.of_block(1, 3), Positions::Each([9, 10, 11].into()));
+        assert_eq!((0..3).map(|at| cut.of_block(1, 3).of(at)).collect::<Vec<_>>(), [7, 8, 9]);
+        assert_eq!(Positions::From(6).of(2), 8);
     }
 
     /// However a sequence grows, it is never far above its ratio, and copies cost a few times its tokens.

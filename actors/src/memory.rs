@@ -15,7 +15,7 @@ use std::time::Duration;
 use crate::block::BlockId;
 use crate::device::recode::Recoded;
 use crate::device::tier::TierMoves;
-use crate::dropping::KeyScore;
+use crate::dropping::{KeyScore, Positions};
 use crate::format::{BlockFormat, Ladder};
 use crate::geometry::{BlockLayout, ElementType, Plane};
 use crate::payload::Payload;
@@ -136,8 +136,8 @@ pub enum Step {
     Reopen {
         /// How it is stored.
         format: BlockFormat,
-        /// Position of the block's first token in its sequence.
-        position: u32,
+        /// Where the block's tokens stand in their sequence.
+        positions: Positions,
         /// Slot read.
         from_offset: usize,
         /// Slot written.
@@ -153,8 +153,8 @@ pub enum Step {
         flight: usize,
         /// Format to encode to.
         format: BlockFormat,
-        /// Position of the block's first token in its sequence.
-        position: u32,
+        /// Where the block's tokens stand in their sequence.
+        positions: Positions,
         /// Raw slot read.
         from_offset: usize,
         /// Sealed slot written.
@@ -180,12 +180,12 @@ pub struct ScoreStep {
 }
 
 /// The first tokens of a block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ScoreSource {
     /// How the block is stored.
     pub format: BlockFormat,
-    /// Position of the block's first token in its sequence.
-    pub position: u32,
+    /// Where the block's tokens stand in their sequence.
+    pub positions: Positions,
     /// Slot read.
     pub slot_offset: usize,
     /// How many tokens of it.
@@ -199,8 +199,8 @@ pub struct GatherStep {
     pub flight: usize,
     /// How the block is stored.
     pub format: BlockFormat,
-    /// Position of the block's first token in its sequence.
-    pub position: u32,
+    /// Where the block's tokens stand in their sequence.
+    pub positions: Positions,
     /// Slot read.
     pub from_offset: usize,
     /// Tokens of it, ascending.
@@ -302,8 +302,8 @@ pub struct ReadStep {
     pub flight: usize,
     /// How the block is stored.
     pub format: BlockFormat,
-    /// Position of the block's first token in its sequence.
-    pub position: u32,
+    /// Where the block's tokens stand in their sequence.
+    pub positions: Positions,
     /// Slot read.
     pub slot_offset: usize,
     /// Layer read.

@@ -248,7 +248,7 @@ pub(crate) fn add_shard(
             let ring_bytes = (config.pinned_memory_bytes / cuda::RINGS) as usize;
             // Anybody may ask for it where it is not refused.
             let truncates = core.dropping.is_some_and(|dropping| dropping.truncation().is_some());
-            let gathers = core.no_scores.is_none() && !truncates;
+            let gathers = !truncates;
             assembler.add_shard(
                 cuda::CudaBackend::new(
                     slab.clone(),

@@ -299,7 +299,7 @@ async fn dropping_needs_room() {
     rig.finish().await;
 }
 
-/// Truncation and mean keys go without it, and say so.
+/// Truncation goes without it, and says so.
 #[tokio::test]
 async fn a_cache_that_truncates_drops_nothing_by_scores() {
     let combo = Combo {

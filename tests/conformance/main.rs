@@ -18,6 +18,7 @@ mod prefix_eviction;
 mod random;
 mod sharing;
 mod steps;
+mod thinned;
 mod tiers;
 mod tokens;
 mod views;

@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use super::core::DeviceCore;
 use crate::block::{Block, BlockId, BlockState};
 use crate::pool::SizeClass;
+use crate::sequence::SequenceState;
 
 /// What a core holds. All zeros once everything is closed and nothing is in flight.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -95,6 +96,7 @@ impl DeviceCore {
                     return Err(format!("{id}: {block:?} belongs to tenant {}", found.tenant));
                 }
             }
+            self.audit_positions(&state).map_err(|wrong| format!("{id}: {wrong}"))?;
         }
         let states =
             self.sequences.iter().map(|(_, entry)| (entry, entry.shared.state())).collect::<Vec<_>>();
@@ -103,6 +105,7 @@ impl DeviceCore {
         self.blocks.audit_windows(settled)?;
         drop(states);
         self.blocks.audit_queues()?;
+        self.blocks.audit_positions()?;
         let mut charged: HashMap<u32, u64> = HashMap::new();
         let mut charge = |owner: u32, class: SizeClass, slots: usize| {
             let slot_bytes = if class == SizeClass::Host { 0 } else { self.config.pool.slot_bytes(class) };
@@ -179,6 +182,26 @@ impl DeviceCore {
         ] {
             if counted != kept {
                 return Err(format!("{what}: {counted} counted, {kept} kept"));
+            }
+        }
+        Ok(())
+    }
+
+    /// What is sealed, or will be, of a sequence's committed tokens is so where they stand.
+    fn audit_positions(&self, state: &SequenceState) -> Result<(), String> {
+        let layout = &self.config.layout;
+        for (at, inside) in state.pieces(layout, 0..state.committed) {
+            let id = state.blocks[at];
+            let is_open = |block: &Block| block.state == BlockState::Open;
+            if !self.config.centred || self.blocks.try_get(id).is_none_or(is_open) {
+                continue;
+            }
+            let positions = self.blocks.positions(id);
+            let first = at * layout.block_tokens;
+            if let Some(wrong) =
+                inside.clone().find(|&token| positions.of(token) != state.position((first + token) as u32))
+            {
+                return Err(format!("token {wrong} of {id:?} stands elsewhere than {positions:?}"));
             }
         }
         Ok(())

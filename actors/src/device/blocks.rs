@@ -1,7 +1,7 @@
 //! The blocks of a shard: reference counts, places, token ids, and the queue of blocks to seal. What is shared by prefix and kept when
 //! nobody holds it is in [`super::cached`].
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use slab::Slab;
 
@@ -10,6 +10,7 @@ use super::lineage::Lineage;
 use super::recent::Windows;
 use super::recode::Recodable;
 use crate::block::{Block, BlockId, BlockKey, BlockState, Place, Places};
+use crate::dropping::{Compacted, Positions};
 use crate::events::BlockEvent;
 use crate::eviction::{EvictionPolicy, Evictor};
 use crate::format::{BlockFormat, KeepRaw, Ladder};
@@ -30,6 +31,8 @@ pub struct BlockStore {
     pub(super) places: Places,
     /// Token ids of every block, `block_tokens` each, by block number.
     token_ids: Vec<u32>,
+    /// Where each token stands of full blocks whose tokens do not follow each other, if steps have to say. All of them are private.
+    positions: HashMap<BlockId, Positions>,
     layout: BlockLayout,
     pub(super) formats: Ladder,
     pub(super) recodable: Recodable,
@@ -72,15 +75,16 @@ pub(crate) struct SealPlan {
     block: BlockId,
     slot: FilledSlot,
     format: BlockFormat,
-    position: u32,
+    positions: Positions,
     from_offset: usize,
     to_offset: usize,
 }
 
 impl SealPlan {
     pub(super) fn step(&self, flight: usize) -> Step {
-        let SealPlan { format, position, from_offset, to_offset, .. } = *self;
-        Step::Seal { flight, format, position, from_offset, to_offset }
+        let SealPlan { format, from_offset, to_offset, .. } = *self;
+        let positions = self.positions.clone();
+        Step::Seal { flight, format, positions, from_offset, to_offset }
     }
 
     pub(super) fn into_purpose(self) -> Purpose {
@@ -136,6 +140,7 @@ impl BlockStore {
             blocks: Slab::with_capacity(blocks),
             places: Places::new(blocks, formats),
             token_ids: vec![0; blocks * layout.block_tokens],
+            positions: HashMap::new(),
             layout: *layout,
             formats,
             recodable: Recodable::new(pool.layout()),
@@ -232,15 +237,33 @@ impl BlockStore {
         self.layout.block_tokens
     }
 
-    /// Position of the block's first token.
-    pub(super) fn position(&self, id: BlockId) -> u32 {
-        self.get(id).index * self.layout.block_tokens as u32
+    /// Where the block's tokens stand, if it is full: those of others may stand elsewhere when they are.
+    pub(super) fn positions(&self, id: BlockId) -> Positions {
+        let block = self.get(id);
+        let each = if block.private && !self.positions.is_empty() { self.positions.get(&id) } else { None };
+        each.cloned().unwrap_or(Positions::From(block.index * self.layout.block_tokens as u32))
+    }
+
+    /// A block of a sequence that was thinned out is full, at place `at` of it.
+    pub(super) fn set_positions(&mut self, id: BlockId, compacted: &Compacted, at: usize) {
+        debug_assert!(self.get(id).private, "what is behind dropped tokens has no key");
+        self.positions.insert(id, compacted.of_block(at, self.layout.block_tokens));
     }
 
     /// Keeps the bytes of a block in place until the pin is dropped.
     pub(super) fn pin(&self, id: BlockId) -> Option<SlotPin> {
         let slot = &self.get(id).slot;
         self.pool.table().pin(slot.id(), slot.generation())
+    }
+
+    /// Checks that what is known of blocks whose tokens do not follow each other is of private blocks that exist.
+    ///
+    /// # Errors
+    /// Of which one it is not.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn audit_positions(&self) -> Result<(), String> {
+        let stray = |id: &&BlockId| !self.try_get(**id).is_some_and(|block| block.private);
+        self.positions.keys().find(stray).map_or(Ok(()), |id| Err(format!("{id:?} has positions")))
     }
 
     /// Loads what a write to token `at` of the block will need.
@@ -405,6 +428,9 @@ impl BlockStore {
     #[inline]
     pub(super) fn free(&mut self, id: BlockId) {
         let block = self.blocks.remove(id.0 as usize);
+        if block.private && !self.positions.is_empty() {
+            self.positions.remove(&id);
+        }
         self.free_removed(block);
     }
 
@@ -590,8 +616,8 @@ impl BlockStore {
             let to_offset = self.pool.layout().offset_bytes(SizeClass::Sealed, slot.id());
             self.get_mut(id).state = BlockState::Sealing;
             self.sealing += 1;
-            let (format, position) = (self.sealed_format(), self.position(id));
-            return Some(SealPlan { block: id, slot, format, position, from_offset, to_offset });
+            let (format, positions) = (self.sealed_format(), self.positions(id));
+            return Some(SealPlan { block: id, slot, format, positions, from_offset, to_offset });
         }
         None
     }

@@ -66,8 +66,8 @@ pub struct CoreConfig {
     pub deterministic: bool,
     /// How tokens are dropped without being asked to, if they are.
     pub dropping: Option<Dropping>,
-    /// What to do instead of dropping tokens by scores, where that cannot be done.
-    pub no_scores: Option<&'static str>,
+    /// Sealed keys are differences from centres, so that steps have to say where tokens stand that do not follow each other.
+    pub centred: bool,
     /// How block keys are made.
     pub keys: KeyScheme,
     /// Which cached block goes first.

@@ -11,6 +11,7 @@ use smallvec::SmallVec;
 
 use super::cached::Room;
 use super::core::{DeviceCore, Progress};
+use super::plan::complete;
 use crate::batch::{Operation, Outcome};
 use crate::block::BlockId;
 use crate::dropping::{Compacted, KeyScore, TokenScores, choose};
@@ -69,9 +70,6 @@ impl DeviceCore {
 
     fn check_drop(&self, op: OpRef, index: usize) -> Result<(), Error> {
         let what = "dropping tokens by scores";
-        if let Some(instead) = self.config.no_scores {
-            return Err(Error::Unsupported { what, instead });
-        }
         if self.config.dropping.is_some_and(|dropping| dropping.truncation().is_some()) {
             let instead = "the cache truncates already; choose another `compression.method`, or none";
             return Err(Error::Unsupported { what, instead });
@@ -126,7 +124,7 @@ impl DeviceCore {
             launch.pins.extend(blocks.pin(id));
             ScoreSource {
                 format: blocks.format(id),
-                position: blocks.position(id),
+                positions: blocks.positions(id),
                 slot_offset: blocks.offset(id),
                 tokens: inside.len(),
             }
@@ -182,7 +180,7 @@ impl DeviceCore {
             launch.steps.push(Step::Gather(GatherStep {
                 flight,
                 format: blocks.format(source),
-                position: blocks.position(source),
+                positions: blocks.positions(source),
                 from_offset: blocks.offset(source),
                 tokens: kept[done..done + count].iter().map(|token| token % block_tokens as u32).collect(),
                 to_offset: blocks.offset(taken[to]),
@@ -258,8 +256,8 @@ impl DeviceCore {
         state.compacted = Some(Arc::new(compacted));
         let kept = state.stored(state.committed);
         let full = kept as usize / config.layout.block_tokens;
-        for &block in &state.blocks[..full] {
-            blocks.complete(block, counters);
+        for at in 0..full {
+            complete(blocks, config, counters, &state, at);
         }
         for &block in &state.blocks[..full.saturating_sub(config.keep_raw.window_blocks)] {
             blocks.leaves_window(block);

@@ -330,20 +330,20 @@ impl DeviceCore {
             .pieces(&layout, tokens.clone())
             .map(|(at, inside)| {
                 let id = state.blocks[at];
-                (blocks.offset(id), blocks.format(id), blocks.position(id), blocks.pin(id), inside)
+                (blocks.offset(id), blocks.format(id), blocks.positions(id), blocks.pin(id), inside)
             })
             .collect();
         let lane = config.lane_for(LaneKind::Download, bytes, on_device.is_some());
         let (launch, flight) = building.flight(lane, op, pending.submission_mut(op), output);
         let mut output_token = 0;
-        for (slot_offset, format, position, pin, tokens) in sources {
+        for (slot_offset, format, positions, pin, tokens) in sources {
             let count = tokens.len();
             launch.pins.extend(pin);
             let layer = layer as usize;
             launch.steps.push(Step::Read(ReadStep {
                 flight,
                 format,
-                position,
+                positions,
                 slot_offset,
                 layer,
                 tokens,
@@ -465,8 +465,8 @@ fn prepare_blocks(
         prepared.steps.push(if format.is_raw() {
             Step::Copy { from_offset: source, to_offset: blocks.offset(new.id) }
         } else {
-            let position = blocks.position(from);
-            Step::Reopen { format, position, from_offset: source, to_offset: blocks.offset(new.id) }
+            let positions = blocks.positions(from);
+            Step::Reopen { format, positions, from_offset: source, to_offset: blocks.offset(new.id) }
         });
         blocks.copy_token_ids(from, new.id);
         blocks.inherit_past(from, new.id);
@@ -550,7 +550,7 @@ pub(super) fn commit(
                     continue;
                 }
             }
-            blocks.complete(id, counters);
+            complete(blocks, config, counters, state, at);
         }
     }
     state.committed = start + tokens;
@@ -563,6 +563,22 @@ pub(super) fn commit(
     if let Some(ratio) = config.dropping.and_then(|dropping| dropping.truncation()) {
         drop_tokens(blocks, config, counters, state, ratio);
     }
+}
+
+/// Every token of the block at place `at` of a sequence is committed.
+pub(super) fn complete(
+    blocks: &mut BlockStore,
+    config: &CoreConfig,
+    counters: &mut CoreCounters,
+    state: &SequenceState,
+    at: usize,
+) {
+    if config.centred
+        && let Some(compacted) = &state.compacted
+    {
+        blocks.set_positions(state.blocks[at], compacted, at);
+    }
+    blocks.complete(state.blocks[at], counters);
 }
 
 /// The key of a block that has just become full; none if it is private or behind a private one.

@@ -11,6 +11,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 use super::blocks::BlockStore;
 use crate::block::{Block, BlockId, BlockState};
+use crate::dropping::Positions;
 use crate::format::BlockFormat;
 use crate::memory::{Purpose, Step};
 use crate::pool::{PoolLayout, SizeClass};
@@ -132,7 +133,7 @@ pub(crate) struct RecodePlan {
     recoded: Recoded,
     /// What it is, and what it becomes.
     formats: [BlockFormat; 2],
-    position: u32,
+    positions: Positions,
     from_offset: usize,
     raw_offset: usize,
     to_offset: usize,
@@ -153,10 +154,11 @@ pub(crate) struct Recoded {
 impl RecodePlan {
     /// The steps for a flight.
     pub(super) fn steps(&self, flight: usize) -> [Step; 2] {
-        let RecodePlan { formats: [from, to], position, from_offset, raw_offset, to_offset, .. } = *self;
+        let RecodePlan { formats: [from, to], from_offset, raw_offset, to_offset, .. } = *self;
+        let [of_from, of_to] = [0, 1].map(|_| self.positions.clone());
         [
-            Step::Reopen { format: from, position, from_offset, to_offset: raw_offset },
-            Step::Seal { flight, format: to, position, from_offset: raw_offset, to_offset },
+            Step::Reopen { format: from, positions: of_from, from_offset, to_offset: raw_offset },
+            Step::Seal { flight, format: to, positions: of_to, from_offset: raw_offset, to_offset },
         ]
     }
 
@@ -412,7 +414,7 @@ impl BlockStore {
                 self.recodable.stalled = true;
                 return Planned::NoSlot;
             };
-            let (position, from_offset) = (self.position(id), self.offset(id));
+            let (positions, from_offset) = (self.positions(id), self.offset(id));
             let raw_offset = self.pool.layout().scratch_offset_bytes(scratch);
             let to_offset = self.pool.offset_bytes(class, slot.id());
             let formats = [rung, rung + 1].map(|rung| self.formats.rung(rung));
@@ -433,7 +435,7 @@ impl BlockStore {
                     scratch,
                 },
                 formats,
-                position,
+                positions,
                 from_offset,
                 raw_offset,
                 to_offset,

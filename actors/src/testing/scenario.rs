@@ -168,7 +168,7 @@ impl Setup {
             seals_per_launch: self.seals_per_launch,
             deterministic: self.deterministic,
             dropping: self.dropping,
-            no_scores: None,
+            centred: true,
             keys: KeyScheme::new(HashSecret([7; 32]), &self.geometry, self.dropping.as_ref()),
             eviction: self.eviction,
             tenants: self.tenants.clone(),

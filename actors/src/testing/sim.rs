@@ -246,15 +246,15 @@ impl Memory {
             Step::Transfer { from_offset, to_offset, bytes } => {
                 self.bytes.copy_within(*from_offset..*from_offset + *bytes, *to_offset);
             }
-            &mut Step::Reopen { format, position, from_offset, to_offset } => {
+            Step::Reopen { format, positions, from_offset, to_offset } => {
                 let tokens = (0..self.layout.block_tokens as u32).collect();
                 self.gather(&GatherStep {
                     flight: 0,
-                    format,
-                    position,
-                    from_offset,
+                    format: *format,
+                    positions: positions.clone(),
+                    from_offset: *from_offset,
                     tokens,
-                    to_offset,
+                    to_offset: *to_offset,
                     to_token: 0,
                 });
             }

@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use smallvec::{SmallVec, smallvec};
 
+use crate::dropping::Positions;
 use crate::format::{BlockFormat, Format};
 use crate::geometry::BlockLayout;
 use crate::memory::{AppendStep, LaneKind, Step};
@@ -23,8 +24,8 @@ pub struct Tracker {
     pool: PoolLayout,
     /// Per raw slot, layer and token.
     raw_written: Vec<bool>,
-    /// Per sealed slot: the position of the block that it was sealed as.
-    sealed: Vec<Option<u32>>,
+    /// Per sealed slot: where the tokens of the block that it was sealed as stood.
+    sealed: Vec<Option<Positions>>,
     /// Slots that hold tokens which were decoded, raw ones and sealed ones.
     decoded: [Vec<bool>; SizeClass::COUNT],
     /// Raw slots into which such a block was decoded: sealed from there it is what it was.
@@ -193,11 +194,11 @@ impl Tracker {
                     !self.pool.has_sealed_class || self.sealed[from].is_some(),
                     "moved before it was sealed: {step:?}"
                 );
-                self.sealed[to] = self.sealed[from];
+                self.sealed[to] = self.sealed[from].clone();
                 self.decoded[to_class as usize][to] = self.decoded[from_class as usize][from];
             }
-            Step::Reopen { format, position, from_offset, to_offset } => {
-                self.check_sealed(*format, *position, *from_offset, step);
+            Step::Reopen { format, positions, from_offset, to_offset } => {
+                self.check_sealed(*format, positions, *from_offset, step);
                 self.whole(*to_offset).fill(true);
                 let twice = self.is_decoded(self.class_at(*format, *from_offset), *from_offset);
                 let slot = self.slot_of(SizeClass::Raw, *to_offset);
@@ -217,14 +218,14 @@ impl Tracker {
                     }
                 }
             }
-            Step::Seal { format, position, from_offset, to_offset, .. } => {
+            Step::Seal { format, positions, from_offset, to_offset, .. } => {
                 assert!(
                     self.whole(*from_offset).iter().all(|w| *w),
                     "sealed before it was written: {step:?}"
                 );
                 let class = self.class_of(*format);
                 let slot = self.slot_of(class, *to_offset);
-                self.sealed[slot] = Some(*position);
+                self.sealed[slot] = Some(positions.clone());
                 let decoded = match class {
                     // Re-encoded: what it holds is as first-hand as it was before.
                     SizeClass::Colder | SizeClass::Coldest => {
@@ -241,18 +242,18 @@ impl Tracker {
                     "read before it was written: {read:?}"
                 ),
                 _ => {
-                    self.check_sealed(read.format, read.position, read.slot_offset, step);
+                    self.check_sealed(read.format, &read.positions, read.slot_offset, step);
                 }
             },
             Step::Score(score) => {
                 for from in &score.sources {
                     let all = 0..from.tokens as u32;
-                    self.check_tokens(from.format, from.position, from.slot_offset, all, step);
+                    self.check_tokens(from.format, &from.positions, from.slot_offset, all, step);
                 }
             }
             Step::Gather(gather) => {
                 let tokens = gather.tokens.iter().copied();
-                self.check_tokens(gather.format, gather.position, gather.from_offset, tokens, step);
+                self.check_tokens(gather.format, &gather.positions, gather.from_offset, tokens, step);
                 let filled = gather.to_token..gather.to_token + gather.tokens.len();
                 for layer in 0..self.layout.layers {
                     self.rows(gather.to_offset, layer, filled.clone()).fill(true);
@@ -269,13 +270,13 @@ impl Tracker {
     fn check_tokens(
         &mut self,
         format: BlockFormat,
-        position: u32,
+        positions: &Positions,
         offset: usize,
         tokens: impl Iterator<Item = u32>,
         step: &Step,
     ) {
         if self.class_of(format) != SizeClass::Raw {
-            return self.check_sealed(format, position, offset, step);
+            return self.check_sealed(format, positions, offset, step);
         }
         for token in tokens {
             for layer in 0..self.layout.layers {
@@ -285,10 +286,14 @@ impl Tracker {
         }
     }
 
-    /// It was sealed, as the block of this position: that is part of what its bytes mean.
-    fn check_sealed(&self, format: BlockFormat, position: u32, offset: usize, step: &Step) {
+    /// It was sealed, as the block of tokens at these positions: that is part of what its bytes mean.
+    fn check_sealed(&self, format: BlockFormat, positions: &Positions, offset: usize, step: &Step) {
         let slot = self.slot_of(self.class_at(format, offset), offset);
-        assert_eq!(self.sealed[slot], Some(position), "not what was sealed, or before it was: {step:?}");
+        assert_eq!(
+            self.sealed[slot].as_ref(),
+            Some(positions),
+            "not what was sealed, or before it was: {step:?}"
+        );
     }
 
     /// A launch is under way from now on.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kv_cache_actors::dropping::Positions;
 use kv_cache_actors::format::{BlockFormat, Format, FormatLayout, Ladder};
 use kv_cache_actors::geometry::{BlockLayout, Plane};
 use kv_cache_actors::memory::{
@@ -66,8 +67,8 @@ impl Lane for CpuLane {
                 Step::Transfer { from_offset, to_offset, bytes } => {
                     self.copy(*from_offset, *to_offset, *bytes)
                 }
-                Step::Reopen { format, position, from_offset, to_offset } => {
-                    self.reopen(*format, *position, *from_offset, *to_offset)
+                Step::Reopen { format, positions, from_offset, to_offset } => {
+                    self.reopen(*format, positions, *from_offset, *to_offset)
                 }
                 Step::Append(append) if !append.on_device => {
                     let finite = self.append(append, launch.payload(append.flight));
@@ -80,8 +81,8 @@ impl Lane for CpuLane {
                         rows.rows[at].finite &= self.append(&step, payload);
                     }
                 }
-                Step::Seal { flight, format, position, from_offset, to_offset } => {
-                    launch.flights[*flight].finite &= self.seal(*format, *position, *from_offset, *to_offset);
+                Step::Seal { flight, format, positions, from_offset, to_offset } => {
+                    launch.flights[*flight].finite &= self.seal(*format, positions, *from_offset, *to_offset);
                 }
                 Step::Read(read) if read.on_device.is_none() => {
                     if let Some(output) = &mut launch.flights[read.flight].output {
@@ -152,7 +153,7 @@ impl CpuLane {
     }
 
     /// Encodes a whole block; true if all is finite.
-    fn seal(&mut self, format: BlockFormat, position: u32, from: usize, to: usize) -> bool {
+    fn seal(&mut self, format: BlockFormat, positions: &Positions, from: usize, to: usize) -> bool {
         let layout = &self.layout;
         let sealed = FormatLayout::new(format, layout);
         let all = 0..layout.rows_per_plane();
@@ -192,7 +193,7 @@ impl CpuLane {
                 for (head, ((raw, codes), scales)) in
                     raw.chunks_exact(head_bytes).zip(codes).zip(scales).enumerate()
                 {
-                    let keys = Keys { layer, head, position, tokens: tokens.clone() };
+                    let keys = Keys { layer, head, positions, tokens: tokens.clone() };
                     centres.subtract(self.kernels, &keys, layout.element, raw, centred);
                     finite &= self.kernels.encode(of, centred, codes, scales);
                 }
@@ -202,7 +203,7 @@ impl CpuLane {
     }
 
     /// Decodes a whole block into a raw slot.
-    fn reopen(&self, format: BlockFormat, position: u32, from: usize, to: usize) {
+    fn reopen(&self, format: BlockFormat, positions: &Positions, from: usize, to: usize) {
         let layout = &self.layout;
         for layer in 0..layout.layers {
             for plane in Plane::BOTH {
@@ -212,7 +213,7 @@ impl CpuLane {
                 for head in 0..layout.kv_heads {
                     let bytes = layout.block_tokens * layout.row_bytes(plane);
                     let target = &mut target[head * bytes..(head + 1) * bytes];
-                    let keys = Keys { layer, head, position, tokens: 0..layout.block_tokens };
+                    let keys = Keys { layer, head, positions, tokens: 0..layout.block_tokens };
                     self.decode(format, from, plane, &keys, target, layout.row_bytes(plane));
                 }
             }
@@ -226,8 +227,8 @@ impl CpuLane {
             let (row, token) = (layout.row_bytes(plane), layout.token_bytes(plane));
             let output = &mut output.plane_mut(plane)[step.output_token * token..];
             for head in 0..layout.kv_heads {
-                let ReadStep { format, slot_offset, layer, position, ref tokens, .. } = *step;
-                let keys = Keys { layer, head, position, tokens: tokens.clone() };
+                let ReadStep { format, slot_offset, layer, ref positions, ref tokens, .. } = *step;
+                let keys = Keys { layer, head, positions, tokens: tokens.clone() };
                 self.decode(format, slot_offset, plane, &keys, &mut output[head * row..], token);
             }
         }
@@ -243,7 +244,8 @@ impl CpuLane {
                 let mut rest = &mut stored[..];
                 for source in &step.sources {
                     let (these, behind) = rest.split_at_mut(source.tokens * row);
-                    let which = Keys { layer, head, position: source.position, tokens: 0..source.tokens };
+                    let positions = &source.positions;
+                    let which = Keys { layer, head, positions, tokens: 0..source.tokens };
                     self.decode(source.format, source.slot_offset, Plane::Key, &which, these, row);
                     rest = behind;
                 }
@@ -265,7 +267,7 @@ impl CpuLane {
                 decoded.resize((last + 1 - first) as usize * row, 0);
                 for head in 0..layout.kv_heads {
                     let tokens = first as usize..last as usize + 1;
-                    let which = Keys { layer, head, position: step.position, tokens };
+                    let which = Keys { layer, head, positions: &step.positions, tokens };
                     self.decode(step.format, step.from_offset, plane, &which, &mut decoded, row);
                     let target = layout.plane_offset(layer, plane)
                         + (head * layout.block_tokens + step.to_token) * row;

@@ -113,6 +113,10 @@ pub(super) struct Append {
     pub(super) padding: u32,
 }
 
+/// In the place of a block's number: the rest is the address of the positions of its tokens, a `u32` each, since they do not follow each other as
+/// those of any block of a sequence do.
+pub(super) const EACH_POSITION: u64 = 1 << 63;
+
 /// One seal or reopen step.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C)]
@@ -120,7 +124,7 @@ pub(super) struct Convert {
     pub(super) from: u64,
     pub(super) to: u64,
     pub(super) flag: u64,
-    /// Where the block stands in its sequence.
+    /// Which block of its sequence it is, or [`EACH_POSITION`].
     pub(super) index: u64,
 }
 
@@ -137,7 +141,7 @@ pub(super) struct Read {
     pub(super) tokens: u32,
     /// Bit 0: keys are raw; bit 1: values are.
     pub(super) raw: u32,
-    /// Where the block stands in its sequence.
+    /// Which block of its sequence it is, or [`EACH_POSITION`].
     pub(super) index: u64,
 }
 

@@ -134,7 +134,7 @@ fn reads(score: &ScoreStep, layer: usize) -> impl Iterator<Item = Step> {
         let read = ReadStep {
             flight: score.flight,
             format: source.format,
-            position: source.position,
+            positions: source.positions.clone(),
             slot_offset: source.slot_offset,
             layer,
             tokens: 0..source.tokens,
@@ -159,7 +159,7 @@ fn stage(layout: &BlockLayout, gather: &GatherStep, at: u64, steps: &mut Vec<Ste
             steps.push(Step::Read(ReadStep {
                 flight: gather.flight,
                 format: gather.format,
-                position: gather.position,
+                positions: gather.positions.clone(),
                 slot_offset: gather.from_offset,
                 layer,
                 tokens: run,
@@ -188,7 +188,7 @@ fn runs(tokens: &[u32]) -> impl Iterator<Item = Range<usize>> {
 
 #[cfg(test)]
 mod tests {
-    use kv_cache_actors::dropping::KeyScore;
+    use kv_cache_actors::dropping::{KeyScore, Positions};
     use kv_cache_actors::format::BlockFormat;
     use kv_cache_actors::memory::ScoreSource;
 
@@ -203,7 +203,7 @@ mod tests {
         let gather = GatherStep {
             flight: 3,
             format: BlockFormat::RAW,
-            position: 16,
+            positions: Positions::From(16),
             from_offset: 128,
             tokens: vec![2, 3, 9],
             to_offset: 256,
@@ -225,7 +225,10 @@ mod tests {
     #[test]
     fn scores_do_not_depend_on_how_keys_come() {
         let layout = Geometry::new(1, 2, 4, ElementType::F32).block_tokens(4).layout().unwrap();
-        let source = |tokens| ScoreSource { format: BlockFormat::RAW, position: 0, slot_offset: 0, tokens };
+        let source = |tokens| {
+            let positions = Positions::From(0);
+            ScoreSource { format: BlockFormat::RAW, positions, slot_offset: 0, tokens }
+        };
         let sources = vec![source(4), source(2)];
         let step = ScoreStep { flight: 0, score: KeyScore::Norm, sources };
         let keys: Vec<f32> = (0..6 * 2 * 4).map(|at| (at * 37 % 19) as f32 - 7.0).collect();

@@ -1,13 +1,14 @@
 //! A unit of work: the part of a launch that goes to the device at once. Its steps become descriptors, sorted by kind, and lie in
-//! the ring with the payload that they read and the output that they write:
+//! the ring with the payload that they read, the positions of tokens that do not follow each other, and the output that they write:
 //!
 //! ```text
-//! | a flag per flight, and per row | moves | reopens | appends | moves for seals | seals | reads | payloads and outputs |
+//! | a flag per flight, and per row | moves | reopens | appends | moves for seals | seals | reads | payloads, positions and outputs |
 //! ```
 
 use std::ops::Range;
 use std::sync::Arc;
 
+use kv_cache_actors::dropping::Positions;
 use kv_cache_actors::format::{BlockFormat, Format, Ladder};
 use kv_cache_actors::geometry::{BlockLayout, Plane};
 use kv_cache_actors::memory::{AppendRows, AppendStep, Launch, ReadStep, Step};
@@ -42,7 +43,7 @@ pub(super) struct Plan {
     seals: ByRung<usize>,
     /// Those of raw blocks among the first.
     reads: ByRung<usize>,
-    /// Bytes of payloads and outputs.
+    /// Bytes of payloads, positions and outputs.
     data_bytes: usize,
 }
 
@@ -56,6 +57,23 @@ pub(super) struct ReadBack {
 
 fn token_bytes(layout: &BlockLayout) -> [usize; 2] {
     Plane::BOTH.map(|plane| layout.token_bytes(plane))
+}
+
+/// Where a step says that its block's tokens stand.
+fn positions(step: &Step) -> Option<&Positions> {
+    match step {
+        Step::Seal { positions, .. } | Step::Reopen { positions, .. } => Some(positions),
+        Step::Read(read) => Some(&read.positions),
+        _ => None,
+    }
+}
+
+/// Bytes of the ring that the positions of a step take: none where they follow each other.
+fn positions_bytes(step: &Step) -> usize {
+    match positions(step) {
+        Some(Positions::Each(each)) => size_of_val(&each[..]).next_multiple_of(VECTOR_BYTES),
+        _ => 0,
+    }
 }
 
 /// Bytes of the ring that a step's payload or output takes: none if the device reaches it where it is.
@@ -88,7 +106,7 @@ impl Plan {
     ) -> Plan {
         let mut plan = Plan { flights: launch.flights.len(), ..Plan::default() };
         for step in &launch.steps[from..] {
-            let data_bytes = data_bytes(layout, launch, step);
+            let data_bytes = data_bytes(layout, launch, step) + positions_bytes(step);
             let rows = if let Step::AppendRows(rows) = step { rows.rows.len() } else { 0 };
             // The largest descriptor stands for any.
             // What no rung has is refused when it is written.
@@ -162,7 +180,8 @@ pub(super) fn split_large(layout: &BlockLayout, launch: &mut Launch, bytes_max: 
         return;
     }
     let token: usize = token_bytes(layout).iter().sum();
-    let tokens_max = (most.saturating_sub(2 * VECTOR_BYTES) / token).max(1);
+    let of_data = |less: usize| (most.saturating_sub(2 * VECTOR_BYTES + less) / token).max(1);
+    let tokens_max = of_data(0);
     let mut steps = Vec::with_capacity(launch.steps.len() + 8);
     for step in &launch.steps {
         let bytes = unit_bytes(layout, launch, step);
@@ -173,6 +192,7 @@ pub(super) fn split_large(layout: &BlockLayout, launch: &mut Launch, bytes_max: 
                 steps.extend(rows.rows.chunks(rows_max).map(|part| Step::AppendRows(rows.part(part))));
             }
             Step::Read(read) if bytes > most => {
+                let tokens_max = of_data(positions_bytes(step));
                 for at in read.tokens.clone().step_by(tokens_max) {
                     let tokens = at..read.tokens.end.min(at + tokens_max);
                     let output_token = read.output_token + at - read.tokens.start;
@@ -189,7 +209,7 @@ pub(super) fn split_large(layout: &BlockLayout, launch: &mut Launch, bytes_max: 
 fn unit_bytes(layout: &BlockLayout, launch: &Launch, step: &Step) -> usize {
     let row = size_of::<abi::Append>() + size_of::<u32>();
     let rows = if let Step::AppendRows(rows) = step { rows.rows.len() * row } else { 0 };
-    rows + data_bytes(layout, launch, step)
+    rows + data_bytes(layout, launch, step) + positions_bytes(step)
 }
 
 fn split_append(layout: &BlockLayout, append: &AppendStep, tokens_max: usize, steps: &mut Vec<Step>) {
@@ -329,7 +349,7 @@ impl<'a> Unit<'a> {
             Step::Transfer { from_offset, to_offset, bytes } => {
                 self.put_move(at(from_offset), at(to_offset), *bytes);
             }
-            Step::Reopen { format, position, from_offset, to_offset }
+            Step::Reopen { format, positions, from_offset, to_offset }
                 if let Some(rung) = rung_of(self.sealed, *format) =>
             {
                 let (from, to) = (at(from_offset), at(to_offset));
@@ -337,9 +357,10 @@ impl<'a> Unit<'a> {
                 for &(raw, sealed, bytes) in &formats[rung].raw_runs {
                     self.put_move(from + sealed as u64, to + raw as u64, bytes);
                 }
-                self.reopens[rung].put(abi::Convert { from, to, flag: 0, index: self.index(*position) });
+                let index = self.index(positions);
+                self.reopens[rung].put(abi::Convert { from, to, flag: 0, index });
             }
-            Step::Seal { flight, format, position, from_offset, to_offset }
+            Step::Seal { flight, format, positions, from_offset, to_offset }
                 if let Some(rung) = rung_of(self.sealed, *format) =>
             {
                 let (from, to, flag) = (at(from_offset), at(to_offset), self.flag(*flight));
@@ -349,7 +370,8 @@ impl<'a> Unit<'a> {
                     self.seal_moves.put(abi::Move { from, to, bytes: bytes as u64 });
                     self.most.4 = self.most.4.max(bytes);
                 }
-                self.seals[rung].put(abi::Convert { from, to, flag, index: self.index(*position) });
+                let index = self.index(positions);
+                self.seals[rung].put(abi::Convert { from, to, flag, index });
             }
             Step::Append(append) => self.append(append, self.flag(append.flight)),
             Step::AppendRows(rows) => self.append_rows(rows),
@@ -368,9 +390,17 @@ impl<'a> Unit<'a> {
         self.most.3 = self.most.3.max(bytes);
     }
 
-    /// Which block of its sequence begins at `position`.
-    fn index(&self, position: u32) -> u64 {
-        u64::from(position) / self.layout.block_tokens as u64
+    /// Which block of its sequence has tokens at these positions, or where they are.
+    fn index(&mut self, positions: &Positions) -> u64 {
+        match positions {
+            Positions::From(first) => u64::from(*first) / self.layout.block_tokens as u64,
+            Positions::Each(each) => {
+                let (start, bytes) = (self.data_used, bytemuck::cast_slice(each));
+                self.data[start..start + bytes.len()].copy_from_slice(bytes);
+                self.data_used += bytes.len().next_multiple_of(VECTOR_BYTES);
+                abi::EACH_POSITION | (self.data_address + start as u64)
+            }
+        }
     }
 
     fn flag(&self, flight: usize) -> u64 {
@@ -476,6 +506,7 @@ impl<'a> Unit<'a> {
             }
         };
         self.most.2 = self.most.2.max(read.tokens.len());
+        let index = self.index(&read.positions);
         let slot = self.slab.address_of(read.slot_offset);
         let (mut slots, mut raw) = ([slot; 2], 0);
         for (at, plane) in Plane::BOTH.into_iter().enumerate() {
@@ -498,7 +529,7 @@ impl<'a> Unit<'a> {
             first_token: read.tokens.start as u32,
             tokens: read.tokens.len() as u32,
             raw,
-            index: self.index(read.position),
+            index,
         });
         planes
     }

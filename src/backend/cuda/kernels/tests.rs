@@ -229,6 +229,8 @@ struct Bench {
     output: DeviceMemory,
     steps: DeviceMemory,
     flag: DeviceMemory,
+    /// Which block of its sequence it is, or where the positions of its tokens are.
+    index: u64,
 }
 
 impl Bench {
@@ -245,6 +247,7 @@ impl Bench {
             output: zeroed(raw),
             steps: zeroed(256),
             flag: zeroed(64),
+            index: INDEX,
         }
     }
 
@@ -273,7 +276,7 @@ impl Bench {
             from: self.sealed.address(),
             to: self.reopened.address(),
             flag: 0,
-            index: INDEX,
+            index: self.index,
         });
         // SAFETY: memory of this bench, which nobody else uses; everything is waited for before it is looked at.
         unsafe { kernels.reopen(&self.stream, 0, reopen) }.unwrap();
@@ -316,7 +319,7 @@ impl Bench {
             from: self.raw.address(),
             to: self.sealed.address(),
             flag: self.flag.address(),
-            index: INDEX,
+            index: self.index,
         });
         // SAFETY: as above.
         unsafe { kernels.seal(stream, 0, seal) }.unwrap();
@@ -332,7 +335,7 @@ impl Bench {
                     first_token: tokens.start as u32,
                     tokens: count as u32,
                     raw,
-                    index: INDEX,
+                    index: self.index,
                 });
                 // SAFETY: as above; the output has room for a block of all layers.
                 unsafe { kernels.read(stream, 0, read, count) }.unwrap();
@@ -431,6 +434,7 @@ use of_each_format;
 
 of_each_format!(plain_kernels_give_the_same_bytes);
 of_each_format!(plain_kernels_with_means_give_the_same_bytes);
+of_each_format!(tokens_with_positions_of_their_own_give_the_same_bytes);
 of_each_format!(blocks_are_sealed_alike_alone_and_among_others);
 of_each_format!(random_bytes_decode_as_on_the_cpu);
 
@@ -557,6 +561,43 @@ fn random_bytes_decode_as_on_the_cpu(gpu: &Arc<Gpu>, format: Format) {
                 let on_cpu = decoded_on_cpu(&layout, format, &bytes);
                 let differs = on_gpu.iter().zip(&on_cpu).position(|(a, b)| a != b);
                 assert_eq!(differs, None, "{format}, {element:?}, heads of {dim}");
+            }
+        }
+    }
+}
+
+/// A block that says of each of its tokens where it stands is what it is without, if they stand one after the other. If they do not, keys are others.
+fn tokens_with_positions_of_their_own_give_the_same_bytes(gpu: &Arc<Gpu>, format: Format) {
+    for element in [ElementType::F16, ElementType::Bf16, ElementType::F32] {
+        for (block_tokens, layers, heads, key_dim, value_dim) in SHAPES {
+            let block_tokens =
+                if format.is_grouped() { block_tokens.next_multiple_of(32) } else { block_tokens };
+            let mut geometry = Geometry::new(layers, heads, key_dim, element).block_tokens(block_tokens);
+            geometry.groups[0].value_dim = value_dim;
+            let layout = geometry.layout().unwrap();
+            let kernels = Kernels::load(gpu, &layout, format, Some(&some_centres(&geometry))).unwrap();
+            let mut bench = Bench::new(gpu, layout, format.into());
+            let first = INDEX as u32 * block_tokens;
+            let positions: Vec<u32> = (first..first + block_tokens).collect();
+            let elsewhere: Vec<u32> = positions.iter().map(|at| 7 * at % 600).collect();
+            let [positions, elsewhere] = [positions, elsewhere].map(|each| upload(gpu, &each).unwrap());
+            for (calm, bad) in [(true, false), (false, true)] {
+                let what =
+                    format!("{format}, {element:?}, {block_tokens} tokens, heads of {key_dim}, calm: {calm}");
+                let mut runs = Vec::new();
+                let at = |memory: &DeviceMemory| abi::EACH_POSITION | memory.address();
+                for index in [INDEX, at(&positions), at(&elsewhere)] {
+                    bench.index = index;
+                    runs.push(bench.run(&kernels, 0..layout.block_tokens, calm, bad));
+                }
+                for (part, (one, other)) in runs[0].iter().zip(&runs[1]).enumerate() {
+                    assert!(one == other, "{what}: part {part} differs");
+                }
+                // Part 2 is what was sealed.
+                assert!(
+                    bad || key_dim == 1 || runs[0][2] != runs[2][2],
+                    "{what}: sealed as if it stood elsewhere"
+                );
             }
         }
     }
