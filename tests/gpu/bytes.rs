@@ -7,7 +7,7 @@ use kv_cache::*;
 use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 
-use crate::common::{Combo, FORMATS, Number, Rig, SETUPS, Tokens, fitting, shaped};
+use crate::common::{Combo, FORMATS, Number, Rig, SETUPS, Tokens, eventually, fitting, shaped};
 use crate::device::OnDevice;
 
 /// `(block_tokens, layers, kv_heads, key_dim, value_dim)`: every width that a kernel treats on its own, also with rows that no warp or
@@ -168,15 +168,15 @@ async fn same_bytes<E: OnDevice>(format: BlockFormat, at: usize, rope: Option<Ro
     for calm in [false, true] {
         let seed = 10 * at as u64 + if calm { 5 } else { 0 };
         let what = format!("{}, turned: {rope:?}, calm: {calm}, seed {seed}", gpu.combo);
-        same_rows([&cpu, &gpu], shape.0, calm, seed, &what).await;
+        same_rows([&cpu, &gpu], calm, seed, &what).await;
     }
     cpu.finish().await;
     gpu.finish().await;
 }
 
-/// A sequence of either cache with the same tokens, sealed, read, written to again, sealed and read again.
-async fn same_rows<E: OnDevice>(pair: [&Rig<E>; 2], block_tokens: u32, calm: bool, seed: u64, what: &str) {
-    let layout = pair[0].layout;
+/// A sequence of either cache with the same tokens, sealed, read, written to again, sealed and read again, thinned out, sealed and read once more.
+async fn same_rows<E: OnDevice>(pair: [&Rig<E>; 2], calm: bool, seed: u64, what: &str) {
+    let (layout, block_tokens) = (pair[0].layout, pair[0].block());
     let count = (3 * block_tokens).max(40) + 1;
     let new = tokens::<E>(layout, count as usize, seed, calm);
     let mut sequences = Vec::new();
@@ -186,27 +186,43 @@ async fn same_rows<E: OnDevice>(pair: [&Rig<E>; 2], block_tokens: u32, calm: boo
         rig.sealed(&sequence).await;
         sequences.push(sequence);
     }
-    for round in ["sealed", "reopened and sealed again"] {
-        for layer in 0..pair[0].layers() {
-            let [on_cpu, on_gpu] = [0, 1].map(|at| stored::<E>(&layout, &sequences[at].view(layer).unwrap()));
-            for (at, (cpu, gpu)) in on_cpu.iter().zip(&on_gpu).enumerate() {
-                assert_eq!(cpu, gpu, "{what}: rows {at} of layer {layer}, {round}");
-            }
-            assert_eq!(on_cpu.len(), on_gpu.len());
-            let tokens = sequences[0].len();
+    assert_same::<E>(&sequences, &layout, what, "sealed").await;
+    // Back into a sealed block: it is decoded, written to, and encoded once more.
+    let more = tokens::<E>(layout, 2 * block_tokens as usize, seed + 1, calm);
+    for (rig, sequence) in pair.into_iter().zip(&sequences) {
+        sequence.truncate(block_tokens + block_tokens / 2).await.unwrap();
+        sequence.append(&more.ids, &more.keys, &more.values).await.unwrap();
+        rig.sealed(sequence).await;
+    }
+    assert_same::<E>(&sequences, &layout, what, "reopened and sealed again").await;
+    // Two blocks and a few tokens of three and a half, from here and there.
+    for sequence in &sequences {
+        let scores: Vec<f32> = (0..sequence.len()).map(|at| (at * at % 11) as f32).collect();
+        sequence.drop_tokens(2 * block_tokens + block_tokens / 4, scores).await.unwrap();
+        let info = || sequence.info();
+        eventually("sealing", || info().sealed_blocks >= info().kept / block_tokens).await;
+    }
+    assert_same::<E>(&sequences, &layout, what, "thinned out and sealed again").await;
+}
+
+/// Two sequences are stored, and read, as the same bytes.
+async fn assert_same<E: OnDevice>(sequences: &[Sequence], layout: &BlockLayout, what: &str, round: &str) {
+    let positions = sequences[0].positions();
+    assert_eq!(positions, sequences[1].positions());
+    for layer in 0..layout.layers as u32 {
+        let [on_cpu, on_gpu] = [0, 1].map(|at| stored::<E>(layout, &sequences[at].view(layer).unwrap()));
+        for (at, (cpu, gpu)) in on_cpu.iter().zip(&on_gpu).enumerate() {
+            assert_eq!(cpu, gpu, "{what}: rows {at} of layer {layer}, {round}");
+        }
+        assert_eq!(on_cpu.len(), on_gpu.len());
+        for run in positions.chunk_by(|a, b| a + 1 == *b) {
             let mut read = Vec::new();
-            for sequence in &sequences {
-                let (keys, values) = sequence.read::<E>(layer, 0..tokens).await.unwrap();
+            for sequence in sequences {
+                let (keys, values) =
+                    sequence.read::<E>(layer, run[0]..run[0] + run.len() as u32).await.unwrap();
                 read.push([keys, values].map(|plane| bytemuck::cast_slice::<E, u8>(&plane).to_vec()));
             }
-            assert_eq!(read[0], read[1], "{what}: layer {layer}, read, {round}");
-        }
-        // Back into a sealed block: it is decoded, written to, and encoded once more.
-        let more = tokens::<E>(layout, 2 * block_tokens as usize, seed + 1, calm);
-        for (rig, sequence) in pair.into_iter().zip(&sequences) {
-            sequence.truncate(block_tokens + block_tokens / 2).await.unwrap();
-            sequence.append(&more.ids, &more.keys, &more.values).await.unwrap();
-            rig.sealed(sequence).await;
+            assert_eq!(read[0], read[1], "{what}: layer {layer}, read from {} on, {round}", run[0]);
         }
     }
 }
