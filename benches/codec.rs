@@ -183,9 +183,11 @@ fn large() {
             let (plane_raw, plane_codes) = (PLANE_ROWS * dim * element.bytes(), PLANE_ROWS * row_bytes);
             let plane_scales = of.scales_bytes(PLANE_ROWS);
             let (head_raw, head_codes) = (BLOCK_TOKENS * dim * element.bytes(), BLOCK_TOKENS * row_bytes);
+            let differences = of.of_differences();
+            let head_less = BLOCK_TOKENS * dim * differences.element.bytes();
             let head_scales = of.scales_bytes(BLOCK_TOKENS);
-            let (centres, mut less) = (Centres::new(dim), Buffer::new(head_raw));
-            let less = less.get(head_raw);
+            let (centres, mut less) = (Centres::new(dim), Buffer::new(head_less));
+            let less = less.get(head_less);
 
             let mut times = [const { Vec::new() }; 3];
             for _ in 0..if format == Format::Int8 { TURNS } else { SLOW_TURNS } {
@@ -194,8 +196,9 @@ fn large() {
                     if centred {
                         let outputs = codes.chunks_mut(head_codes).zip(scales.chunks_mut(head_scales));
                         for (src, (codes, scales)) in src.chunks(head_raw).zip(outputs) {
-                            kernels.subtract_centres(element, &centres.of_head(), src, less);
-                            assert!(kernels.encode(of, less, codes, scales));
+                            let elements = [element, differences.element];
+                            kernels.subtract_centres(elements, &centres.of_head(), src, less);
+                            assert!(kernels.encode(differences, less, codes, scales));
                         }
                         return;
                     }
@@ -209,8 +212,13 @@ fn large() {
                     if centred {
                         let inputs = codes.chunks(head_codes).zip(scales.chunks(head_scales));
                         for (dst, (codes, scales)) in dst.chunks_mut(head_raw).zip(inputs) {
-                            kernels.decode(of, 0, codes, scales, dst, row);
-                            kernels.add_centres(element, &centres.of_head(), dst, row);
+                            if !format.is_rotated() {
+                                kernels.decode(of, 0, codes, scales, dst, row);
+                                kernels.add_centres_in_place(element, &centres.of_head(), dst, row);
+                                continue;
+                            }
+                            kernels.decode(differences, 0, codes, scales, less, dim * 4);
+                            kernels.add_centres(element, &centres.of_head(), less, dst, row);
                         }
                         return;
                     }

@@ -9,7 +9,8 @@ use std::ops::Range;
 use std::path::Path;
 
 use kv_cache_actors::dropping::Positions;
-use kv_cache_actors::geometry::{ElementType, Geometry, Rope, RopeLayout};
+use kv_cache_actors::format::RowFormat;
+use kv_cache_actors::geometry::{Geometry, Rope, RopeLayout};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::cpu::codec::{Kernels, RowCentres, finite_max};
@@ -308,33 +309,54 @@ impl Centres {
         1.01 * std::f32::consts::SQRT_2 * mean * turn.max(1.0)
     }
 
-    /// Subtracts the centres from rows, one after the other, on their way from `from` to `to`.
-    pub(crate) fn subtract(
+    /// Encodes rows, one after the other, less their centres. True if all is finite. See [`Kernels::encode`].
+    pub(crate) fn encode(
         &self,
         kernels: Kernels,
         keys: &Keys,
-        element: ElementType,
-        from: &[u8],
-        to: &mut [u8],
-    ) {
-        let row = self.key_dim * element.bytes();
+        of: RowFormat,
+        rows: &[u8],
+        [codes, scales]: [&mut [u8]; 2],
+        room: &mut Room,
+    ) -> bool {
+        let differences = of.of_differences();
+        let elements = [of.element, differences.element];
+        let [from, to] = elements.map(|element| of.dim * element.bytes());
+        let less = room.get(keys.tokens.len() * to);
         self.runs(keys, |first, centres| {
-            let rows = first * row..(first + centres.rows) * row;
-            kernels.subtract_centres(element, centres, &from[rows.clone()], &mut to[rows]);
+            let of_run = first..first + centres.rows;
+            let (src, dst) = (of_run.start * from..of_run.end * from, of_run.start * to..of_run.end * to);
+            kernels.subtract_centres(elements, centres, &rows[src], &mut less[dst]);
         });
+        kernels.encode(differences, less, codes, scales)
     }
 
-    /// Adds the centres to rows that begin `stride` bytes apart: the inverse of [`Centres::subtract`], but for rounding.
-    pub(crate) fn add(
+    /// Decodes rows that begin `stride` bytes apart, with their centres: the inverse of [`Centres::encode`]. See [`Kernels::decode`].
+    #[expect(clippy::too_many_arguments, reason = "those of a codec, and what is its own")]
+    pub(crate) fn decode(
         &self,
         kernels: Kernels,
         keys: &Keys,
-        element: ElementType,
+        of: RowFormat,
+        skip: usize,
+        [codes, scales]: [&[u8]; 2],
         rows: &mut [u8],
         stride: usize,
+        room: &mut Room,
     ) {
+        let differences = of.of_differences();
+        if !of.format.is_rotated() {
+            kernels.decode(of, skip, codes, scales, rows, stride);
+            return self.runs(keys, |first, centres| {
+                kernels.add_centres_in_place(of.element, centres, &mut rows[first * stride..], stride);
+            });
+        }
+        let row = of.dim * differences.element.bytes();
+        let less = room.get(keys.tokens.len() * row);
+        kernels.decode(differences, skip, codes, scales, less, row);
         self.runs(keys, |first, centres| {
-            kernels.add_centres(element, centres, &mut rows[first * stride..], stride)
+            let src = &less[first * row..(first + centres.rows) * row];
+            kernels.add_centres(of.element, centres, src, &mut rows[first * stride..], stride);
         });
     }
 
@@ -373,6 +395,22 @@ impl Centres {
     }
 }
 
+/// Room for rows on their way to or from a codec, kept for the next ones.
+#[derive(Debug, Default)]
+pub(crate) struct Room(Vec<u8>);
+
+impl Room {
+    /// So many bytes, whatever they are, from the beginning of a cache line on.
+    fn get(&mut self, bytes: usize) -> &mut [u8] {
+        const LINE: usize = 64;
+        if self.0.len() < bytes + LINE - 1 {
+            self.0.resize(bytes + LINE - 1, 0);
+        }
+        let line = self.0.as_ptr().align_offset(LINE);
+        &mut self.0[line..][..bytes]
+    }
+}
+
 /// Keys of one head in one block.
 #[derive(Debug, Clone)]
 pub(crate) struct Keys<'a> {
@@ -386,7 +424,26 @@ pub(crate) struct Keys<'a> {
 
 #[cfg(test)]
 mod tests {
+    use kv_cache_actors::geometry::ElementType;
+
     use super::*;
+
+    /// Rows less their centres, in their own type.
+    fn subtract(centres: &Centres, keys: &Keys, element: ElementType, rows: &[u8], to: &mut [u8]) {
+        let row = centres.key_dim * element.bytes();
+        centres.runs(keys, |first, of_run| {
+            let bytes = first * row..(first + of_run.rows) * row;
+            Kernels::best().subtract_centres([element; 2], of_run, &rows[bytes.clone()], &mut to[bytes]);
+        });
+    }
+
+    /// Rows of f32 with their centres, `stride` bytes apart.
+    fn add(centres: &Centres, keys: &Keys, rows: &mut [u8], stride: usize) {
+        centres.runs(keys, |first, of_run| {
+            let rows = &mut rows[first * stride..];
+            Kernels::best().add_centres_in_place(ElementType::F32, of_run, rows, stride);
+        });
+    }
 
     /// Keys of a head that are its mean, rotated by the definition, in f64.
     fn rotated(mean: &[f64], rope: &Rope, position: u32) -> Vec<f64> {
@@ -455,17 +512,11 @@ mod tests {
                         .collect();
                     let positions = &Positions::From(position);
                     let which = Keys { layer: layer as usize, head, positions, tokens: 1..4 };
-                    let (kernels, mut bytes) = (Kernels::best(), vec![0; size_of_val(&rows[..])]);
-                    centres.subtract(
-                        kernels,
-                        &which,
-                        ElementType::F32,
-                        bytemuck::cast_slice(&rows),
-                        &mut bytes,
-                    );
+                    let mut bytes = vec![0; size_of_val(&rows[..])];
+                    subtract(&centres, &which, ElementType::F32, bytemuck::cast_slice(&rows), &mut bytes);
                     let left: Vec<f32> = bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect();
                     assert!(left.iter().all(|x| x.abs() < 1e-3), "{position}: {left:?}");
-                    centres.add(kernels, &which, ElementType::F32, &mut bytes, 40);
+                    add(&centres, &which, &mut bytes, 40);
                     for (got, x) in bytes.chunks_exact(4).zip(&rows) {
                         let got: f32 = bytemuck::pod_read_unaligned(got);
                         assert!((got - x).abs() < 1e-5 * x.abs().max(1.0), "{got} {x}");
@@ -484,7 +535,7 @@ mod tests {
             let of_all: Vec<f32> = rotated(&mean, &rope, 0).iter().map(|x| *x as f32).collect();
             builder.add(0, 0, &of_all.repeat(3));
             let centres = Centres::new(&builder.finish().unwrap(), &geometry, 4001).unwrap();
-            let (kernels, element) = (Kernels::best(), ElementType::F32);
+            let element = ElementType::F32;
             // Blocks are of four tokens: some of one, over a border, and far apart.
             let each = [6, 7, 8, 4000];
             let rows: Vec<f32> =
@@ -495,7 +546,7 @@ mod tests {
                 let keys = Keys { layer: 0, head: 1, positions: &positions, tokens: tokens.clone() };
                 let bytes = &bytes[tokens.start * 40..tokens.end * 40];
                 let mut left = vec![0; bytes.len()];
-                centres.subtract(kernels, &keys, element, bytes, &mut left);
+                subtract(&centres, &keys, element, bytes, &mut left);
                 for x in left.chunks_exact(4).map(bytemuck::pod_read_unaligned::<f32>) {
                     assert!(x.abs() < 1e-3, "{tokens:?}: {x}");
                 }
@@ -505,7 +556,7 @@ mod tests {
                     .chunks_exact_mut(56)
                     .zip(left.chunks_exact(40))
                     .for_each(|(to, row)| to[..40].copy_from_slice(row));
-                centres.add(kernels, &keys, element, &mut apart, 56);
+                add(&centres, &keys, &mut apart, 56);
                 for (got, row) in apart.chunks_exact(56).zip(bytes.chunks_exact(40)) {
                     let off = |(a, b): (&[u8], &[u8])| {
                         (bytemuck::pod_read_unaligned::<f32>(a) - bytemuck::pod_read_unaligned::<f32>(b))
@@ -524,7 +575,7 @@ mod tests {
                     (Positions::From(first), &mut by_first),
                 ] {
                     let keys = Keys { layer: 0, head: 2, positions: &positions, tokens: 0..4 };
-                    centres.subtract(kernels, &keys, element, bytes, to);
+                    subtract(&centres, &keys, element, bytes, to);
                 }
                 assert_eq!(by_each, by_first);
             }
@@ -540,7 +591,7 @@ mod tests {
         let row = [60000.0, f32::NAN, f32::INFINITY, 1.0].map(half::f16::from_f32);
         let mut bytes = [0; 8];
         let keys = Keys { layer: 0, head: 0, positions: &Positions::From(64), tokens: 3..4 };
-        centres.subtract(Kernels::best(), &keys, ElementType::F16, bytemuck::cast_slice(&row), &mut bytes);
+        subtract(&centres, &keys, ElementType::F16, bytemuck::cast_slice(&row), &mut bytes);
         let row: Vec<half::f16> = bytes.chunks_exact(2).map(bytemuck::pod_read_unaligned).collect();
         assert_eq!(row[0], half::f16::MAX);
         assert!(row[1].is_nan());

@@ -14,7 +14,7 @@ use kv_cache_actors::slot::SlotPin;
 use crate::backend::cpu::codec::Kernels;
 use crate::backend::{HostCopy, Memory};
 use crate::element::{Element, check_type};
-use crate::key_means::{Centres, Keys};
+use crate::key_means::{Centres, Keys, Room};
 use crate::runtime::Runtime;
 use crate::{BlockLayout, ElementType, Error, Format, Plane, SequenceId, Tier};
 
@@ -395,12 +395,13 @@ impl<'a> BlockView<'a> {
         let row = dim * size_of::<T>();
         let out = bytemuck::cast_slice_mut(rows);
         let of = RowFormat::new(self.format_of(plane), &self.pinned.layout, plane);
-        KERNELS.decode(of, skip, codes, scales.bytes(), out, row);
-        if let (Some(centres), Some(positions), Plane::Key) =
-            (&self.pinned.centres, &self.piece.positions, plane)
-        {
-            let tokens = self.piece.inside.clone();
-            centres.add(*KERNELS, &Keys { layer: self.layer, head, positions, tokens }, T::TYPE, out, row);
+        match (&self.pinned.centres, &self.piece.positions, plane) {
+            (Some(centres), Some(positions), Plane::Key) => {
+                let keys = Keys { layer: self.layer, head, positions, tokens: self.piece.inside.clone() };
+                let coded = [codes, scales.bytes()];
+                centres.decode(*KERNELS, &keys, of, skip, coded, out, row, &mut Room::default());
+            }
+            _ => KERNELS.decode(of, skip, codes, scales.bytes(), out, row),
         }
         Ok(())
     }

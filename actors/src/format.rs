@@ -315,6 +315,12 @@ impl RowFormat {
         RowFormat { format, element: layout.element, plane, dim: layout.dim(plane) }
     }
 
+    /// What is coded of rows whose centres are taken off: the rotated formats take differences as they are, in f32, others rounded to the
+    /// element type. Codes and scales are as many bytes.
+    pub const fn of_differences(self) -> RowFormat {
+        RowFormat { element: if self.format.is_rotated() { ElementType::F32 } else { self.element }, ..self }
+    }
+
     /// Bytes of the codes of a row.
     pub const fn row_bytes(self) -> usize {
         self.format.row_bytes(self.element, self.dim)

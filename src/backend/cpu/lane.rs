@@ -12,7 +12,7 @@ use kv_cache_actors::pool::PoolLayout;
 
 use super::codec::{Kernels, load_row};
 use super::slab::Slab;
-use crate::key_means::{Centres, Keys};
+use crate::key_means::{Centres, Keys, Room};
 
 /// A CPU device to be opened over a slab.
 pub(crate) struct CpuBackend {
@@ -37,7 +37,7 @@ impl Backend for CpuBackend {
             kernels: self.kernels,
             centres: self.centres.clone(),
             layout: *block,
-            centred: Vec::new(),
+            room: Room::default(),
             done: Vec::new(),
         };
         Ok(Lanes { compute: lane(), upload: lane(), download: lane() })
@@ -50,8 +50,8 @@ pub(crate) struct CpuLane {
     kernels: Kernels,
     centres: Option<Arc<Centres>>,
     layout: BlockLayout,
-    /// Keys of a head that are being sealed, less their centres.
-    centred: Vec<u8>,
+    /// For keys of a head less their centres.
+    room: Room,
     done: Vec<Launch>,
 }
 
@@ -184,18 +184,13 @@ impl CpuLane {
                 // A head after the other: what is left of it is encoded while it is in the nearest cache.
                 let tokens = 0..layout.block_tokens;
                 let head_bytes = layout.block_tokens * layout.row_bytes(plane);
-                // From the beginning of a cache line on.
-                self.centred.resize(head_bytes + 63, 0);
-                let line = self.centred.as_ptr().align_offset(64);
-                let centred = &mut self.centred[line..][..head_bytes];
                 let codes = codes.chunks_exact_mut(tokens.len() * of.row_bytes());
                 let scales = scales.chunks_exact_mut(of.scales_bytes(tokens.len()));
                 for (head, ((raw, codes), scales)) in
                     raw.chunks_exact(head_bytes).zip(codes).zip(scales).enumerate()
                 {
                     let keys = Keys { layer, head, positions, tokens: tokens.clone() };
-                    centres.subtract(self.kernels, &keys, layout.element, raw, centred);
-                    finite &= self.kernels.encode(of, centred, codes, scales);
+                    finite &= centres.encode(self.kernels, &keys, of, raw, [codes, scales], &mut self.room);
                 }
             }
         }
@@ -203,13 +198,13 @@ impl CpuLane {
     }
 
     /// Decodes a whole block into a raw slot.
-    fn reopen(&self, format: BlockFormat, positions: &Positions, from: usize, to: usize) {
-        let layout = &self.layout;
+    fn reopen(&mut self, format: BlockFormat, positions: &Positions, from: usize, to: usize) {
+        let (layout, slab) = (self.layout, Arc::clone(&self.slab));
         for layer in 0..layout.layers {
             for plane in Plane::BOTH {
                 let target = to + layout.plane_offset(layer, plane);
                 // SAFETY: a new slot of the launch's own (2).
-                let target = unsafe { self.slab.bytes_mut(target..target + layout.plane_bytes(plane)) };
+                let target = unsafe { slab.bytes_mut(target..target + layout.plane_bytes(plane)) };
                 for head in 0..layout.kv_heads {
                     let bytes = layout.block_tokens * layout.row_bytes(plane);
                     let target = &mut target[head * bytes..(head + 1) * bytes];
@@ -221,8 +216,8 @@ impl CpuLane {
     }
 
     /// Gathers `[layer][K|V][kv_head][token][dim]` to `[tokens, kv_heads, dim]`.
-    fn read(&self, step: &ReadStep, output: &mut ReadBuffer) {
-        let layout = &self.layout;
+    fn read(&mut self, step: &ReadStep, output: &mut ReadBuffer) {
+        let layout = self.layout;
         for plane in Plane::BOTH {
             let (row, token) = (layout.row_bytes(plane), layout.token_bytes(plane));
             let output = &mut output.plane_mut(plane)[step.output_token * token..];
@@ -235,8 +230,8 @@ impl CpuLane {
     }
 
     /// Adds up what the keys of each layer and head say of the tokens.
-    fn score(&self, step: &ScoreStep, scores: &mut [f32]) {
-        let (layout, row) = (&self.layout, self.layout.row_bytes(Plane::Key));
+    fn score(&mut self, step: &ScoreStep, scores: &mut [f32]) {
+        let (layout, row) = (self.layout, self.layout.row_bytes(Plane::Key));
         let mut stored = vec![0; scores.len() * row];
         let mut keys = vec![0.0; scores.len() * layout.key_dim];
         for layer in 0..layout.layers {
@@ -256,8 +251,8 @@ impl CpuLane {
     }
 
     /// Decodes some tokens of a block to tokens of a raw slot that follow each other.
-    fn gather(&self, step: &GatherStep) {
-        let layout = &self.layout;
+    fn gather(&mut self, step: &GatherStep) {
+        let layout = self.layout;
         let (first, last) = (step.tokens.first(), step.tokens.last());
         let (Some(&first), Some(&last)) = (first, last) else { return };
         let mut decoded = Vec::new();
@@ -285,7 +280,7 @@ impl CpuLane {
 
     /// Decodes rows of one head, keys or values, of a slot: row `i` to `target[i * stride]`.
     fn decode(
-        &self,
+        &mut self,
         format: BlockFormat,
         slot: usize,
         plane: Plane,
@@ -312,9 +307,13 @@ impl CpuLane {
                 self.kernels.copy_rows(element, codes, row, target, stride, row, rows.len());
             }
             _ => {
-                self.kernels.decode(of, rows.start % of.scale_rows(), codes, scales, target, stride);
-                if let (Some(centres), Plane::Key) = (&self.centres, plane) {
-                    centres.add(self.kernels, which, element, target, stride);
+                let skip = rows.start % of.scale_rows();
+                match (&self.centres, plane) {
+                    (Some(centres), Plane::Key) => {
+                        let coded = [codes, scales];
+                        centres.decode(self.kernels, which, of, skip, coded, target, stride, &mut self.room);
+                    }
+                    _ => self.kernels.decode(of, skip, codes, scales, target, stride),
                 }
             }
         }

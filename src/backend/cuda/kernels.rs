@@ -199,13 +199,12 @@ impl Descriptors {
     }
 }
 
-/// Whether keys are for the kernels of pairs that lie half a row apart (`HALVES_KERNELS` in the sources): all dims turn, halves of rows are a power of
-/// two of vectors, and the means of all heads fit into a thread block's shared memory.
-fn has_halves(block: &BlockLayout, centres: &abi::CentreTables) -> bool {
+/// Whether keys are for the kernels of keys all of whose dims turn (`HALVES_KERNELS` in the sources): halves of rows are a power of two of vectors, and
+/// the means of all heads fit into a thread block's shared memory.
+fn all_turn(block: &BlockLayout, centres: &abi::CentreTables) -> bool {
     /// `TURNED_MAX` in the source.
     const MEANS_MOST: usize = 4096;
     block.element.bytes() == 2
-        && centres.apart != 1
         && 2 * centres.pairs as usize == block.key_dim
         && [32, 64, 128, 256].contains(&block.key_dim)
         && block.block_tokens.is_multiple_of(8)
@@ -279,12 +278,17 @@ impl Kernels {
             let format = if planes == [Plane::Value] { place.format().values } else { place.format().keys };
             let rotated = format.is_rotated();
             let centred = tables.as_ref().filter(|_| planes.contains(&Plane::Key));
-            let halves = centred.is_some_and(|tables| has_halves(block, &tables.at));
+            let turned = centred.filter(|tables| all_turn(block, &tables.at));
+            // Half a row apart.
+            let halves = turned.is_some_and(|tables| tables.at.apart != 1);
             let function = |module: &Arc<Module>, name: &str| {
                 // Seals of rotated rows take the centres of all pairs off in one way. Kernels of `int8` and `fp8` are for all lengths of rows
                 // that have halves, others for one each.
                 let kind = match (format, block.key_dim) {
-                    _ if !halves || rotated && name == "seal" => "",
+                    _ if rotated && (turned.is_none() || name == "seal") => "",
+                    (_, 64) if rotated => "turned64_",
+                    (_, 128) if rotated => "turned128_",
+                    _ if !halves => "",
                     (Format::Int8 | Format::Fp8, _) => "halves_",
                     (_, 64) => "halves64_",
                     (_, 128) => "halves128_",

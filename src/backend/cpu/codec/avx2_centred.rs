@@ -27,27 +27,29 @@ by_steps!("avx2,fma,f16c");
 /// Moves pairs whose halves lie apart, and returns how many: what is left is for the definition.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn halves_apart<const E: u8, const COPY: bool, const PAIRS: usize>(
+fn halves_apart<const FROM: u8, const TO: u8, const COPY: bool, const PAIRS: usize>(
+    zero: f32,
     mean: &[f32],
     [cos, sin]: [&[f32]; 2],
     from: &[u8],
     to: &mut [u8],
 ) -> usize {
     let (p, q) = mean.split_at(if PAIRS == 0 { cos.len() } else { PAIRS });
-    let step_bytes = STEP * element_bytes(E);
-    let (x_to, y_to) = to.split_at_mut(p.len() * element_bytes(E));
-    let (x_from, y_from) = from.split_at(if COPY { x_to.len() } else { 0 });
-    let steps_to = x_to.chunks_exact_mut(step_bytes).zip(y_to.chunks_exact_mut(step_bytes));
+    let [from_step, to_step] = [FROM, TO].map(|e| STEP * element_bytes(e));
+    let (x_to, y_to) = to.split_at_mut(p.len() * element_bytes(TO));
+    let (x_from, y_from) = from.split_at(if COPY { p.len() * element_bytes(FROM) } else { 0 });
+    let steps_to = x_to.chunks_exact_mut(to_step).zip(y_to.chunks_exact_mut(to_step));
     let steps = floats(p).iter().zip(floats(q)).zip(floats(cos)).zip(floats(sin)).zip(steps_to);
     let mut done = 0;
     for (step, ((((p, q), cos), sin), (x_to, y_to))) in steps.enumerate() {
-        let bytes = step * step_bytes..(step + 1) * step_bytes;
-        let x = elements::<E>(if COPY { &x_from[bytes.clone()] } else { x_to });
-        let y = elements::<E>(if COPY { &y_from[bytes] } else { y_to });
+        let bytes = step * from_step..(step + 1) * from_step;
+        let x =
+            signless::<FROM, COPY>(elements::<FROM>(if COPY { &x_from[bytes.clone()] } else { x_to }), zero);
+        let y = signless::<FROM, COPY>(elements::<FROM>(if COPY { &y_from[bytes] } else { y_to }), zero);
         let (p, q, cos, sin) = (load_floats(p), load_floats(q), load_floats(cos), load_floats(sin));
         let x = _mm256_fnmadd_ps(q, sin, _mm256_fmadd_ps(p, cos, x));
         let y = _mm256_fmadd_ps(p, sin, _mm256_fmadd_ps(q, cos, y));
-        if !put_two::<E>(x_to, x, y_to, y) {
+        if !put_two::<TO>(x_to, x, y_to, y) {
             break;
         }
         done += STEP;
@@ -58,13 +60,14 @@ fn halves_apart<const E: u8, const COPY: bool, const PAIRS: usize>(
 /// [`halves_apart`], for pairs of neighbours: returns how many elements it has moved.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn neighbours<const E: u8, const COPY: bool, const PAIRS: usize>(
+fn neighbours<const FROM: u8, const TO: u8, const COPY: bool, const PAIRS: usize>(
+    zero: f32,
     mean: &[f32],
     [cos, sin]: [&[f32]; 2],
     from: &[u8],
     to: &mut [u8],
 ) -> usize {
-    let step_bytes = STEP * element_bytes(E);
+    let [from_step, to_step] = [FROM, TO].map(|e| STEP * element_bytes(e));
     let mean = &mean[..if PAIRS == 0 { mean.len() } else { 2 * PAIRS }];
     // Each element has the numbers of its pair, and the first of a pair the sine's negative.
     let twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
@@ -75,12 +78,15 @@ fn neighbours<const E: u8, const COPY: bool, const PAIRS: usize>(
     let negative = _mm256_castsi256_ps(_mm256_set1_epi64x(0x8000_0000));
     let turns = cos.as_chunks().0.iter().zip(sin.as_chunks().0);
     let mut done = 0;
-    for ((mean, (cos, sin)), to) in floats(mean).iter().zip(turns).zip(to.chunks_exact_mut(step_bytes)) {
-        let x = elements::<E>(if COPY { &from[done * element_bytes(E)..][..step_bytes] } else { to });
+    for ((mean, (cos, sin)), to) in floats(mean).iter().zip(turns).zip(to.chunks_exact_mut(to_step)) {
+        let x = signless::<FROM, COPY>(
+            elements::<FROM>(if COPY { &from[done * element_bytes(FROM)..][..from_step] } else { to }),
+            zero,
+        );
         let (mean, cos, sin) = (load_floats(mean), of_pairs(cos), of_pairs(sin));
         let fellows = _mm256_permute_ps::<0b10_11_00_01>(mean);
         let x = _mm256_fmadd_ps(mean, cos, x);
-        if !put::<E>(to, _mm256_fmadd_ps(fellows, _mm256_xor_ps(sin, negative), x)) {
+        if !put::<TO>(to, _mm256_fmadd_ps(fellows, _mm256_xor_ps(sin, negative), x)) {
             break;
         }
         done += STEP;
@@ -91,17 +97,32 @@ fn neighbours<const E: u8, const COPY: bool, const PAIRS: usize>(
 /// [`halves_apart`], for elements that do not turn.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn unturned<const E: u8, const COPY: bool>(mean: &[f32], from: &[u8], to: &mut [u8]) -> usize {
-    let step_bytes = STEP * element_bytes(E);
+fn unturned<const FROM: u8, const TO: u8, const COPY: bool>(
+    zero: f32,
+    mean: &[f32],
+    from: &[u8],
+    to: &mut [u8],
+) -> usize {
+    let [from_step, to_step] = [FROM, TO].map(|e| STEP * element_bytes(e));
     let mut done = 0;
-    for (mean, to) in floats(mean).iter().zip(to.chunks_exact_mut(step_bytes)) {
-        let x = elements::<E>(if COPY { &from[done * element_bytes(E)..][..step_bytes] } else { to });
-        if !put::<E>(to, _mm256_add_ps(x, load_floats(mean))) {
+    for (mean, to) in floats(mean).iter().zip(to.chunks_exact_mut(to_step)) {
+        let x = signless::<FROM, COPY>(
+            elements::<FROM>(if COPY { &from[done * element_bytes(FROM)..][..from_step] } else { to }),
+            zero,
+        );
+        if !put::<TO>(to, _mm256_add_ps(x, load_floats(mean))) {
             break;
         }
         done += STEP;
     }
     done
+}
+
+/// With `zero` added where that may change something: see [`Moves::zero`].
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn signless<const FROM: u8, const COPY: bool>(x: __m256, zero: f32) -> __m256 {
+    if COPY && FROM == F32 { _mm256_add_ps(x, _mm256_set1_ps(zero)) } else { x }
 }
 
 pub(super) const fn element(e: u8) -> ElementType {

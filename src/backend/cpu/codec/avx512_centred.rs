@@ -18,7 +18,8 @@ by_steps!("avx512vl,avx512dq,avx512vbmi");
 /// Moves pairs whose halves lie apart, and returns how many: what is left is for the definition.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-fn halves_apart<const E: u8, const COPY: bool, const PAIRS: usize>(
+fn halves_apart<const FROM: u8, const TO: u8, const COPY: bool, const PAIRS: usize>(
+    zero: f32,
     mean: &[f32],
     [cos, sin]: [&[f32]; 2],
     from: &[u8],
@@ -26,21 +27,20 @@ fn halves_apart<const E: u8, const COPY: bool, const PAIRS: usize>(
 ) -> usize {
     let pairs = if PAIRS == 0 { cos.len() } else { PAIRS };
     let (p, q) = mean.split_at(pairs);
-    let bytes = pairs * element_bytes(E);
-    let (x_to, y_to) = to.split_at_mut(bytes);
-    let (x_from, y_from) = from.split_at(if COPY { bytes } else { 0 });
+    let (x_to, y_to) = to.split_at_mut(pairs * element_bytes(TO));
+    let (x_from, y_from) = from.split_at(if COPY { pairs * element_bytes(FROM) } else { 0 });
     let mut at = 0;
     while at < pairs {
-        let x = elements::<E>(if COPY { x_from } else { x_to }, at);
-        let y = elements::<E>(if COPY { y_from } else { y_to }, at);
+        let x = signless::<FROM, COPY>(elements::<FROM>(if COPY { x_from } else { x_to }, at), zero);
+        let y = signless::<FROM, COPY>(elements::<FROM>(if COPY { y_from } else { y_to }, at), zero);
         let (p, q, cos, sin) = (floats(p, at), floats(q, at), floats(cos, at), floats(sin, at));
-        let x = rounded::<E>(_mm512_fnmadd_ps(q, sin, _mm512_fmadd_ps(p, cos, x)));
-        let y = rounded::<E>(_mm512_fmadd_ps(p, sin, _mm512_fmadd_ps(q, cos, y)));
-        if !all_finite::<E>(x, y) {
+        let x = rounded::<TO>(_mm512_fnmadd_ps(q, sin, _mm512_fmadd_ps(p, cos, x)));
+        let y = rounded::<TO>(_mm512_fmadd_ps(p, sin, _mm512_fmadd_ps(q, cos, y)));
+        if !all_finite::<TO>(x, y) {
             return at;
         }
-        put::<E>(x_to, at, x);
-        put::<E>(y_to, at, y);
+        put::<TO>(x_to, at, x);
+        put::<TO>(y_to, at, y);
         at += STEP;
     }
     pairs
@@ -49,7 +49,8 @@ fn halves_apart<const E: u8, const COPY: bool, const PAIRS: usize>(
 /// [`halves_apart`], for pairs of neighbours: returns how many elements it has moved.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-fn neighbours<const E: u8, const COPY: bool, const PAIRS: usize>(
+fn neighbours<const FROM: u8, const TO: u8, const COPY: bool, const PAIRS: usize>(
+    zero: f32,
     mean: &[f32],
     [cos, sin]: [&[f32]; 2],
     from: &[u8],
@@ -61,17 +62,17 @@ fn neighbours<const E: u8, const COPY: bool, const PAIRS: usize>(
     let count = if PAIRS == 0 { mean.len() } else { 2 * PAIRS };
     let mut at = 0;
     while at < count {
-        let x = elements::<E>(if COPY { from } else { to }, at);
+        let x = signless::<FROM, COPY>(elements::<FROM>(if COPY { from } else { to }, at), zero);
         let cos = _mm512_permutexvar_ps(twice, floats(cos, at / 2));
         let sin = _mm512_permutexvar_ps(twice, floats(sin, at / 2));
         let mean = floats(mean, at);
         let fellows = _mm512_permute_ps::<0b10_11_00_01>(mean);
         let x = _mm512_fmadd_ps(mean, cos, x);
-        let x = rounded::<E>(_mm512_fmadd_ps(fellows, _mm512_xor_ps(sin, negative), x));
-        if !all_finite::<E>(x, x) {
+        let x = rounded::<TO>(_mm512_fmadd_ps(fellows, _mm512_xor_ps(sin, negative), x));
+        if !all_finite::<TO>(x, x) {
             return at;
         }
-        put::<E>(to, at, x);
+        put::<TO>(to, at, x);
         at += STEP;
     }
     count
@@ -80,18 +81,30 @@ fn neighbours<const E: u8, const COPY: bool, const PAIRS: usize>(
 /// [`halves_apart`], for elements that do not turn.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
-fn unturned<const E: u8, const COPY: bool>(mean: &[f32], from: &[u8], to: &mut [u8]) -> usize {
+fn unturned<const FROM: u8, const TO: u8, const COPY: bool>(
+    zero: f32,
+    mean: &[f32],
+    from: &[u8],
+    to: &mut [u8],
+) -> usize {
     let mut at = 0;
     while at < mean.len() {
-        let x = elements::<E>(if COPY { from } else { to }, at);
-        let x = rounded::<E>(_mm512_add_ps(x, floats(mean, at)));
-        if !all_finite::<E>(x, x) {
+        let x = signless::<FROM, COPY>(elements::<FROM>(if COPY { from } else { to }, at), zero);
+        let x = rounded::<TO>(_mm512_add_ps(x, floats(mean, at)));
+        if !all_finite::<TO>(x, x) {
             return at;
         }
-        put::<E>(to, at, x);
+        put::<TO>(to, at, x);
         at += STEP;
     }
     mean.len()
+}
+
+/// With `zero` added where that may change something: see [`Moves::zero`].
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn signless<const FROM: u8, const COPY: bool>(x: __m512, zero: f32) -> __m512 {
+    if COPY && FROM == F32 { _mm512_add_ps(x, _mm512_set1_ps(zero)) } else { x }
 }
 
 /// The floats from number `at` on, and zeros where there are no more.

@@ -1,8 +1,8 @@
-//! `r4`, `r3` and `r2` of 16-bit elements with AVX-512: 16 rows at a time, one in each lane, as in the
+//! `r4`, `r3` and `r2` with AVX-512: 16 rows at a time, one in each lane, as in the
 //! [AVX2 kernels](super::avx2_rotated).
 //!
 //! The transform is done in two passes over a batch, four levels and then the others, with up to 16 elements in registers; dims whose
-//! groups have fewer than 32 elements go to the AVX2 kernels, and so does f32. The transposes at the ends are of 16-bit elements, half
+//! groups have fewer than 32 elements go to the AVX2 kernels. The transposes at the ends are of 16-bit elements where these are such, half
 //! the work of floats.
 //!
 //! The code of a place is looked up, whatever the size of the book.
@@ -11,10 +11,12 @@ use std::arch::x86_64::*;
 
 use super::ElementType;
 use super::avx2::{
-    BF16, F16, largest_bits, load_full, load_half, padded, prefetch_ahead, saturation, store_full,
+    BF16, F16, F32, element_bytes, load_full, load_half, padded, prefetch_ahead, saturation, store_full,
 };
 use super::avx2_rotated;
-use super::avx512::{floats, halves, load, load_floats, parts, prefetch, saturated, store, store_floats};
+use super::avx512::{
+    floats, halves, load, load_floats, load_wide, parts, prefetch, saturated, store, store_floats, store_wide,
+};
 use super::rotated::{self, NEAR, WHOLE, flips, group, root};
 
 /// See [`rotated::encode`].
@@ -29,13 +31,15 @@ pub(super) fn encode(
 ) -> bool {
     match (bits, element) {
         _ if !is_wide(dim) => avx2_rotated::encode(bits, element, dim, src, codes, factors),
-        (_, ElementType::F32) => avx2_rotated::encode(bits, element, dim, src, codes, factors),
         (4, ElementType::F16) => encode_dim::<4, F16>(dim, src, codes, factors),
         (4, ElementType::Bf16) => encode_dim::<4, BF16>(dim, src, codes, factors),
+        (4, ElementType::F32) => encode_dim::<4, F32>(dim, src, codes, factors),
         (3, ElementType::F16) => encode_dim::<3, F16>(dim, src, codes, factors),
         (3, ElementType::Bf16) => encode_dim::<3, BF16>(dim, src, codes, factors),
+        (3, ElementType::F32) => encode_dim::<3, F32>(dim, src, codes, factors),
         (_, ElementType::F16) => encode_dim::<2, F16>(dim, src, codes, factors),
         (_, ElementType::Bf16) => encode_dim::<2, BF16>(dim, src, codes, factors),
+        (_, ElementType::F32) => encode_dim::<2, F32>(dim, src, codes, factors),
     }
 }
 
@@ -52,13 +56,15 @@ pub(super) fn decode(
 ) {
     match (bits, element) {
         _ if !is_wide(dim) => avx2_rotated::decode(bits, element, dim, codes, factors, dst, dst_stride),
-        (_, ElementType::F32) => avx2_rotated::decode(bits, element, dim, codes, factors, dst, dst_stride),
         (4, ElementType::F16) => decode_dim::<4, F16>(dim, codes, factors, dst, dst_stride),
         (4, ElementType::Bf16) => decode_dim::<4, BF16>(dim, codes, factors, dst, dst_stride),
+        (4, ElementType::F32) => decode_dim::<4, F32>(dim, codes, factors, dst, dst_stride),
         (3, ElementType::F16) => decode_dim::<3, F16>(dim, codes, factors, dst, dst_stride),
         (3, ElementType::Bf16) => decode_dim::<3, BF16>(dim, codes, factors, dst, dst_stride),
+        (3, ElementType::F32) => decode_dim::<3, F32>(dim, codes, factors, dst, dst_stride),
         (_, ElementType::F16) => decode_dim::<2, F16>(dim, codes, factors, dst, dst_stride),
         (_, ElementType::Bf16) => decode_dim::<2, BF16>(dim, codes, factors, dst, dst_stride),
+        (_, ElementType::F32) => decode_dim::<2, F32>(dim, codes, factors, dst, dst_stride),
     }
 }
 
@@ -114,7 +120,7 @@ fn encode_rows<const BITS: usize, const E: u8, const DIM: usize>(
     factors: &mut [u8],
 ) -> bool {
     let dim = if DIM == 0 { dim } else { DIM };
-    let (raw_bytes, code_bytes) = (LANES * 2 * dim, LANES * dim * BITS / 8);
+    let (raw_bytes, code_bytes) = (LANES * element_bytes(E) * dim, LANES * dim * BITS / 8);
     let zero = _mm512_setzero_ps();
     // On the stack where `DIM` says how much: calls are of few rows where keys have centres.
     let (mut of_dim, mut units_of_dim, mut of_any) = ([zero; DIM], [zero; 32], Vec::new());
@@ -157,7 +163,8 @@ fn encode_batch<const BITS: usize, const E: u8, const DIM: usize>(
     factors: &mut [u8],
 ) -> bool {
     let dim = if DIM == 0 { y.len() } else { DIM };
-    let (y, src, codes) = (&mut y[..dim], &src[..LANES * 2 * dim], &mut codes[..LANES * dim * BITS / 8]);
+    let src = &src[..LANES * element_bytes(E) * dim];
+    let (y, codes) = (&mut y[..dim], &mut codes[..LANES * dim * BITS / 8]);
     let one = _mm512_set1_ps(1.0);
     let max = load_rows::<E, DIM, false>(src, y, one);
     last_levels(y);
@@ -165,7 +172,7 @@ fn encode_batch<const BITS: usize, const E: u8, const DIM: usize>(
     let (mut power, far) = (one, !near(square));
     if E != F16 && far != 0 {
         // All go again, those that are near as they are.
-        power = _mm512_mask_mov_ps(one, far, power_below(floats::<E>(max)));
+        power = _mm512_mask_mov_ps(one, far, power_below(max));
         load_rows::<E, DIM, true>(src, y, _mm512_div_ps(one, power));
         last_levels(y);
         square = square_of(y, units);
@@ -173,7 +180,7 @@ fn encode_batch<const BITS: usize, const E: u8, const DIM: usize>(
     let (ideal, zero) = choose::<BITS, DIM>(y, square, units, codes);
     let mut factor = [0.0; LANES];
     store_floats(&mut factor, _mm512_mul_ps(ideal, power));
-    let wrong = _mm256_cmpgt_epi16_mask(max, _mm256_set1_epi16(largest_bits(E) as i16));
+    let wrong = _mm512_cmpgt_epu32_mask(_mm512_castps_si512(max), _mm512_set1_epi32(0x7F7F_FFFF));
     let nothing = wrong | zero;
     let stored = codes.chunks_exact_mut(dim * BITS / 8).zip(factors.chunks_exact_mut(2));
     for (lane, ((codes, stored), factor)) in stored.zip(factor).enumerate() {
@@ -187,33 +194,41 @@ fn encode_batch<const BITS: usize, const E: u8, const DIM: usize>(
 }
 
 /// Loads 16 rows, signs changed, one in each lane of `y`, times `scale` if they are `SCALED`, and does the first levels of the transform.
-/// Returns the lanes' largest magnitudes as bits of elements.
+/// Returns the lanes' largest magnitudes: of what is not finite, if there is any.
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn load_rows<const E: u8, const DIM: usize, const SCALED: bool>(
     src: &[u8],
     y: &mut [__m512],
     scale: __m512,
-) -> __m256i {
+) -> __m512 {
     let dim = if DIM == 0 { y.len() } else { DIM };
-    let (y, src, row_parts) = (&mut y[..dim], &src[..LANES * 2 * dim], dim / 16);
-    let mut max = _mm256_setzero_si256();
+    let (y, src, row_parts) = (&mut y[..dim], &src[..LANES * element_bytes(E) * dim], dim / 16);
+    let (mut max, mut max_of_f32) = (_mm256_setzero_si256(), _mm512_setzero_si512());
     for (part, y) in y.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        let rows = std::array::from_fn(|lane| load_full(src, lane * row_parts + part));
         // The lines of the next rows, one after the other.
         (0..8).for_each(|i| prefetch(src, src.len() + (8 * part + i) * 64));
-        let loaded = transposed(rows);
-        for x in loaded {
-            max = _mm256_max_epu16(max, _mm256_and_si256(x, _mm256_set1_epi16(0x7FFF)));
-        }
-        *y = std::array::from_fn(|i| {
-            let x = floats::<E>(loaded[i]);
+        let changed = |i: usize, x: __m512| {
             let x = _mm512_castps_si512(if SCALED { _mm512_mul_ps(x, scale) } else { x });
             _mm512_castsi512_ps(_mm512_xor_si512(x, flip(16 * part + i)))
-        });
+        };
+        if E == F32 {
+            let row = |lane| _mm512_castsi512_ps(load_wide(src, lane * row_parts + part));
+            let loaded = transposed_floats(std::array::from_fn(row));
+            for x in loaded {
+                max_of_f32 = _mm512_max_epu32(max_of_f32, _mm512_castps_si512(_mm512_abs_ps(x)));
+            }
+            *y = std::array::from_fn(|i| changed(i, loaded[i]));
+        } else {
+            let loaded = transposed(std::array::from_fn(|lane| load_full(src, lane * row_parts + part)));
+            for x in loaded {
+                max = _mm256_max_epu16(max, _mm256_and_si256(x, _mm256_set1_epi16(0x7FFF)));
+            }
+            *y = std::array::from_fn(|i| changed(i, floats::<E>(loaded[i])));
+        }
         levels(y);
     }
-    max
+    if E == F32 { _mm512_castsi512_ps(max_of_f32) } else { floats::<E>(max) }
 }
 
 /// Which sums of squares are those of rows that are rotated as they are.
@@ -514,17 +529,17 @@ fn decode_rows<const BITS: usize, const E: u8, const DIM: usize>(
     dst_stride: usize,
 ) {
     let dim = if DIM == 0 { dim } else { DIM };
-    let (row_bytes, code_bytes) = (2 * dim, LANES * dim * BITS / 8);
+    let (row_bytes, code_bytes) = (element_bytes(E) * dim, LANES * dim * BITS / 8);
     let zero = _mm512_setzero_ps();
     // As for the encoder.
-    let (mut of_dim, mut elements_of_dim) = ([zero; DIM], [[0; 2 * LANES]; DIM]);
+    let (mut of_dim, mut elements_of_dim) = ([zero; DIM], [[0; 4 * LANES]; DIM]);
     let (mut of_any, mut elements_of_any) = (Vec::new(), Vec::new());
     let (y, all) = if DIM == 0 {
         of_any.resize(dim, zero);
         elements_of_any.resize(LANES * row_bytes, 0);
         (&mut of_any[..], &mut elements_of_any[..])
     } else {
-        (&mut of_dim[..], elements_of_dim.as_flattened_mut())
+        (&mut of_dim[..], &mut elements_of_dim.as_flattened_mut()[..LANES * row_bytes])
     };
     let batches = codes.chunks(code_bytes).zip(factors.chunks(LANES * 2));
     for (batch, (codes, factors)) in batches.enumerate() {
@@ -533,7 +548,7 @@ fn decode_rows<const BITS: usize, const E: u8, const DIM: usize>(
         // A line of each row at a time: all at once would be more than can be under way.
         let ahead = |step: usize| {
             for row in 0..factors.len() / 2 {
-                prefetch_ahead(&dst[row * dst_stride + 2 * STEP * step..][..2 * STEP]);
+                prefetch_ahead(&dst[row * dst_stride + element_bytes(E) * STEP * step..][..2 * STEP]);
             }
         };
         if codes.len() == code_bytes {
@@ -563,7 +578,8 @@ fn decode_batch<const BITS: usize, const E: u8, const DIM: usize>(
     ahead: impl Fn(usize),
 ) {
     let dim = if DIM == 0 { y.len() } else { DIM };
-    let (y, codes, out) = (&mut y[..dim], &codes[..LANES * dim * BITS / 8], &mut out[..LANES * 2 * dim]);
+    let (y, codes) = (&mut y[..dim], &codes[..LANES * dim * BITS / 8]);
+    let out = &mut out[..LANES * element_bytes(E) * dim];
     let book = book::<BITS>();
     for (step, y) in y.as_chunks_mut::<STEP>().0.iter_mut().enumerate() {
         ahead(step);
@@ -599,17 +615,56 @@ fn write_rows<const E: u8, const DIM: usize, const SATURATE: bool>(
     out: &mut [u8],
 ) {
     let dim = if DIM == 0 { y.len() } else { DIM };
-    let (y, out, row_parts) = (&y[..dim], &mut out[..LANES * 2 * dim], dim / 16);
+    let (y, out, row_parts) = (&y[..dim], &mut out[..LANES * element_bytes(E) * dim], dim / 16);
     let signed = [scale, _mm512_mul_ps(scale, _mm512_set1_ps(-1.0))];
     for (part, y) in y.as_chunks::<16>().0.iter().enumerate() {
-        let x = transposed(std::array::from_fn(|i| {
+        let scaled = |i: usize| {
             let x = _mm512_mul_ps(y[i], signed[usize::from(flips(16 * part + i))]);
-            halves::<E>(if SATURATE { saturated::<E>(x) } else { x })
-        }));
+            if SATURATE { saturated::<E>(x) } else { x }
+        };
+        if E == F32 {
+            for (lane, x) in transposed_floats(std::array::from_fn(scaled)).into_iter().enumerate() {
+                store_wide(out, lane * row_parts + part, _mm512_castps_si512(x));
+            }
+            continue;
+        }
+        let x = transposed(std::array::from_fn(|i| halves::<E>(scaled(i))));
         for (lane, x) in x.into_iter().enumerate() {
             store_full(out, lane * row_parts + part, x);
         }
     }
+}
+
+/// 16 rows of 16 floats to columns.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn transposed_floats(x: [__m512; 16]) -> [__m512; 16] {
+    // Within each 128-bit part: four rows to four columns.
+    let part = |i: usize, column: usize| {
+        let two = |a: __m512, b: __m512| {
+            if column < 2 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) }
+        };
+        let (ab, cd) = (two(x[i], x[i + 1]), two(x[i + 2], x[i + 3]));
+        let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+        let four =
+            if column.is_multiple_of(2) { _mm512_unpacklo_pd(ab, cd) } else { _mm512_unpackhi_pd(ab, cd) };
+        _mm512_castpd_ps(four)
+    };
+    // Parts of columns 0, 4, 8 and 12 lie in one vector, and so on: they are to come together.
+    let columns: [[__m512; 4]; 4] = std::array::from_fn(|column| {
+        let [a, b, c, d] = std::array::from_fn(|i| part(4 * i, column));
+        let (ab_low, ab_high) =
+            (_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b));
+        let (cd_low, cd_high) =
+            (_mm512_shuffle_f32x4::<0b10_00_10_00>(c, d), _mm512_shuffle_f32x4::<0b11_01_11_01>(c, d));
+        [
+            _mm512_shuffle_f32x4::<0b10_00_10_00>(ab_low, cd_low),
+            _mm512_shuffle_f32x4::<0b10_00_10_00>(ab_high, cd_high),
+            _mm512_shuffle_f32x4::<0b11_01_11_01>(ab_low, cd_low),
+            _mm512_shuffle_f32x4::<0b11_01_11_01>(ab_high, cd_high),
+        ]
+    });
+    std::array::from_fn(|i| columns[i % 4][i / 4])
 }
 
 /// 16 rows of 16 words to columns.

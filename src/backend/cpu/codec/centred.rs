@@ -15,6 +15,8 @@ pub(super) struct Moves<'a> {
     pub(super) layout: RopeLayout,
     /// `[rows, pairs]`, the cosines and the sines.
     pub(super) turns: [&'a [f32]; 2],
+    /// Added to every element before: 0, which takes the sign of a zero, or -0, which changes nothing.
+    pub(super) zero: f32,
 }
 
 impl<'a> Moves<'a> {
@@ -26,11 +28,12 @@ impl<'a> Moves<'a> {
         [&cos[of_row.clone()], &sin[of_row]]
     }
 
-    /// What element `i` of a row becomes. What is no number stays so, for the check of the encoder.
-    fn moved(&self, element: ElementType, row: usize, i: usize, x: f32) -> f32 {
+    /// What element `i` of a row becomes, for elements `to` that it is rounded to. What is no number stays so, for the check of the encoder.
+    fn moved(&self, to: ElementType, row: usize, i: usize, x: f32) -> f32 {
         if !x.is_finite() {
             return x;
         }
+        let x = x + self.zero;
         let sum = if i < 2 * self.pairs {
             let (pair, fellow) = match self.layout {
                 RopeLayout::Interleaved => (i / 2, i ^ 1),
@@ -42,7 +45,7 @@ impl<'a> Moves<'a> {
         } else {
             x + self.mean[i]
         };
-        let max = finite_max(element);
+        let max = finite_max(to);
         sum.clamp(-max, max)
     }
 }
@@ -55,7 +58,7 @@ struct Room([f32; 256]);
 ///
 /// A part of its callers, so that it is made of their instructions: a head of a block has few rows to share this.
 #[inline(always)]
-pub(super) fn behind_turn(centres: &RowCentres, sign: f32, then: impl FnOnce(&Moves)) {
+pub(super) fn behind_turn(centres: &RowCentres, sign: f32, src: Option<&[u8]>, then: impl FnOnce(&Moves)) {
     let RowCentres { rows, mean, turn, row_turns: turns, layout } = *centres;
     let (mut few, mut many) = (Room([0.0; 256]), Vec::new());
     let turned = match few.0.get_mut(..mean.len()) {
@@ -83,31 +86,39 @@ pub(super) fn behind_turn(centres: &RowCentres, sign: f32, then: impl FnOnce(&Mo
         }
     }
     constant.iter_mut().zip(of_constant).for_each(|(to, mean)| *to = sign * mean);
-    then(&Moves { rows, mean: turned, pairs, layout, turns });
+    let zero = if sign > 0.0 && src.is_some() { 0.0 } else { -0.0 };
+    then(&Moves { rows, mean: turned, pairs, layout, turns, zero });
 }
 
 /// See [`Kernels::subtract_centres`](super::Kernels::subtract_centres): from the rows of `src`, one after the other, or from
-/// those of `dst` themselves if there is none.
+/// those of `dst` themselves if there is none, which are of one type then.
 pub(super) fn move_rows(
-    element: ElementType,
+    elements: [ElementType; 2],
     centres: &RowCentres,
     sign: f32,
     src: Option<&[u8]>,
     dst: &mut [u8],
     dst_stride: usize,
 ) {
-    behind_turn(centres, sign, |moves| move_each(element, moves, src, dst, dst_stride));
+    behind_turn(centres, sign, src, |moves| move_each(elements, moves, src, dst, dst_stride));
 }
 
-fn move_each(element: ElementType, moves: &Moves, src: Option<&[u8]>, dst: &mut [u8], dst_stride: usize) {
-    let (dim, row_bytes) = (moves.mean.len(), moves.mean.len() * element.bytes());
+pub(super) fn move_each(
+    elements: [ElementType; 2],
+    moves: &Moves,
+    src: Option<&[u8]>,
+    dst: &mut [u8],
+    dst_stride: usize,
+) {
+    let dim = moves.mean.len();
+    let [from_bytes, to_bytes] = elements.map(|element| dim * element.bytes());
     for row in 0..moves.rows {
-        let to = &mut dst[row * dst_stride..][..row_bytes];
+        let to = &mut dst[row * dst_stride..][..to_bytes];
         match src {
             Some(src) => {
-                move_some::<true>(element, moves, row, 0..dim, &src[row * row_bytes..][..row_bytes], to);
+                move_some::<true>(elements, moves, row, 0..dim, &src[row * from_bytes..][..from_bytes], to);
             }
-            None => move_some::<false>(element, moves, row, 0..dim, &[], to),
+            None => move_some::<false>(elements, moves, row, 0..dim, &[], to),
         }
     }
 }
@@ -115,7 +126,7 @@ fn move_each(element: ElementType, moves: &Moves, src: Option<&[u8]>, dst: &mut 
 /// Some elements of a row, which `from` has, or `to` itself.
 #[inline(never)]
 pub(super) fn move_some<const COPY: bool>(
-    element: ElementType,
+    [element, of_to]: [ElementType; 2],
     moves: &Moves,
     row: usize,
     some: Range<usize>,
@@ -123,8 +134,8 @@ pub(super) fn move_some<const COPY: bool>(
     to: &mut [u8],
 ) {
     for i in some {
-        let moved = moves.moved(element, row, i, read(element, if COPY { from } else { to }, i));
-        write(element, moved, &mut to[i * element.bytes()..][..element.bytes()]);
+        let moved = moves.moved(of_to, row, i, read(element, if COPY { from } else { to }, i));
+        write(of_to, moved, &mut to[i * of_to.bytes()..][..of_to.bytes()]);
     }
 }
 
@@ -136,74 +147,106 @@ macro_rules! by_steps {
         /// See [`centred::move_rows`](super::centred::move_rows).
         #[target_feature(enable = $features)]
         pub(super) fn move_rows(
-            element: ElementType,
+            elements: [ElementType; 2],
             centres: &RowCentres,
             sign: f32,
             src: Option<&[u8]>,
             dst: &mut [u8],
             dst_stride: usize,
         ) {
-            behind_turn(centres, sign, |moves| match element {
-                ElementType::F16 => move_all::<F16>(moves, src, dst, dst_stride),
-                ElementType::Bf16 => move_all::<BF16>(moves, src, dst, dst_stride),
-                ElementType::F32 => move_all::<F32>(moves, src, dst, dst_stride),
+            use ElementType as T;
+            behind_turn(centres, sign, src, |moves| match (elements, src) {
+                ([T::F16, T::F16], _) => move_all::<F16, F16>(moves, src, dst, dst_stride),
+                ([T::Bf16, T::Bf16], _) => move_all::<BF16, BF16>(moves, src, dst, dst_stride),
+                ([T::F32, T::F32], _) => move_all::<F32, F32>(moves, src, dst, dst_stride),
+                ([T::F16, T::F32], Some(src)) => move_to_others::<F16, F32>(moves, src, dst, dst_stride),
+                ([T::Bf16, T::F32], Some(src)) => move_to_others::<BF16, F32>(moves, src, dst, dst_stride),
+                ([T::F32, T::F16], Some(src)) => move_to_others::<F32, F16>(moves, src, dst, dst_stride),
+                ([T::F32, T::Bf16], Some(src)) => move_to_others::<F32, BF16>(moves, src, dst, dst_stride),
+                _ => super::centred::move_each(elements, moves, src, dst, dst_stride),
             });
         }
 
         /// The common head dims, if all of their elements turn, have loops of known length.
         #[inline]
         #[target_feature(enable = $features)]
-        fn move_all<const E: u8>(moves: &Moves, src: Option<&[u8]>, dst: &mut [u8], dst_stride: usize) {
+        fn move_all<const FROM: u8, const TO: u8>(
+            moves: &Moves,
+            src: Option<&[u8]>,
+            dst: &mut [u8],
+            dst_stride: usize,
+        ) {
             let pairs = if moves.mean.len() == 2 * moves.pairs { moves.pairs } else { 0 };
             match (src, pairs) {
-                (Some(src), 32) => move_each::<E, true, 32>(moves, src, dst, dst_stride),
-                (Some(src), 64) => move_each::<E, true, 64>(moves, src, dst, dst_stride),
-                (Some(src), _) => move_each::<E, true, 0>(moves, src, dst, dst_stride),
-                (None, 32) => move_each::<E, false, 32>(moves, &[], dst, dst_stride),
-                (None, 64) => move_each::<E, false, 64>(moves, &[], dst, dst_stride),
-                (None, _) => move_each::<E, false, 0>(moves, &[], dst, dst_stride),
+                (Some(src), 32) => move_each::<FROM, TO, true, 32>(moves, src, dst, dst_stride),
+                (Some(src), 64) => move_each::<FROM, TO, true, 64>(moves, src, dst, dst_stride),
+                (Some(src), _) => move_each::<FROM, TO, true, 0>(moves, src, dst, dst_stride),
+                (None, 32) => move_each::<FROM, TO, false, 32>(moves, &[], dst, dst_stride),
+                (None, 64) => move_each::<FROM, TO, false, 64>(moves, &[], dst, dst_stride),
+                (None, _) => move_each::<FROM, TO, false, 0>(moves, &[], dst, dst_stride),
+            }
+        }
+
+        /// [`move_all`] between types.
+        #[inline]
+        #[target_feature(enable = $features)]
+        fn move_to_others<const FROM: u8, const TO: u8>(
+            moves: &Moves,
+            src: &[u8],
+            dst: &mut [u8],
+            dst_stride: usize,
+        ) {
+            match if moves.mean.len() == 2 * moves.pairs { moves.pairs } else { 0 } {
+                32 => move_each::<FROM, TO, true, 32>(moves, src, dst, dst_stride),
+                64 => move_each::<FROM, TO, true, 64>(moves, src, dst, dst_stride),
+                _ => move_each::<FROM, TO, true, 0>(moves, src, dst, dst_stride),
             }
         }
 
         /// Moves rows, from `src` to `dst` or where they are. `PAIRS` are all that there is, or it is 0 for any.
         #[target_feature(enable = $features)]
-        fn move_each<const E: u8, const COPY: bool, const PAIRS: usize>(
+        fn move_each<const FROM: u8, const TO: u8, const COPY: bool, const PAIRS: usize>(
             moves: &Moves,
             src: &[u8],
             dst: &mut [u8],
             dst_stride: usize,
         ) {
             let (dim, pairs) = if PAIRS == 0 { (moves.mean.len(), moves.pairs) } else { (2 * PAIRS, PAIRS) };
-            let (row_bytes, pairs_bytes) = (dim * element_bytes(E), 2 * pairs * element_bytes(E));
+            let [(from_row, from_pairs), (to_row, to_pairs)] =
+                [FROM, TO].map(|e| (dim * element_bytes(e), 2 * pairs * element_bytes(e)));
             let (rotated, constant) = moves.mean[..dim].split_at(2 * pairs);
             for row in 0..moves.rows {
-                let from = if COPY { &src[row * row_bytes..][..row_bytes] } else { src };
-                let to = &mut dst[row * dst_stride..][..row_bytes];
+                let from = if COPY { &src[row * from_row..][..from_row] } else { src };
+                let to = &mut dst[row * dst_stride..][..to_row];
                 if COPY {
                     prefetch_ahead(from);
                 } else {
                     // These rows were decoded right before, and the decoder asks for as many: half as many more, or memory rests now.
                     prefetch_l2(to, AHEAD + moves.rows * dst_stride / 2);
                 }
-                let (from_pairs, from_constant) = from.split_at(if COPY { pairs_bytes } else { 0 });
-                let (to_pairs, to_constant) = to.split_at_mut(pairs_bytes);
+                let (from_pairs, from_constant) = from.split_at(if COPY { from_pairs } else { 0 });
+                let (to_pairs, to_constant) = to.split_at_mut(to_pairs);
                 let [cos, sin] = moves.turns(row);
                 let turns = [&cos[..pairs], &sin[..pairs]];
-                let by_definition =
-                    |some, to: &mut [u8]| move_some::<COPY>(element(E), moves, row, some, from, to);
+                let by_definition = |some, to: &mut [u8]| {
+                    move_some::<COPY>([FROM, TO].map(element), moves, row, some, from, to)
+                };
                 if moves.layout == RopeLayout::HalfSplit {
-                    let done = halves_apart::<E, COPY, PAIRS>(rotated, turns, from_pairs, to_pairs);
+                    let done = halves_apart::<FROM, TO, COPY, PAIRS>(
+                        moves.zero, rotated, turns, from_pairs, to_pairs,
+                    );
                     if done < pairs {
                         by_definition(done..pairs, to_pairs);
                         by_definition(pairs + done..2 * pairs, to_pairs);
                     }
                 } else {
-                    let done = neighbours::<E, COPY, PAIRS>(rotated, turns, from_pairs, to_pairs);
+                    let done =
+                        neighbours::<FROM, TO, COPY, PAIRS>(moves.zero, rotated, turns, from_pairs, to_pairs);
                     if done < 2 * pairs {
                         by_definition(done..2 * pairs, to_pairs);
                     }
                 }
-                let done = unturned::<E, COPY>(constant, from_constant, to_constant);
+                let done = unturned::<FROM, TO, COPY>(moves.zero, constant, from_constant, to_constant);
                 if done < constant.len() {
                     by_definition(2 * pairs + done..dim, to);
                 }

@@ -60,13 +60,18 @@ impl Case {
         self.mean.len() * self.element.bytes()
     }
 
-    /// By the text, pair by pair.
-    fn moved(&self, sign: f32, rows: &[u8]) -> Vec<u8> {
-        let (element, pairs, max) = (self.element, self.turn.len(), finite_max(self.element));
+    /// By the text, pair by pair, to elements `to`, from `element`.
+    /// `zero` is what is added first.
+    fn moved(&self, (sign, zero): (f32, f32), [element, to]: [ElementType; 2], rows: &[u8]) -> Vec<u8> {
+        let (pairs, max) = (self.turn.len(), finite_max(to));
         let kept = |x: f32, sum: f32| if x.is_finite() { sum.max(-max).min(max) } else { x };
         let mut out = Vec::new();
-        for (row, bytes) in rows.chunks(self.row_bytes()).enumerate() {
-            let mut x: Vec<f32> = bytes.chunks(element.bytes()).map(|x| value_of(element, x)).collect();
+        for (row, bytes) in rows.chunks(self.mean.len() * element.bytes()).enumerate() {
+            let mut x: Vec<f32> = bytes
+                .chunks(element.bytes())
+                .map(|x| value_of(element, x))
+                .map(|x| if x.is_finite() { x + zero } else { x })
+                .collect();
             for pair in 0..pairs {
                 let (first, second) = match self.layout {
                     RopeLayout::HalfSplit => (pair, pairs + pair),
@@ -83,30 +88,47 @@ impl Case {
             for (x, mean) in x.iter_mut().zip(&self.mean).skip(2 * pairs) {
                 *x = kept(*x, *x + sign * mean);
             }
-            out.extend(x.iter().flat_map(|x| bytes_of(element, *x)));
+            out.extend(x.iter().flat_map(|x| bytes_of(to, *x)));
         }
         out
     }
 
-    /// Every kernel set, from and to odd addresses; `gap` bytes between rows in place.
+    /// Every kernel set, from and to odd addresses, to each type; `gap` bytes between rows in place.
     fn check(&self, rows: &[u8], gap: usize) {
-        let (row_bytes, stride) = (self.row_bytes(), self.row_bytes() + gap);
+        let row_bytes = self.row_bytes();
+        let stride = row_bytes + gap;
         let mut src = vec![0xEE];
         src.extend_from_slice(rows);
+        let floats = rows.chunks(self.element.bytes()).map(|x| value_of(self.element, x));
+        let floats: Vec<u8> = floats.flat_map(f32::to_le_bytes).collect();
         for kernels in Kernels::candidates() {
             let what = format!("{}: {self:?}", kernels.name());
-            let mut less = vec![0xEE; rows.len() + 2];
-            let to = &mut less[1..rows.len() + 1];
-            kernels.subtract_centres(self.element, &self.centres(), &src[1..], to);
-            assert!(to == self.moved(-1.0, rows), "subtracted, {what}");
-            assert_eq!([less[0], less[rows.len() + 1]], [0xEE; 2]);
+            for to in ELEMENTS {
+                let bytes = rows.len() / self.element.bytes() * to.bytes();
+                let (elements, mut less) = ([self.element, to], vec![0xEE; bytes + 2]);
+                kernels.subtract_centres(elements, &self.centres(), &src[1..], &mut less[1..=bytes]);
+                assert!(
+                    less[1..=bytes] == self.moved((-1.0, -0.0), elements, rows),
+                    "subtracted to {to:?}, {what}"
+                );
+                assert_eq!([less[0], less[bytes + 1]], [0xEE; 2]);
+
+                let (row_bytes, expected) =
+                    (self.mean.len() * to.bytes(), self.moved((1.0, 0.0), [ElementType::F32, to], &floats));
+                let mut more = vec![0xEE; 1 + self.rows * (row_bytes + gap)];
+                kernels.add_centres(to, &self.centres(), &floats, &mut more[1..], row_bytes + gap);
+                for (got, expected) in more[1..].chunks(row_bytes + gap).zip(expected.chunks(row_bytes)) {
+                    assert!(got[..row_bytes] == *expected, "added to {to:?}, {what}");
+                    assert!(got[row_bytes..].iter().all(|byte| *byte == 0xEE), "wrote between rows");
+                }
+            }
 
             let mut more = vec![0xEE; 1 + self.rows * stride];
             for (to, row) in more[1..].chunks_mut(stride).zip(rows.chunks(row_bytes)) {
                 to[..row_bytes].copy_from_slice(row);
             }
-            kernels.add_centres(self.element, &self.centres(), &mut more[1..], stride);
-            let expected = self.moved(1.0, rows);
+            kernels.add_centres_in_place(self.element, &self.centres(), &mut more[1..], stride);
+            let expected = self.moved((1.0, -0.0), [self.element; 2], rows);
             for (got, expected) in more[1..].chunks(stride).zip(expected.chunks(row_bytes)) {
                 assert!(got[..row_bytes] == *expected, "added, {what}");
                 assert!(got[row_bytes..].iter().all(|byte| *byte == 0xEE), "wrote between rows");
@@ -194,7 +216,7 @@ fn what_is_not_finite_stays_and_the_rest_is_limited() {
     let row: Vec<u8> = row.iter().flat_map(|x| bytes_of(ElementType::F16, *x)).collect();
     for kernels in Kernels::candidates() {
         let mut less = [0; 16];
-        kernels.subtract_centres(ElementType::F16, &centres, &row, &mut less);
+        kernels.subtract_centres([ElementType::F16; 2], &centres, &row, &mut less);
         let less: Vec<f32> = less.chunks(2).map(|x| value_of(ElementType::F16, x)).collect();
         assert_eq!(less[0], 65_504.0);
         assert!(less[1].is_nan());
@@ -209,12 +231,12 @@ fn refuses_turns_of_other_rows() {
     let turns = [&[1.0; 3][..], &[0.0; 4]];
     let centres =
         RowCentres { rows: 2, mean: &[1.0; 4], turn: &[[1.0, 0.0]; 2], row_turns: turns, layout: LAYOUTS[0] };
-    Kernels::best().add_centres(ElementType::F32, &centres, &mut [0; 32], 16);
+    Kernels::best().add_centres_in_place(ElementType::F32, &centres, &mut [0; 32], 16);
 }
 
 #[test]
 #[should_panic(expected = "a row lies outside dst")]
 fn refuses_rows_outside() {
     let centres = RowCentres { rows: 2, mean: &[1.0; 4], turn: &[], row_turns: [&[]; 2], layout: LAYOUTS[0] };
-    Kernels::best().add_centres(ElementType::F32, &centres, &mut [0; 31], 16);
+    Kernels::best().add_centres_in_place(ElementType::F32, &centres, &mut [0; 31], 16);
 }

@@ -82,7 +82,9 @@
 //! - The first makes of the mean's pairs `p = x·cos - y·sin` and `q = x·sin + y·cos`, each operation rounded.
 //! - The second is part of the sum: a row's first element `a` of a pair becomes `fma(-q, sin, fma(p, cos, a))`, its second `b` becomes
 //!   `fma(p, sin, fma(q, cos, b))`; elements in no pair have the mean added. To subtract, the signs of `p`, `q` and the mean are changed before.
-//! - The sum is limited to the finite range of the element type and rounded to it. What is not finite stays as it is.
+//! - Where rows have been decoded to f32 to have their centres added, a zero has lost its sign before.
+//! - The sum is limited to the finite range of a type and rounded to it: of f32 when centres are taken off for the rotated formats, which code numbers of
+//!   that type then and decode to it; of the elements otherwise. What is not finite stays as it is.
 //!
 //! # Stores
 //!
@@ -207,8 +209,8 @@ type GroupedEncode = unsafe fn(RowFormat, &[u8], &mut [u8], &mut [u8]) -> bool;
 /// `(rows, skip, codes, scales, dst, dst_stride)`
 type GroupedDecode = unsafe fn(RowFormat, usize, &[u8], &[u8], &mut [u8], usize);
 
-/// `(element, centres, sign, src, dst, dst_stride)`
-type MoveRows = unsafe fn(ElementType, &RowCentres, f32, Option<&[u8]>, &mut [u8], usize);
+/// `(elements of src and dst, centres, sign, src, dst, dst_stride)`
+type MoveRows = unsafe fn([ElementType; 2], &RowCentres, f32, Option<&[u8]>, &mut [u8], usize);
 
 /// What rows of one head are told apart from: a mean, turned as the rows were.
 ///
@@ -428,30 +430,56 @@ impl Kernels {
         }
     }
 
-    /// Writes to `dst` what the rows of `src`, as many as there are centres, differ from these by; both are `[rows, dim]` elements.
+    /// Writes to `dst` what the rows of `src`, as many as there are centres, differ from these by; both are `[rows, dim]`, of the two types.
     ///
     /// What is not finite stays as it is; all else stays finite.
     ///
     /// # Panics
     /// If the lengths of the slices do not agree.
-    pub fn subtract_centres(&self, element: ElementType, centres: &RowCentres, src: &[u8], dst: &mut [u8]) {
-        let row_bytes = centres.mean.len().saturating_mul(element.bytes());
-        assert!(centres.rows.checked_mul(row_bytes) == Some(src.len()), "src is not [rows, dim]");
-        self.move_rows(element, centres, -1.0, Some(src), dst, row_bytes);
+    pub fn subtract_centres(
+        &self,
+        elements: [ElementType; 2],
+        centres: &RowCentres,
+        src: &[u8],
+        dst: &mut [u8],
+    ) {
+        let row_bytes = centres.mean.len().saturating_mul(elements[1].bytes());
+        self.move_rows(elements, centres, -1.0, Some(src), dst, row_bytes);
     }
 
-    /// Adds the centres to rows that begin `stride` bytes apart: the inverse of [`subtract_centres`](Self::subtract_centres), but
-    /// for rounding. What lies between the rows is left alone.
+    /// Writes the rows of `src`, `[rows, dim]` f32, with their centres to `dst`, where they begin `stride` bytes apart: the inverse of
+    /// [`subtract_centres`](Self::subtract_centres), but for rounding; zeros of `src` have no sign. What lies between the rows is left alone.
     ///
     /// # Panics
     /// If the lengths of the slices do not agree, or if the rows lie outside `dst` or overlap.
-    pub fn add_centres(&self, element: ElementType, centres: &RowCentres, rows: &mut [u8], stride: usize) {
-        self.move_rows(element, centres, 1.0, None, rows, stride);
+    pub fn add_centres(
+        &self,
+        element: ElementType,
+        centres: &RowCentres,
+        src: &[u8],
+        dst: &mut [u8],
+        stride: usize,
+    ) {
+        self.move_rows([ElementType::F32, element], centres, 1.0, Some(src), dst, stride);
+    }
+
+    /// [`add_centres`](Self::add_centres) to rows where they are, whose zeros have signs.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn add_centres_in_place(
+        &self,
+        element: ElementType,
+        centres: &RowCentres,
+        rows: &mut [u8],
+        stride: usize,
+    ) {
+        self.move_rows([element; 2], centres, 1.0, None, rows, stride);
     }
 
     fn move_rows(
         &self,
-        element: ElementType,
+        elements: [ElementType; 2],
         centres: &RowCentres,
         sign: f32,
         src: Option<&[u8]>,
@@ -460,14 +488,18 @@ impl Kernels {
     ) {
         let RowCentres { rows, mean, turn, row_turns, .. } = *centres;
         let (dim, pairs) = (mean.len(), turn.len());
-        let row_bytes = dim.saturating_mul(element.bytes());
+        let [from_bytes, row_bytes] = elements.map(|element| dim.saturating_mul(element.bytes()));
+        assert!(
+            src.is_none_or(|src| rows.checked_mul(from_bytes) == Some(src.len())),
+            "src is not [rows, dim]"
+        );
         assert!(pairs <= dim / 2, "more pairs than elements");
         let turns = rows.checked_mul(pairs);
         assert!(row_turns.iter().all(|of| Some(of.len()) == turns), "the turns are not [rows, pairs]");
         assert!(holds_rows(dst.len(), dst_stride, row_bytes, rows), "a row lies outside dst");
         assert!(rows < 2 || dst_stride >= row_bytes, "rows of dst overlap");
         // SAFETY: invariant 1.
-        unsafe { (self.move_rows)(element, centres, sign, src, dst, dst_stride) }
+        unsafe { (self.move_rows)(elements, centres, sign, src, dst, dst_stride) }
     }
 
     /// The shortest of a few times that round trips of 32 f16 rows take in the formats whose kernels differ most, within a fifth of a

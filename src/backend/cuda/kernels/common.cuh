@@ -436,10 +436,11 @@ struct Centre {
         return t;
     }
 
-    // Whether rows are pairs whose dims lie half a row apart: a thread that has a vector of either half then has both dims of its pairs.
-    template <u32 E> __device__ __forceinline__ bool halves() const {
-        return fits<E>() && heads * dim <= TURNED_MAX && apart != 1 && 2 * pairs == dim;
-    }
+    // Whether all dims turn, and the means of all heads fit.
+    template <u32 E> __device__ __forceinline__ bool all_turn() const { return fits<E>() && heads * dim <= TURNED_MAX && 2 * pairs == dim; }
+
+    // Whether the dims of a pair lie half a row apart besides: a thread that has a vector of either half then has both dims of its pairs.
+    template <u32 E> __device__ __forceinline__ bool halves() const { return all_turn<E>() && apart != 1; }
 
     // Takes off, or puts back, the centres of a vector of the first half of a row and its fellow in the second, and rounds both to the element type: wrong
     // where something is not finite, or becomes so. `own` are the head's means from dim `d` on, as they are kept.

@@ -14,6 +14,9 @@
 #define SEAL(E, PLAIN) seal_planes<E>(L, s, count, PLAIN)
 #include "common.cuh"
 
+// What rows are for the codec: keys without their means are not rounded to the element type.
+template <u32 E> constexpr u32 CODED = CENTRED ? F32 : E;
+
 // A unit is 8 consecutive elements. Units of a thread, if it has not all of a row.
 constexpr u32 UNIT = 8, UNITS = 4, PER_THREAD = UNIT * UNITS;
 // Threads of a warp, and warps of a block that seals.
@@ -90,6 +93,17 @@ struct Signs {
         }
     }
 
+    // The numbers of a vector with signs changed, the `at`th of a row.
+    template <u32 E> __device__ __forceinline__ void flip(float* x, u32 at) const {
+        const uint4 m = load_shared(signs + 4 * at);
+        const u32 words[4] = {m.x, m.y, m.z, m.w};
+#pragma unroll
+        for (u32 i = 0; i < Vector<E>::N; i++) {
+            const u32 sign = E == F32 ? words[i % 4] : i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0x80000000u;
+            x[i] = __uint_as_float(__float_as_uint(x[i]) ^ sign);
+        }
+    }
+
     // A vector with signs changed, the `at`th of a row.
     __device__ __forceinline__ uint4 flipped(const uint4& v, u32 at) const {
         const uint4 m = load_shared(signs + 4 * at);
@@ -103,6 +117,9 @@ struct DecodeTables : Signs {
 
     template <u32 E> __device__ __forceinline__ void fill() {
         Signs::fill<E>();
+        fill_values();
+    }
+    __device__ __forceinline__ void fill_values() {
         for (u32 code = threadIdx.x; code < 1u << BITS; code += blockDim.x) values[code] = value_of(code);
         __syncthreads();
     }
@@ -120,60 +137,71 @@ union DecodeShared {
 
 struct SealTables : Signs {
 #if CENTRED
-    // The means of the head whose rows a warp seals, after the turn of the block: both dims of each pair, to be added.
-    alignas(16) float2 means[WARPS][64];
+    // The means of the head whose rows a warp seals and the turns of the block, as they come; then both dims of each pair, turned, to be added.
+    alignas(16) float means[WARPS][128];
+    alignas(16) float2 of_block[WARPS][64];
 
-    // What is to be added to a lane's share of the pairs of a head all of whose dims turn.
-    template <u32 DIM> static __device__ __forceinline__ void turned(float2* to, const Centre& centre, u32 head) {
-        const u32 step = centre.apart == 1 ? 2 : 1;
-        const float* mean = centre.means + head * DIM;
+    // Has the means of a head and the turns of a block come to the warp.
+    template <u32 DIM> __device__ __forceinline__ void fetch_means(const Centre& centre, u32 head) {
+        const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+        if (lane >= DIM / 4) return;
+        fetch_shared(shared_address(means[warp]) + lane * 16, (u64)(centre.means + head * DIM) + lane * 16, true);
+        fetch_shared(shared_address(of_block[warp]) + lane * 16, (u64)centre.of_block + lane * 16, true);
+    }
+
+    // Turns what has come. All of the dims of the head turn.
+    template <u32 DIM> __device__ __forceinline__ void turn_means(const Centre& centre) {
+        const u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, step = centre.apart == 1 ? 2 : 1;
+        float2 turned[DIM / 2 / WARP];
 #pragma unroll
         for (u32 i = 0; i < DIM / 2 / WARP; i++) {
-            const u32 pair = threadIdx.x % WARP + i * WARP;
-            const float x = __ldg(mean + pair * step), y = __ldg(mean + pair * step + centre.apart);
-            const float2 by = __ldg(centre.of_block + pair);
-            to[i] = make_float2(-__fsub_rn(__fmul_rn(x, by.x), __fmul_rn(y, by.y)), -__fadd_rn(__fmul_rn(x, by.y), __fmul_rn(y, by.x)));
+            const u32 pair = i * WARP + lane;
+            const float x = means[warp][pair * step], y = means[warp][pair * step + centre.apart];
+            const float2 by = of_block[warp][pair];
+            turned[i] = make_float2(-__fsub_rn(__fmul_rn(x, by.x), __fmul_rn(y, by.y)), -__fadd_rn(__fmul_rn(x, by.y), __fmul_rn(y, by.x)));
         }
-    }
-
-    // Takes the centre off a row whose pairs all turn, the `threadIdx.x % WARP`th of a head: right if all of it is finite, and stays so. Each lane has its
-    // share of the means.
-    template <u32 E, u32 DIM> __device__ __forceinline__ void centre(float* y, const Centre& centre, const float2* share) {
-        const u32 lane = threadIdx.x % WARP;
-        float2* here = means[threadIdx.x / WARP];
-#pragma unroll
-        for (u32 i = 0; i < DIM / 2 / WARP; i++) here[lane + i * WARP] = share[i];
         __syncwarp();
-        // Tokens of a pair are beside each other.
-        const float2* turns = (const float2*)centre.L.centres.pair_turns + lane;
-        if (centre.apart == 1) take_off<E, DIM, 2, 1>(y, here, turns);
-        else take_off<E, DIM, 1, DIM / 2>(y, here, turns);
+#pragma unroll
+        for (u32 i = 0; i < DIM / 2 / WARP; i++) ((float2*)means[warp])[i * WARP + lane] = turned[i];
+        __syncwarp();
     }
 
-    // Pairs begin `STEP` dims from each other, and have their second dim `APART` from the first.
-    template <u32 E, u32 DIM, u32 STEP, u32 APART>
-    static __device__ __forceinline__ void take_off(float* y, const float2* here, const float2* turns) {
+    // A row of a token without its centre: right if all of it is finite. `vector(k)` is its kth. What a pair needs is on its way while those before it are
+    // turned.
+    template <u32 E, u32 DIM, typename F> __device__ __forceinline__ void centred(float* y, const Centre& centre, u32 token, F vector) const {
+        // Tokens of a pair are beside each other.
+        const float2* turns = (const float2*)centre.L.centres.pair_turns + token;
+        if (centre.apart == 1) take_off<E, DIM, true>(y, turns, vector);
+        else take_off<E, DIM, false>(y, turns, vector);
+    }
+    template <u32 E, u32 DIM, bool BESIDE, typename F> __device__ __forceinline__ void take_off(float* y, const float2* turns, F vector) const {
+        constexpr u32 PAIRS = DIM / 2, AT_ONCE = 4, AHEAD = 2;
+        const float2* const here = (const float2*)means[threadIdx.x / WARP];
+        float2 t[AHEAD + 1][AT_ONCE];
 #pragma unroll
-        for (u32 pair = 0; pair < DIM / 2; pair += 2) {
-            const float4 p = *(const float4*)(here + pair);
-            const float2 t = __ldg(turns + pair * WARP), u = __ldg(turns + (pair + 1) * WARP);
-            float *const a = y + pair * STEP, *const b = a + STEP;
-            turn(a[0], a[APART], p.x, p.y, t);
-            turn(b[0], b[APART], p.z, p.w, u);
-            // Neighbours are rounded together.
-            if (STEP == 1) round<E>(a[0], b[0]), round<E>(a[APART], b[APART]);
-            else round<E>(a[0], a[1]), round<E>(b[0], b[1]);
+        for (u32 pair = 0; pair < AHEAD * AT_ONCE; pair++) t[pair / AT_ONCE][pair % AT_ONCE] = __ldg(turns + pair * WARP);
+#pragma unroll
+        for (u32 pair = 0; pair < PAIRS; pair += AT_ONCE) {
+            const u32 turn_of = pair / AT_ONCE;
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; i++) {
+                const u32 next = pair + AHEAD * AT_ONCE + i;
+                if (next < PAIRS) t[(turn_of + AHEAD) % (AHEAD + 1)][i] = __ldg(turns + next * WARP);
+            }
+            if (BESIDE) unpack<E>(vector(pair * 2 / UNIT), y + pair * 2);
+            else if (pair % UNIT == 0) unpack<E>(vector(pair / UNIT), y + pair), unpack<E>(vector((pair + PAIRS) / UNIT), y + PAIRS + pair);
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; i += 2) {
+                const float4 p = *(const float4*)(here + pair + i);
+                float *const a = y + (BESIDE ? 2 * (pair + i) : pair + i), *const b = a + (BESIDE ? 1 : PAIRS);
+                turn(a[0], b[0], p.x, p.y, t[turn_of % (AHEAD + 1)][i]);
+                turn(a[BESIDE ? 2 : 1], b[BESIDE ? 2 : 1], p.z, p.w, t[turn_of % (AHEAD + 1)][i + 1]);
+            }
         }
     }
     static __device__ __forceinline__ void turn(float& a, float& b, float p, float q, float2 by) {
         a = __fmaf_rn(-q, by.y, __fmaf_rn(p, by.x, a));
         b = __fmaf_rn(p, by.y, __fmaf_rn(q, by.x, b));
-    }
-    template <u32 E> static __device__ __forceinline__ void round(float& a, float& b) {
-        const float before[2 * 4] = {a, b};
-        float after[2 * 4];
-        unpack<E>(pack<E>(before), after);
-        a = after[0], b = after[1];
     }
 #endif
     // The marked value of each place. Places that share a bank are seldom met at once.
@@ -321,9 +349,9 @@ __device__ __forceinline__ float2 transformed(float* y, u32 lane, u32 lanes, Loa
         transform<N * UNIT>(y, lane, lanes);
         const float square = square_of<N>(y, lanes);
         // All of a warp do it again, or none: those that need not divide by 1.
-        if (E == F16 || divided || __all_sync(0xffffffffu, near<E>(square))) return make_float2(power, square);
+        if (CODED<E> == F16 || divided || __all_sync(0xffffffffu, near<CODED<E>>(square))) return make_float2(power, square);
         const float largest = most();
-        power = near<E>(square) ? 1.0f : power_below(largest);
+        power = near<CODED<E>>(square) ? 1.0f : power_below(largest);
     }
 }
 
@@ -392,6 +420,21 @@ struct Share {
     }
 };
 
+// The numbers of a vector.
+template <u32 E> struct Numbers {
+    float x[Vector<E>::N];
+};
+
+// Those of a vector from dim `d` on without their centre. Rare, and many times as long as what is around it.
+template <u32 E> __device__ __noinline__ Numbers<E> less_centre(const Layout& L, u32 plane, u64 block, uint4 v, u32 row, u32 d) {
+    const Centre centre(L, plane, block);
+    Numbers<E> numbers;
+    unpack<E>(v, numbers.x);
+#pragma unroll 1
+    for (u32 i = 0; i < Vector<E>::N; i++) numbers.x[i] = centre.shifted<F32, OFF>(numbers.x[i], row, d + i);
+    return numbers;
+}
+
 // Rows `first` to `end` of a plane, by a warp: `lanes` threads share one.
 template <u32 E>
 __device__ __noinline__ void seal_rows(const Layout& L, const Convert& s, SealTables& tables, u32 plane, u32 first, u32 end) {
@@ -403,10 +446,14 @@ __device__ __noinline__ void seal_rows(const Layout& L, const Convert& s, SealTa
     for (; first < end; first += rows) {
         const u32 row = first + in_warp;
         const uint4* from = (const uint4*)(p.raw + (u64)min(row, p.rows - 1) * p.row_bytes);
-        const auto vector = [&](u32 k, u32 part) {
-            const u32 at = (k * lanes + lane) * VECTORS<E> + part;
+        const auto place = [&](u32 k, u32 part) { return (k * lanes + lane) * VECTORS<E> + part; };
+        // Numbers of a vector, as they are coded.
+        const auto numbers = [&](u32 at, float* x) {
             const uint4 v = __ldcs(from + at);
-            return centre.on && row < end ? centre.shifted<E, OFF>(v, row, at * Vector<E>::N) : v;
+            if (!CENTRED || !centre.on || row >= end) return unpack<E>(v, x);
+            const Numbers<E> less = less_centre<E>(L, plane, s.index, v, row, at * Vector<E>::N);
+#pragma unroll
+            for (u32 i = 0; i < Vector<E>::N; i++) x[i] = less.x[i];
         };
         float y[PER_THREAD];
         const auto load = [&](bool divided, float down) {
@@ -414,8 +461,9 @@ __device__ __noinline__ void seal_rows(const Layout& L, const Convert& s, SealTa
             for (u32 k = 0; k < UNITS; k++) {
 #pragma unroll
                 for (u32 part = 0; part < VECTORS<E>; part++) {
-                    const u32 at = (k * lanes + lane) * VECTORS<E> + part;
-                    unpack<E>(tables.flipped(vector(k, part), at), y + k * UNIT + part * Vector<E>::N);
+                    float* const to = y + k * UNIT + part * Vector<E>::N;
+                    numbers(place(k, part), to);
+                    tables.template flip<E>(to, place(k, part));
                 }
             }
             if (divided) {
@@ -424,11 +472,16 @@ __device__ __noinline__ void seal_rows(const Layout& L, const Convert& s, SealTa
             }
         };
         const auto most = [&] {
-            u32 bits = 0;
+            float largest = 0.0f;
 #pragma unroll 1
-            for (u32 i = 0; i < UNITS * VECTORS<E>; i++) bits = max(bits, abs_max_bits<E>(vector(i / VECTORS<E>, i % VECTORS<E>)));
-            for (u32 apart = 1; apart < lanes; apart *= 2) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, apart));
-            return from_bits<E>(bits);
+            for (u32 i = 0; i < UNITS * VECTORS<E>; i++) {
+                float x[Vector<E>::N];
+                numbers(place(i / VECTORS<E>, i % VECTORS<E>), x);
+#pragma unroll
+                for (u32 j = 0; j < Vector<E>::N; j++) largest = fmaxf(largest, fabsf(x[j]));
+            }
+            for (u32 apart = 1; apart < lanes; apart *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, apart));
+            return largest;
         };
         const float2 done = transformed<E, UNITS>(y, lane, lanes, load, most);
         const float factor = choose<UNITS>(y, lanes, done.x, done.y, tables, [&](u32 k, u32 word) {
@@ -440,6 +493,11 @@ __device__ __noinline__ void seal_rows(const Layout& L, const Convert& s, SealTa
         store_rows(p.codes + (u64)first * p.code_bytes, codes, p.code_bytes, p.code_bytes, min(end - first, rows));
         __syncwarp();
     }
+}
+
+// Whether rows are for the next: keys without their means have to be 32 of a head, all of whose dims turn.
+__device__ __forceinline__ bool are_own(const Layout& L, u32 dim) {
+    return !CENTRED || L.first_plane % 2 == 1 || (L.block_tokens == WARP && 2 * L.centres.pairs == dim);
 }
 
 // Rows of N units of 16-bit elements, one to each thread. A warp takes 32 at a time, of any of the blocks, and while it is at them the next
@@ -466,6 +524,10 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
             const bool some = turn * WARP + lane < vectors;
             fetch_shared((to ^ (turn * WARP / N % 8 * 16)) + turn * WARP * 16, from + turn * WARP * 16, some);
         }
+#if CENTRED
+        const Centre centre(L, share.plane(L), tables.step(share.block).index);
+        if (centre.on && !centre.positions) tables.fetch_means<N * UNIT>(centre, share.row() / WARP);
+#endif
     };
     if (share.left > 0) fetch(true);
     for (u32 turns = share.most; turns > 0; turns--) {
@@ -477,28 +539,21 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
         const bool some = first + lane < end;
 #if CENTRED
         const Centre centre(L, plane, here.index);
-        // Rows of one head, all of whose dims turn, at positions that follow each other.
-        const bool quick = L.block_tokens == WARP && 2 * centre.pairs == N * UNIT && !centre.positions;
-        float2 means[N * UNIT / 2 / WARP];
-        if (centre.on && quick) tables.turned<N * UNIT>(means, centre, first / WARP);
 #endif
         await_shared();
         __syncwarp();
-#if CENTRED
-        if (centre.on && !quick && some) {
-#pragma unroll 1
-            for (u32 k = 0; k < N; k++) {
-                uint4* vector = (uint4*)(rows + place(lane, k));
-                *vector = centre.shifted<E, OFF>(*vector, first + lane, k * UNIT);
-            }
-        }
-#endif
         float y[N * UNIT];
-#pragma unroll
-        for (u32 k = 0; k < N; k++) unpack<E>(*(const uint4*)(rows + place(lane, k)), y + k * UNIT);
+        const auto vector = [&](u32 k) { return *(const uint4*)(rows + place(lane, k)); };
 #if CENTRED
-        if (centre.on && quick) tables.centre<E, N * UNIT>(y, centre, means);
+        if (centre.on && !centre.positions) {
+            tables.turn_means<N * UNIT>(centre);
+            tables.centred<E, N * UNIT>(y, centre, lane, vector);
+        } else
 #endif
+        {
+#pragma unroll
+            for (u32 k = 0; k < N; k++) unpack<E>(vector(k), y + k * UNIT);
+        }
 #pragma unroll
         for (u32 i = 0; i < N * UNIT; i++) {
             if (sign_word(i / 32) >> i % 32 & 1) y[i] = -y[i];
@@ -509,7 +564,10 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
         transform<N * UNIT>(y, 0, 1);
         const float square = square_of<N>(y, 1);
         // A centre is taken off here as if all were finite.
-        const bool fine = near<E>(square) && (!CENTRED || square <= finite_max<F32>());
+        bool fine = near<CODED<E>>(square);
+#if CENTRED
+        if (centre.positions) fine = false;
+#endif
         if (!__all_sync(0xffffffffu, fine || !some)) {
             seal_rows<E>(L, here, tables, plane, first, end);
             continue;
@@ -532,22 +590,34 @@ __device__ __forceinline__ void seal_own_rows(const Layout& L, const Convert* s,
 }
 
 // A row whose factor is no number, which no seal writes: the largest number, whatever the signs.
-template <u32 E> __device__ __noinline__ void put_largest(uint4* to, Centre centre, u32 row, u32 lane, u32 lanes) {
+template <u32 E> __device__ __noinline__ void put_largest(uint4* to, u32 lane, u32 lanes) {
     float x[Vector<E>::N];
     for (u32 i = 0; i < Vector<E>::N; i++) x[i] = finite_max<E>();
-    for (u32 vector = lane; vector < lanes * UNITS * VECTORS<E>; vector += lanes) {
-        const uint4 v = pack<E>(x);
-        to[vector] = centre.on ? centre.shifted<E, ON>(v, row, vector * Vector<E>::N) : v;
-    }
+    for (u32 vector = lane; vector < lanes * UNITS * VECTORS<E>; vector += lanes) to[vector] = pack<E>(x);
 }
 
-// Puts the centre back on what a thread has stored of a row. Rare, so it is kept out of the way of the others.
-template <u32 E> __device__ __noinline__ void put_centred(uint4* to, Centre centre, u32 row, u32 lane, u32 lanes) {
-    for (u32 k = 0; k < UNITS; k++) {
-        for (u32 part = 0; part < VECTORS<E>; part++) {
-            const u32 vector = (k * lanes + lane) * VECTORS<E> + part;
-            to[vector] = centre.shifted<E, ON>(to[vector], row, vector * Vector<E>::N);
-        }
+// A number of a row with its centre, if rows have any. A zero has no sign before.
+template <u32 E> __device__ __forceinline__ float with_centre(const Centre& centre, float x, u32 row, u32 d) {
+    if (!CENTRED || !centre.on) return saturated<E>(x);
+    return saturated<E>(centre.shifted<F32, ON>(__fadd_rn(saturated<F32>(x), 0.0f), row, d));
+}
+
+// Whether rows of a scale need no more care than `quick` kernels have: nothing becomes too large, and no product that is not zero becomes zero. Sums of a row
+// of codes are below 2.75 times its length, and whole numbers of 2^-26.
+template <u32 E> __device__ __forceinline__ bool is_quick(const Centre& centre, float scale, u32 dim) {
+    const float size = fabsf(scale);
+    return size <= (finite_max<E>() - centre.most) / (3.0f * dim) && (size >= __uint_as_float((127u - 120u) << 23) || size == 0.0f);
+}
+
+// Stores a unit of a row from dim `d` on, with its centre, whatever its numbers are. Rare, so it is kept out of the way of the others.
+struct Unit {
+    float y[UNIT];
+};
+template <u32 E> __device__ __noinline__ void put_unit(u8* to, Centre centre, u32 row, u32 d, Unit unit, float scale) {
+#pragma unroll 1
+    for (u32 i = 0; i < UNIT; i++) {
+        const float x = flipped(__fmul_rn(unit.y[i], scale), sign_word((d + i) / 32), (d + i) % 32);
+        store<E>(to + i * (E == F32 ? 4 : 2), with_centre<E>(centre, x, row, d + i));
     }
 }
 
@@ -556,8 +626,10 @@ template <u32 E, typename F>
 __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre, const DecodeTables& tables, u32 lanes, u64 output, u32 rows, u32 part, u32 parts, F place) {
     const u32 lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     const float shorten = inverse_root(lanes * PER_THREAD);
+#if !CENTRED
     // The transform of a row of codes is below 2.75 times its length.
     const float bound = finite_max<E>() / (3.0f * PER_THREAD * lanes);
+#endif
     for (u32 first = part * groups; first < rows; first += parts * groups) {
         const uint2 at = place(min(first + group, rows - 1));
         u32 words[UNITS];
@@ -568,6 +640,58 @@ __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre
 #pragma unroll
         for (u32 i = 0; i < PER_THREAD; i++) y[i] = tables.value(offset_of(words[i / UNIT], i % UNIT));
         transform<PER_THREAD>(y, lane, lanes);
+        uint4* to = (uint4*)(output + (u64)at.y * p.row_bytes);
+#if CENTRED
+        if (first + group >= rows) continue;
+        if (!centre.turned || !is_quick<E>(centre, scale, PER_THREAD * lanes)) {
+#pragma unroll
+            for (u32 k = 0; k < UNITS; k++) {
+                const u32 unit = k * lanes + lane;
+                put_unit<E>((u8*)(to + unit * VECTORS<E>), centre, at.x, unit * UNIT, *(const Unit*)(y + k * UNIT), scale);
+            }
+            continue;
+        }
+        const u32 head = at.x / centre.block_tokens, token = at.x - head * centre.block_tokens;
+        const bool halves = 2 * centre.apart == p.dim;
+#pragma unroll
+        for (u32 k = 0; k < UNITS; k++) {
+#pragma unroll
+            for (u32 part = 0; part < VECTORS<E>; part++) {
+                const u32 vector = (k * lanes + lane) * VECTORS<E> + part, dim = vector * Vector<E>::N;
+                float* const x = y + k * UNIT + part * Vector<E>::N;
+                tables.template flip<E>(x, vector);
+#pragma unroll
+                for (u32 i = 0; i < Vector<E>::N; i++) x[i] = __fmaf_rn(x[i], scale, 0.0f);
+                if (halves) continue;
+                const Turned<E> turned = centre.kept<E, ON>(head, dim);
+                centre.of_kind(dim, [&](auto kind) { centre.add<E, kind.other>(x, turned, token, dim); });
+                __stcs(to + vector, pack<E>(x));
+            }
+        }
+        if (!halves) continue;
+        // A thread has both dims of its pairs.
+#pragma unroll
+        for (u32 k = 0; k < UNITS / 2; k++) {
+#pragma unroll
+            for (u32 part = 0; part < VECTORS<E>; part++) {
+                constexpr u32 N = Vector<E>::N;
+                const u32 vector = (k * lanes + lane) * VECTORS<E> + part, dim = vector * N;
+                float *const a = y + k * UNIT + part * N, *const b = a + UNITS / 2 * UNIT;
+                float of_a[N], of_b[N], c[N], s[N];
+                Centre::load<N>(centre.turned + head * p.dim + dim, of_a);
+                Centre::load<N>(centre.turned + head * p.dim + dim + centre.apart, of_b);
+                Centre::load_table<N>(centre.cos + token * centre.pairs + dim, c);
+                Centre::load_table<N>(centre.sin + token * centre.pairs + dim, s);
+#pragma unroll
+                for (u32 i = 0; i < N; i++) {
+                    a[i] = __fmaf_rn(-of_b[i], s[i], __fmaf_rn(of_a[i], c[i], a[i]));
+                    b[i] = __fmaf_rn(of_a[i], s[i], __fmaf_rn(of_b[i], c[i], b[i]));
+                }
+                __stcs(to + vector, pack<E>(a));
+                __stcs(to + vector + UNITS / 2 * lanes * VECTORS<E>, pack<E>(b));
+            }
+        }
+#else
 #pragma unroll
         for (u32 i = 0; i < PER_THREAD; i++) y[i] = __fmul_rn(y[i], scale);
         if (!(fabsf(scale) <= bound)) {
@@ -575,57 +699,19 @@ __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre
             for (u32 i = 0; i < PER_THREAD; i++) y[i] = saturated<E>(y[i]);
         }
         if (first + group >= rows) continue;
-        // No element is so large then that the centre could make it too large.
-        const bool quick = centre.turned && fabsf(scale) <= (finite_max<E>() - centre.most) / (3.0f * PER_THREAD * lanes);
-        uint4* to = (uint4*)(output + (u64)at.y * p.row_bytes);
         if (scale != scale) {
-            put_largest<E>(to, centre, at.x, lane, lanes);
+            put_largest<E>(to, lane, lanes);
             continue;
         }
-        const auto vector = [&](u32 k, u32 part) {
-            return tables.flipped(pack<E>(y + k * UNIT + part * Vector<E>::N), (k * lanes + lane) * VECTORS<E> + part);
-        };
-        if (CENTRED && quick && 2 * centre.apart == p.dim) {
-            // A thread has both dims of its pairs.
-            const u32 head = at.x / centre.block_tokens, token = at.x - head * centre.block_tokens;
-#pragma unroll
-            for (u32 k = 0; k < UNITS / 2; k++) {
-#pragma unroll
-                for (u32 part = 0; part < VECTORS<E>; part++) {
-                    constexpr u32 N = Vector<E>::N;
-                    const u32 dim = (k * lanes + lane) * UNIT + part * N;
-                    float a[N], b[N], of_a[N], of_b[N], c[N], s[N];
-                    unpack<E>(vector(k, part), a), unpack<E>(vector(k + UNITS / 2, part), b);
-                    Centre::load<N>(centre.turned + head * p.dim + dim, of_a);
-                    Centre::load<N>(centre.turned + head * p.dim + dim + centre.apart, of_b);
-                    Centre::load_table<N>(centre.cos + token * centre.pairs + dim, c);
-                    Centre::load_table<N>(centre.sin + token * centre.pairs + dim, s);
-#pragma unroll
-                    for (u32 i = 0; i < N; i++) {
-                        a[i] = __fmaf_rn(-of_b[i], s[i], __fmaf_rn(of_a[i], c[i], a[i]));
-                        b[i] = __fmaf_rn(of_a[i], s[i], __fmaf_rn(of_b[i], c[i], b[i]));
-                    }
-                    __stcs(to + (k * lanes + lane) * VECTORS<E> + part, pack<E>(a));
-                    __stcs(to + ((k + UNITS / 2) * lanes + lane) * VECTORS<E> + part, pack<E>(b));
-                }
-            }
-            continue;
-        }
-        const u32 head = CENTRED ? at.x / centre.block_tokens : 0, token = CENTRED ? at.x - head * centre.block_tokens : 0;
 #pragma unroll
         for (u32 k = 0; k < UNITS; k++) {
 #pragma unroll
             for (u32 part = 0; part < VECTORS<E>; part++) {
-                const u32 dim = (k * lanes + lane) * UNIT + part * Vector<E>::N;
-                uint4 v = vector(k, part);
-                if (CENTRED && quick) {
-                    const Turned<E> turned = centre.kept<E, ON>(head, dim);
-                    centre.of_kind(dim, [&](auto kind) { v = centre.quick<E, kind.other>(v, turned, token, dim); });
-                }
-                __stcs(to + (k * lanes + lane) * VECTORS<E> + part, v);
+                const u32 vector = (k * lanes + lane) * VECTORS<E> + part;
+                __stcs(to + vector, tables.flipped(pack<E>(y + k * UNIT + part * Vector<E>::N), vector));
             }
         }
-        if (CENTRED && centre.on && !quick) put_centred<E>(to, centre, at.x, lane, lanes);
+#endif
     }
 }
 
@@ -694,13 +780,13 @@ __device__ __noinline__ void plain_seal_rows(const Layout& L, const Convert& s, 
         for (bool divided = false;; divided = true) {
             for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
                 float x = load<E>(raw + i * L.element_bytes);
-                if (centre.on) x = centre.shifted<E, OFF>(x, row, i);
+                if (centre.on) x = centre.shifted<F32, OFF>(x, row, i);
                 atomicMax(&S.most, __float_as_uint(fabsf(x)));
                 S.y[i] = flipped(__fmul_rn(x, power_inverse(power)), sign_word(i / 32), i % 32);
             }
             plain_transform(S.y, p.dim);
             square = plain_sum(S.t, p.dim, [&](u32 i) { return make_float2(S.y[i], S.y[i]); });
-            if (near<E>(square) || divided) break;
+            if (near<CODED<E>>(square) || divided) break;
             power = power_below(__uint_as_float(S.most));
         }
         const bool finite = S.most < 0x7f800000u, some = finite && square != 0.0f;
@@ -740,8 +826,7 @@ __device__ __forceinline__ void plain_decode_rows(const Layout& L, const Plane& 
         u8* to = (u8*)output + (u64)at.y * p.row_bytes;
         for (u32 i = threadIdx.x; i < p.dim; i += blockDim.x) {
             const float x = flipped(__fmul_rn(y[i], scale), sign_word(i / 32), i % 32);
-            const float kept = rounded<E>(saturated<E>(x));
-            store<E>(to + i * L.element_bytes, centre.on ? centre.shifted<E, ON>(kept, at.x, i) : kept);
+            store<E>(to + i * L.element_bytes, with_centre<E>(centre, x, at.x, i));
         }
     }
 }
@@ -775,8 +860,8 @@ __device__ __forceinline__ void seal_planes(const Layout& L, const Convert* s, u
     S.tables.template fill<E>();
     const u32 dim = L.dim[L.first_plane % 2], rows = L.kv_heads * L.block_tokens;
     if constexpr (E != F32) {
-        if (dim == 128) return seal_own_rows<E, 16>(L, s, count, S.tables);
-        if (dim == 64) return seal_own_rows<E, 8>(L, s, count, S.tables);
+        if (dim == 128 && are_own(L, dim)) return seal_own_rows<E, 16>(L, s, count, S.tables);
+        if (dim == 64 && are_own(L, dim)) return seal_own_rows<E, 8>(L, s, count, S.tables);
     }
     bool first = true;
     for (Share share(L, count); share.left > 0; share.next(), first = false) {
@@ -814,121 +899,7 @@ __device__ __forceinline__ void read_plane(const Layout& L, const Read& r, bool 
 }
 
 #if CENTRED
-// Keys whose dims are pairs half a row apart, in rows of DIM elements of two bytes: decodes them as `decode_rows` does, with what a row needs on its way
-// before its turn.
-//
-// Rows of one token are at once in a warp, of as many heads as there are: they turn alike.
-template <u32 E, u32 DIM, typename F>
-__device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, Centre centre, u64 output, u32 first_token, u32 tokens, u32 part, u32 parts, F target) {
-    __shared__ DecodeShared S;
-    const u32 rows = tokens * L.kv_heads;
-    const auto place = [&](u32 i) {
-        const u32 head = i % L.kv_heads, token = first_token + i / L.kv_heads;
-        return make_uint2(head * L.block_tokens + token, target(head, token));
-    };
-    if (p.dim != DIM || !is_fast(p, output) || !centre.halves<E>()) return plain_decode_rows<E>(L, p, centre, S.y, output, rows, part, parts, place);
-    DecodeTables& tables = S.fast.tables;
-    constexpr u32 LANES = DIM / PER_THREAD, HALF = DIM / 2, STEP = 4, CODES = DIM * BITS / 8, ROW = DIM * sizeof(u16);
-    const u32 lane = threadIdx.x % LANES, begin = part * (blockDim.x / LANES) + threadIdx.x / LANES, apart = blockDim.x / LANES * parts;
-    const float shorten = inverse_root(DIM);
-    // No element is so large then that the centre could make it too large.
-    const float bound = (finite_max<E>() - centre.most) / (3.0f * DIM);
-    // Of the row whose codes come next: beyond the last one it stays.
-    u32 first = begin, head = min(begin, rows - 1) % L.kv_heads, token = min(begin, rows - 1) / L.kv_heads, words[UNITS];
-    const u32 heads_apart = apart % L.kv_heads, tokens_apart = apart / L.kv_heads;
-    float factor;
-    const auto fetch = [&] {
-        const u32 row = head * L.block_tokens + first_token + token;
-        const u64 codes = p.codes + (u64)row * CODES + lane * BITS;
-#pragma unroll
-        for (u32 k = 0; k < UNITS; k++) words[k] = load_codes(codes + k * LANES * BITS);
-        factor = read_factor(p.scales + (u64)row * 2);
-    };
-    fetch();
-    tables.template fill<E>();
-    centre.turn<E>(S.fast.turned, TURNED_APART);
-    bool all_quick = true;
-    // All lanes of a warp take every turn: shuffles need them.
-    for (u32 turns = (rows + apart - 1) / apart; turns > 0; turns--) {
-        const float scale = __fmul_rn(factor, shorten);
-        const u32 of_head = head, of_token = first_token + token;
-        uint4* const to = (uint4*)(output + (u64)target(of_head, of_token) * ROW) + lane;
-        const bool some = first < rows;
-        float y[PER_THREAD];
-#pragma unroll
-        for (u32 i = 0; i < PER_THREAD; i++) y[i] = tables.value(offset_of(words[i / UNIT], i % UNIT));
-        first += apart;
-        if (first < rows) {
-            head += heads_apart, token += tokens_apart;
-            if (head >= L.kv_heads) head -= L.kv_heads, token++;
-        }
-        fetch();
-        transform<PER_THREAD>(y, lane, LANES);
-        if (!some) continue;
-        const bool quick = fabsf(scale) <= bound;
-        all_quick &= quick;
-        const float* const means = centre.turned + of_head * (DIM + TURNED_APART) + lane * UNIT;
-        const float *const cos = centre.cos + of_token * HALF + lane * UNIT, *const sin = centre.sin + of_token * HALF + lane * UNIT;
-#pragma unroll
-        for (u32 k = 0; k < UNITS / 2; k++) {
-            float *const a = y + k * UNIT, *const b = a + PER_THREAD / 2;
-            const u32 d = k * LANES * UNIT;
-#pragma unroll
-            for (u32 i = 0; i < UNIT; i++) a[i] = __fmul_rn(a[i], scale), b[i] = __fmul_rn(b[i], scale);
-            if (!quick) {
-                // What is too large without its centre gets it below.
-#pragma unroll
-                for (u32 i = 0; i < UNIT; i++) a[i] = saturated<E>(a[i]), b[i] = saturated<E>(b[i]);
-            }
-            uint4 of_a = tables.flipped(pack<E>(a), k * LANES + lane), of_b = tables.flipped(pack<E>(b), (k + UNITS / 2) * LANES + lane);
-            if (quick) {
-                unpack<E>(of_a, a), unpack<E>(of_b, b);
-#pragma unroll
-                for (u32 i = 0; i < UNIT; i += STEP) {
-                    float p[STEP], q[STEP], c[STEP], s[STEP];
-                    load_shared(means + d + i, p), load_shared(means + d + HALF + i, q);
-                    Centre::load_table<STEP>(cos + d + i, c), Centre::load_table<STEP>(sin + d + i, s);
-#pragma unroll
-                    for (u32 j = 0; j < STEP; j++) {
-                        float &x = a[i + j], &z = b[i + j];
-                        x = __fmaf_rn(-q[j], s[j], __fmaf_rn(p[j], c[j], x));
-                        z = __fmaf_rn(p[j], s[j], __fmaf_rn(q[j], c[j], z));
-                    }
-                }
-                of_a = pack<E>(a), of_b = pack<E>(b);
-            }
-            __stcs(to + k * LANES, of_a), __stcs(to + (k + UNITS / 2) * LANES, of_b);
-        }
-    }
-    if (all_quick) return;
-    for (first = begin; first < rows; first += apart) {
-        const uint2 at = place(first);
-        const float scale = __fmul_rn(read_factor(p.scales + (u64)at.x * 2), shorten);
-        uint4* const to = (uint4*)(output + (u64)at.y * ROW);
-        if (scale != scale) put_largest<E>(to, centre, at.x, lane, LANES);
-        else if (!(fabsf(scale) <= bound)) put_centred<E>(to, centre, at.x, lane, LANES);
-    }
-}
-
-template <u32 E, u32 DIM> __device__ __forceinline__ void reopen_plane_of_halves(const Layout& L, const Convert& s) {
-    const Plane p(L, s.to, s.from, plane_of(L));
-    const Centre centre(L, plane_of(L), s.index);
-    decode_halves<E, DIM>(L, p, centre, p.raw, 0, L.block_tokens, 0, 1, [&](u32 head, u32 token) { return head * L.block_tokens + token; });
-}
-
-template <u32 E, u32 DIM> __device__ __forceinline__ void read_plane_of_halves(const Layout& L, const Read& r) {
-    const u32 plane = plane_of_read(L);
-    const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
-    const Centre centre(L, 2 * r.layer + plane, r.index);
-    decode_halves<E, DIM>(L, p, centre, r.output[plane], r.first_token, r.tokens, blockIdx.z, gridDim.z, [&](u32 head, u32 token) {
-        return (token - r.first_token) * L.kv_heads + head;
-    });
-}
-
-HALVES_DECODES(halves64, f16, __launch_bounds__(256, 3), F16, 64)
-HALVES_DECODES(halves64, bf16, __launch_bounds__(256, 3), BF16, 64)
-HALVES_DECODES(halves128, f16, __launch_bounds__(256, 3), F16, 128)
-HALVES_DECODES(halves128, bf16, __launch_bounds__(256, 3), BF16, 128)
+#include "rotated_pairs.cuh"
 #endif
 
 FORMAT_KERNELS(F16, f16)

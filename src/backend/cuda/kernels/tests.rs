@@ -142,18 +142,18 @@ fn every_fast_kernel_has_a_plain_twin() {
         let entries = text.lines().filter_map(|line| line.split(".entry ").nth(1));
         entries.filter_map(|entry| entry.split(['(', ' ']).next()).map(str::to_owned).collect()
     };
+    let of_pairs = |name: &str| name.starts_with("halves") || name.starts_with("turned");
     for image in all_images() {
         let left = names(&without_fast_kernels(image.ptx));
-        let (halves, fast): (Vec<String>, Vec<String>) = names(image.ptx)
+        let (pairs, fast): (Vec<String>, Vec<String>) = names(image.ptx)
             .into_iter()
             .filter(|name| !name.starts_with("plain_") && name != "signal")
-            .partition(|name| name.starts_with("halves"));
+            .partition(|name| of_pairs(name));
         assert!(fast.len() == if std::ptr::eq(image, &CACHE) { 4 } else { 9 }, "{fast:?}");
         // Seals of rotated formats are the same for all pairs, and most kernels for some are for one of two lengths of rows.
-        assert!([0, 6, 8, 12].contains(&halves.len()), "{halves:?}");
-        for name in fast.iter().chain(&halves) {
-            let plain =
-                name.find("_").filter(|_| name.starts_with("halves")).map_or(&name[..], |at| &name[at + 1..]);
+        assert!([0, 6, 8, 12].contains(&pairs.len()), "{pairs:?}");
+        for name in fast.iter().chain(&pairs) {
+            let plain = name.find("_").filter(|_| of_pairs(name)).map_or(&name[..], |at| &name[at + 1..]);
             assert!(left.contains(&format!("plain_{plain}")), "{name}");
             assert!(left.contains(&format!("gone_{name}")) && !left.contains(name), "{name}");
         }
