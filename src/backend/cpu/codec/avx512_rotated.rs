@@ -206,8 +206,10 @@ fn load_rows<const E: u8, const DIM: usize, const SCALED: bool>(
     let (y, src, row_parts) = (&mut y[..dim], &src[..LANES * element_bytes(E) * dim], dim / 16);
     let (mut max, mut max_of_f32) = (_mm256_setzero_si256(), _mm512_setzero_si512());
     for (part, y) in y.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        // The lines of the next rows, one after the other.
-        (0..8).for_each(|i| prefetch(src, src.len() + (8 * part + i) * 64));
+        // The lines of the next rows, one after the other. Rows of f32 are mostly differences, which lie near, and end soon.
+        if E != F32 {
+            (0..8).for_each(|i| prefetch(src, src.len() + (8 * part + i) * 64));
+        }
         let changed = |i: usize, x: __m512| {
             let x = _mm512_castps_si512(if SCALED { _mm512_mul_ps(x, scale) } else { x });
             _mm512_castsi512_ps(_mm512_xor_si512(x, flip(16 * part + i)))
@@ -546,9 +548,11 @@ fn decode_rows<const BITS: usize, const E: u8, const DIM: usize>(
         let dst = &mut dst[batch * LANES * dst_stride..];
         prefetch_ahead(codes);
         // A line of each row at a time: all at once would be more than can be under way.
+        // As for the encoder, f32 lies near.
         let ahead = |step: usize| {
-            for row in 0..factors.len() / 2 {
-                prefetch_ahead(&dst[row * dst_stride + element_bytes(E) * STEP * step..][..2 * STEP]);
+            let rows = if E == F32 { 0 } else { factors.len() / 2 };
+            for row in 0..rows {
+                prefetch_ahead(&dst[row * dst_stride + 2 * STEP * step..][..2 * STEP]);
             }
         };
         if codes.len() == code_bytes {
@@ -639,32 +643,36 @@ fn write_rows<const E: u8, const DIM: usize, const SATURATE: bool>(
 #[inline]
 #[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
 fn transposed_floats(x: [__m512; 16]) -> [__m512; 16] {
-    // Within each 128-bit part: four rows to four columns.
-    let part = |i: usize, column: usize| {
-        let two = |a: __m512, b: __m512| {
-            if column < 2 { _mm512_unpacklo_ps(a, b) } else { _mm512_unpackhi_ps(a, b) }
-        };
-        let (ab, cd) = (two(x[i], x[i + 1]), two(x[i + 2], x[i + 3]));
-        let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-        let four =
-            if column.is_multiple_of(2) { _mm512_unpacklo_pd(ab, cd) } else { _mm512_unpackhi_pd(ab, cd) };
-        _mm512_castpd_ps(four)
-    };
     // Parts of columns 0, 4, 8 and 12 lie in one vector, and so on: they are to come together.
-    let columns: [[__m512; 4]; 4] = std::array::from_fn(|column| {
-        let [a, b, c, d] = std::array::from_fn(|i| part(4 * i, column));
-        let (ab_low, ab_high) =
-            (_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b));
-        let (cd_low, cd_high) =
-            (_mm512_shuffle_f32x4::<0b10_00_10_00>(c, d), _mm512_shuffle_f32x4::<0b11_01_11_01>(c, d));
-        [
-            _mm512_shuffle_f32x4::<0b10_00_10_00>(ab_low, cd_low),
-            _mm512_shuffle_f32x4::<0b10_00_10_00>(ab_high, cd_high),
-            _mm512_shuffle_f32x4::<0b11_01_11_01>(ab_low, cd_low),
-            _mm512_shuffle_f32x4::<0b11_01_11_01>(ab_high, cd_high),
-        ]
-    });
-    std::array::from_fn(|i| columns[i % 4][i / 4])
+    let mut of_four = [[_mm512_setzero_ps(); 4]; 4];
+    for (columns, rows) in of_four.iter_mut().zip(x.as_chunks::<4>().0) {
+        *columns = columns_of_four(*rows);
+    }
+    let mut columns = x;
+    for i in 0..4 {
+        let [a, b, c, d] = [of_four[0][i], of_four[1][i], of_four[2][i], of_four[3][i]];
+        let ab = [_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b)];
+        let cd = [_mm512_shuffle_f32x4::<0b10_00_10_00>(c, d), _mm512_shuffle_f32x4::<0b11_01_11_01>(c, d)];
+        columns[i] = _mm512_shuffle_f32x4::<0b10_00_10_00>(ab[0], cd[0]);
+        columns[i + 4] = _mm512_shuffle_f32x4::<0b10_00_10_00>(ab[1], cd[1]);
+        columns[i + 8] = _mm512_shuffle_f32x4::<0b11_01_11_01>(ab[0], cd[0]);
+        columns[i + 12] = _mm512_shuffle_f32x4::<0b11_01_11_01>(ab[1], cd[1]);
+    }
+    columns
+}
+
+/// Within each 128-bit part: four rows to four columns.
+#[inline]
+#[target_feature(enable = "avx512vl,avx512dq,avx512vbmi")]
+fn columns_of_four([a, b, c, d]: [__m512; 4]) -> [__m512; 4] {
+    let low = [_mm512_castps_pd(_mm512_unpacklo_ps(a, b)), _mm512_castps_pd(_mm512_unpacklo_ps(c, d))];
+    let high = [_mm512_castps_pd(_mm512_unpackhi_ps(a, b)), _mm512_castps_pd(_mm512_unpackhi_ps(c, d))];
+    [
+        _mm512_castpd_ps(_mm512_unpacklo_pd(low[0], low[1])),
+        _mm512_castpd_ps(_mm512_unpackhi_pd(low[0], low[1])),
+        _mm512_castpd_ps(_mm512_unpacklo_pd(high[0], high[1])),
+        _mm512_castpd_ps(_mm512_unpackhi_pd(high[0], high[1])),
+    ]
 }
 
 /// 16 rows of 16 words to columns.

@@ -218,7 +218,10 @@ macro_rules! by_steps {
             for row in 0..moves.rows {
                 let from = if COPY { &src[row * from_row..][..from_row] } else { src };
                 let to = &mut dst[row * dst_stride..][..to_row];
-                if COPY {
+                if COPY && FROM == F32 && TO != F32 {
+                    // What was decoded lies near, and ends soon.
+                    prefetch_ahead(to);
+                } else if COPY {
                     prefetch_ahead(from);
                 } else {
                     // These rows were decoded right before, and the decoder asks for as many: half as many more, or memory rests now.
