@@ -141,14 +141,9 @@ async fn error<E: Number>(rig: &Rig<E>, sequence: &Sequence, text: &Text<E>) -> 
     (square / text.keys.len() as f64).sqrt()
 }
 
-on_every_setup!(means_take_what_all_keys_share, some_blocks_stay_raw);
-
-async fn means_take_what_all_keys_share<E: Number>(combo: Combo) {
-    let file = calibrated(&combo.geometry);
-    let with_means = |c: &mut CacheConfig| c.quantisation.key_means = Some(file.path().to_owned());
-    let Some(rig) = rig::<E>(&combo, with_means).await else { return };
-    // Errors of the format itself, as shares of the row's length, and what rounding to the element type adds.
-    let share = match combo.format.keys {
+/// The error of keys less their means in a format, as a share of a row's length.
+pub(crate) fn error_share(format: Format) -> f64 {
+    match format {
         Format::Raw => 0.0,
         Format::Int8 => 0.015,
         Format::Fp8 => 0.04,
@@ -157,7 +152,17 @@ async fn means_take_what_all_keys_share<E: Number>(combo: Combo) {
         Format::Int4 => 0.10,
         Format::Int2 => 0.50,
         _ => 0.40,
-    };
+    }
+}
+
+on_every_setup!(means_take_what_all_keys_share, some_blocks_stay_raw);
+
+async fn means_take_what_all_keys_share<E: Number>(combo: Combo) {
+    let file = calibrated(&combo.geometry);
+    let with_means = |c: &mut CacheConfig| c.quantisation.key_means = Some(file.path().to_owned());
+    let Some(rig) = rig::<E>(&combo, with_means).await else { return };
+    // Errors of the format itself, and what rounding to the element type adds.
+    let share = error_share(combo.format.keys);
     let rounding = if E::TYPE == ElementType::Bf16 { 0.08 } else { 0.01 };
     let text = text::<E>(&combo.geometry, 0, 32 * 6 + 5, 1);
     let sequence = rig.cache.open("tenant", OpenOptions::default().prompt(&text.ids)).await.unwrap();

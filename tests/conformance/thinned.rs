@@ -9,6 +9,7 @@ use rand::rngs::SmallRng;
 use rand::{Rng as _, SeedableRng};
 
 use crate::common::{Combo, Number, Rig, SETUPS, Setup, eventually, geometry, is_wanted, whole_case};
+use crate::mixed::error_share;
 
 const DIM: usize = 64;
 
@@ -138,16 +139,8 @@ async fn check<E: Number>(
 ) -> Vec<u8> {
     let positions = sequence.positions();
     assert!(positions.iter().eq(kept.keys()), "{what}: {}", rig.combo);
-    // Errors of the format itself, as shares of the length of what is left of a key without the mean. Rows have been through it more than once.
-    let share = match keys_as {
-        Format::Int8 => 0.015,
-        Format::Fp8 => 0.04,
-        Format::R4 => 0.115,
-        Format::R3 => 0.22,
-        Format::Int4 => 0.10,
-        Format::Int2 => 0.50,
-        _ => 0.40,
-    };
+    // Of the length of what is left of a key without the mean. Rows have been through it more than once.
+    let share = error_share(keys_as);
     // And what rounding large elements to their type adds, on both ways.
     let rounding = 0.2 * f64::from(MEAN * E::ROUNDING);
     let (mut bytes, mut square) = (Vec::new(), 0.0);
