@@ -206,6 +206,7 @@ pub(crate) fn dims_of(layout: RopeLayout, pairs: usize, pair: usize) -> (usize, 
 fn turn_alike(rope: &Rope, other: &Rope) -> bool {
     let near = |a: f32, b: f32| (a - b).abs() <= 1e-6 * a.abs().max(b.abs());
     rope.rotary_dims == other.rotary_dims
+        && rope.inv_freq.len() == other.inv_freq.len()
         && rope.layout == other.layout
         && near(rope.attention_scale, other.attention_scale)
         && rope.inv_freq.iter().zip(&other.inv_freq).all(|(a, b)| near(*a, *b))
@@ -290,7 +291,8 @@ impl Centres {
             token_turns,
         };
         let (most, room) = (centres.bound(), finite_max(group.element) / 2.0);
-        // A key and its centre are both in range then, and what they differ by too.
+        // A key and its centre are both in range then. What they differ by may be up to half as large again: if it is, it is cut to what the
+        // element type has, in the formats that do not hold it in f32.
         if most > room {
             return Err(format!(
                 "a mean key may be as large as {most:e} where it stands, of {room:e} at most in {:?}: calibrate this model",
@@ -317,12 +319,12 @@ impl Centres {
         of: RowFormat,
         rows: &[u8],
         [codes, scales]: [&mut [u8]; 2],
-        room: &mut Room,
+        scratch: &mut Scratch,
     ) -> bool {
         let differences = of.of_differences();
         let elements = [of.element, differences.element];
         let [from, to] = elements.map(|element| of.dim * element.bytes());
-        let less = room.get(keys.tokens.len() * to);
+        let less = scratch.get(keys.tokens.len() * to);
         self.runs(keys, |first, centres| {
             let of_run = first..first + centres.rows;
             let (src, dst) = (of_run.start * from..of_run.end * from, of_run.start * to..of_run.end * to);
@@ -342,7 +344,7 @@ impl Centres {
         [codes, scales]: [&[u8]; 2],
         rows: &mut [u8],
         stride: usize,
-        room: &mut Room,
+        scratch: &mut Scratch,
     ) {
         let differences = of.of_differences();
         if !of.format.is_rotated() {
@@ -352,7 +354,7 @@ impl Centres {
             });
         }
         let row = of.dim * differences.element.bytes();
-        let less = room.get(keys.tokens.len() * row);
+        let less = scratch.get(keys.tokens.len() * row);
         kernels.decode(differences, skip, codes, scales, less, row);
         self.runs(keys, |first, centres| {
             let src = &less[first * row..(first + centres.rows) * row];
@@ -364,10 +366,11 @@ impl Centres {
     /// a block of their own.
     fn runs(&self, keys: &Keys, mut then: impl FnMut(usize, &RowCentres)) {
         match keys.positions {
-            Positions::From(first) => {
+            Positions::Contiguous(first) => {
+                debug_assert!(first.is_multiple_of(self.block_tokens as u32), "no block begins at {first}");
                 then(0, &self.of(keys, *first as usize / self.block_tokens, keys.tokens.clone()));
             }
-            Positions::Each(each) => {
+            Positions::PerToken(each) => {
                 let block = |position: u32| position as usize / self.block_tokens;
                 let is_next = |a: &u32, b: &u32| a + 1 == *b && block(*a) == block(*b);
                 let mut done = 0;
@@ -395,11 +398,11 @@ impl Centres {
     }
 }
 
-/// Room for rows on their way to or from a codec, kept for the next ones.
+/// Scratch for rows on their way to or from a codec, kept for the next ones.
 #[derive(Debug, Default)]
-pub(crate) struct Room(Vec<u8>);
+pub(crate) struct Scratch(Vec<u8>);
 
-impl Room {
+impl Scratch {
     /// So many bytes, whatever they are, from the beginning of a cache line on.
     fn get(&mut self, bytes: usize) -> &mut [u8] {
         const LINE: usize = 64;
@@ -510,7 +513,7 @@ mod tests {
                         .clone()
                         .flat_map(|token| keys(layer, position + token)[10 * head..10 * (head + 1)].to_vec())
                         .collect();
-                    let positions = &Positions::From(position);
+                    let positions = &Positions::Contiguous(position);
                     let which = Keys { layer: layer as usize, head, positions, tokens: 1..4 };
                     let mut bytes = vec![0; size_of_val(&rows[..])];
                     subtract(&centres, &which, ElementType::F32, bytemuck::cast_slice(&rows), &mut bytes);
@@ -541,7 +544,7 @@ mod tests {
             let rows: Vec<f32> =
                 each.iter().flat_map(|at| rotated(&mean, &rope, *at)).map(|x| x as f32).collect();
             let bytes: &[u8] = bytemuck::cast_slice(&rows);
-            let positions = Positions::Each(each.into());
+            let positions = Positions::PerToken(each.into());
             for tokens in [0..4, 1..3, 3..4] {
                 let keys = Keys { layer: 0, head: 1, positions: &positions, tokens: tokens.clone() };
                 let bytes = &bytes[tokens.start * 40..tokens.end * 40];
@@ -571,8 +574,8 @@ mod tests {
             for (positions, first) in [([96, 97, 98, 99], 96), ([4000, 4001, 4002, 4003], 4000)] {
                 let [mut by_each, mut by_first] = [vec![0; 160], vec![0; 160]];
                 for (positions, to) in [
-                    (Positions::Each(positions.into()), &mut by_each),
-                    (Positions::From(first), &mut by_first),
+                    (Positions::PerToken(positions.into()), &mut by_each),
+                    (Positions::Contiguous(first), &mut by_first),
                 ] {
                     let keys = Keys { layer: 0, head: 2, positions: &positions, tokens: 0..4 };
                     subtract(&centres, &keys, element, bytes, to);
@@ -590,7 +593,7 @@ mod tests {
         let centres = Centres::new(&builder.finish().unwrap(), &geometry, 100).unwrap();
         let row = [60000.0, f32::NAN, f32::INFINITY, 1.0].map(half::f16::from_f32);
         let mut bytes = [0; 8];
-        let keys = Keys { layer: 0, head: 0, positions: &Positions::From(64), tokens: 3..4 };
+        let keys = Keys { layer: 0, head: 0, positions: &Positions::Contiguous(64), tokens: 3..4 };
         subtract(&centres, &keys, ElementType::F16, bytemuck::cast_slice(&row), &mut bytes);
         let row: Vec<half::f16> = bytes.chunks_exact(2).map(bytemuck::pod_read_unaligned).collect();
         assert_eq!(row[0], half::f16::MAX);

@@ -1,5 +1,6 @@
 //! Looking at stored blocks in place: views for the CPU, block tables for attention kernels.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::{Arc, LazyLock, OnceLock};
 
@@ -14,12 +15,17 @@ use kv_cache_actors::slot::SlotPin;
 use crate::backend::cpu::codec::Kernels;
 use crate::backend::{HostCopy, Memory};
 use crate::element::{Element, check_type};
-use crate::key_means::{Centres, Keys, Room};
+use crate::key_means::{Centres, Keys, Scratch};
 use crate::runtime::Runtime;
 use crate::{BlockLayout, ElementType, Error, Format, Plane, SequenceId, Tier};
 
 /// For decoding on a caller's thread.
 static KERNELS: LazyLock<Kernels> = LazyLock::new(Kernels::best);
+
+thread_local! {
+    /// Likewise.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
 
 /// Finds where a block is and keeps it there.
 fn pin(shard: &ShardView, block: BlockId) -> Option<(Place, SlotPin)> {
@@ -93,14 +99,22 @@ struct Piece {
     /// Its first token, among those that are stored.
     stored: u32,
     first_token: u32,
-    /// Where the block's tokens stand, if keys are differences from where that puts their mean.
-    positions: Option<Positions>,
+    /// Where the block's tokens stand; found when keys are decoded that are differences from where that puts their mean.
+    positions: OnceLock<Positions>,
     inside: Range<usize>,
     offset: usize,
     format: BlockFormat,
     history: History,
     /// The block's bytes, where the host cannot look into the device's memory; made at the first look.
     copy: OnceLock<Result<HostCopy, Error>>,
+}
+
+impl Piece {
+    fn positions(&self, pinned: &Pinned) -> &Positions {
+        let (compacted, block_tokens) = (pinned.compacted.as_deref(), pinned.layout.block_tokens);
+        self.positions
+            .get_or_init(|| Positions::of_block(compacted, self.stored as usize / block_tokens, block_tokens))
+    }
 }
 
 impl Pinned {
@@ -133,9 +147,8 @@ impl Pinned {
                 let first_token = state.position(stored);
                 let found = state.blocks.get(at).and_then(|&block| pin(shard, block));
                 let (place, pin) = found.ok_or(Error::ClosedSequence(shared.id()))?;
-                let positions = runtime.centres.as_ref().map(|_| state.positions(at, layout.block_tokens));
                 let offset = runtime.pool.offset_bytes(place.class, place.slot);
-                let copy = OnceLock::new();
+                let (positions, copy) = (OnceLock::new(), OnceLock::new());
                 let (format, history) = (place.format, place.history);
                 pinned.pieces.push(Piece {
                     stored,
@@ -309,7 +322,8 @@ impl<'a> BlockView<'a> {
     }
 
     /// Keys of one head: rows of `key_dim` elements. In a cache with [mean keys](crate::KeyMeans) those of sealed blocks are
-    /// [`Rows::Coded`] in every format, and what they decode to are differences: [`BlockView::decode_keys`] adds the rest.
+    /// [`Rows::Coded`] in every format, and what they decode to are differences, of f32 in the rotated formats: [`BlockView::decode_keys`] adds
+    /// the rest, and is the shorter way.
     ///
     /// # Errors
     /// [`Error::ElementType`] if `T` is not the cache's element type; [`Error::Unsupported`] for a head that does not exist;
@@ -357,7 +371,12 @@ impl<'a> BlockView<'a> {
             Format::Int8 if !self.is_centred(plane) => {
                 Rows::Int8 { codes: bytemuck::cast_slice(codes), scales }
             }
-            _ => Rows::Coded { rows: of, skip: first % of.scale_rows(), codes, scales },
+            _ => Rows::Coded {
+                rows: if self.is_centred(plane) { of.of_differences() } else { of },
+                skip: first % of.scale_rows(),
+                codes,
+                scales,
+            },
         })
     }
 
@@ -395,11 +414,14 @@ impl<'a> BlockView<'a> {
         let row = dim * size_of::<T>();
         let out = bytemuck::cast_slice_mut(rows);
         let of = RowFormat::new(self.format_of(plane), &self.pinned.layout, plane);
-        match (&self.pinned.centres, &self.piece.positions, plane) {
-            (Some(centres), Some(positions), Plane::Key) => {
-                let keys = Keys { layer: self.layer, head, positions, tokens: self.piece.inside.clone() };
+        match (&self.pinned.centres, plane) {
+            (Some(centres), Plane::Key) => {
+                let (positions, tokens) = (self.piece.positions(self.pinned), self.piece.inside.clone());
+                let keys = Keys { layer: self.layer, head, positions, tokens };
                 let coded = [codes, scales.bytes()];
-                centres.decode(*KERNELS, &keys, of, skip, coded, out, row, &mut Room::default());
+                SCRATCH.with_borrow_mut(|scratch| {
+                    centres.decode(*KERNELS, &keys, of, skip, coded, out, row, scratch);
+                });
             }
             _ => KERNELS.decode(of, skip, codes, scales.bytes(), out, row),
         }

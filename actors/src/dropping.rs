@@ -123,19 +123,19 @@ impl Dropping {
     /// The score, and how many tokens shall stay of a sequence's `committed`, if it is time to drop some. `stored` of them are there, `thinned` of
     /// which have outlived a dropping before.
     ///
-    /// Each time all that stays is copied. So a block of room must be gained, and a quarter as many tokens be new as were kept: then
+    /// What goes is a whole number of blocks, so that those behind begin where blocks do. Each time all that stays is copied. So a block of room must be gained, and a quarter as many tokens be new as were kept: then
     /// no token of a growing sequence costs more than a few copies, and it is over its ratio by no more than that quarter.
     pub fn due(
         &self,
         committed: u32,
         stored: u32,
         thinned: u32,
-        block_tokens: usize,
+        block_tokens: u32,
     ) -> Option<(KeyScore, u32)> {
         let keep = (f64::from(committed) * f64::from(self.ratio)).ceil() as u32;
         let keep = keep.max(SINK_TOKENS + 1);
-        let gain = stored.saturating_sub(keep) as usize;
-        let is_due = gain >= block_tokens.max(1) && stored - thinned >= thinned / 4;
+        let keep = committed - committed.saturating_sub(keep) / block_tokens * block_tokens;
+        let is_due = stored.saturating_sub(keep) >= block_tokens && stored - thinned >= thinned / 4;
         self.score.filter(|_| is_due).map(|score| (score, keep))
     }
 
@@ -168,18 +168,30 @@ pub fn choose(scores: &[f32], keep: u32) -> Vec<u32> {
 /// Where the tokens of a block stand in their sequence: part of what sealed keys mean that are differences from a centre.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Positions {
-    /// One after the other from this one on, at which a block of any sequence begins that nothing was dropped from.
-    From(u32),
-    /// Each for itself, since others between them were dropped by their scores. As many as a block has tokens.
-    Each(Arc<[u32]>),
+    /// One after the other from this one on: a multiple of the tokens of a block, where a block begins of any sequence that nothing was dropped from.
+    Contiguous(u32),
+    /// Each for itself: as many as a block has tokens. Others between them were dropped by their scores, or before them so many that they are no whole
+    /// blocks.
+    PerToken(Arc<[u32]>),
 }
 
 impl Positions {
+    /// Of the stored tokens in the block at place `at` of a sequence, which may have been `compacted`; of the next ones as well if it is not full.
+    pub fn of_block(compacted: Option<&Compacted>, at: usize, block_tokens: usize) -> Positions {
+        let stored = (at * block_tokens) as u32..((at + 1) * block_tokens) as u32;
+        let Some(compacted) = compacted else { return Positions::Contiguous(stored.start) };
+        let (first, last) = (compacted.position(stored.start), compacted.position(stored.end - 1));
+        if last - first == stored.end - 1 - stored.start && first.is_multiple_of(block_tokens as u32) {
+            return Positions::Contiguous(first);
+        }
+        Positions::PerToken(stored.map(|stored| compacted.position(stored)).collect())
+    }
+
     /// Where a token of the block stands.
     pub fn of(&self, token: usize) -> u32 {
         match self {
-            Positions::From(first) => first + token as u32,
-            Positions::Each(each) => each[token],
+            Positions::Contiguous(first) => first + token as u32,
+            Positions::PerToken(each) => each[token],
         }
     }
 }
@@ -220,12 +232,6 @@ impl Compacted {
     pub fn position(&self, stored: u32) -> u32 {
         let kept = self.positions.get(stored as usize).copied();
         kept.unwrap_or_else(|| self.next + (stored - self.thinned()))
-    }
-
-    /// Positions of as many stored tokens as a block has, `block_tokens`, in the block at place `at` of the sequence.
-    pub fn of_block(&self, at: usize, block_tokens: usize) -> Positions {
-        let first = at * block_tokens;
-        Positions::Each((first..first + block_tokens).map(|stored| self.position(stored as u32)).collect())
     }
 
     /// What is left of it if the sequence is cut to its first `tokens`.
@@ -310,10 +316,20 @@ mod tests {
         assert_eq!((cut.position(2), cut.stored(9)), (5, 5), "and it goes on behind the cut");
         assert_eq!(compacted.truncated(0).position(0), 0);
         // In blocks of three.
-        assert_eq!(compacted.of_block(0, 3), Positions::Each([0, 1, 5].into()));
-        assert_eq!(compacted.of_block(1, 3), Positions::Each([9, 10, 11].into()));
-        assert_eq!((0..3).map(|at| cut.of_block(1, 3).of(at)).collect::<Vec<_>>(), [7, 8, 9]);
-        assert_eq!(Positions::From(6).of(2), 8);
+        assert_eq!(Positions::of_block(Some(&compacted), 0, 3), Positions::PerToken([0, 1, 5].into()));
+        assert_eq!(Positions::of_block(Some(&compacted), 1, 3), Positions::Contiguous(9));
+        assert_eq!(Positions::of_block(Some(&compacted), 2, 3), Positions::Contiguous(12));
+        assert_eq!(Positions::of_block(Some(&compacted), 0, 4), Positions::PerToken([0, 1, 5, 9].into()));
+        assert_eq!(
+            Positions::of_block(Some(&compacted), 1, 4),
+            Positions::PerToken([10, 11, 12, 13].into()),
+            "no block begins there"
+        );
+        assert_eq!(
+            (0..3).map(|at| Positions::of_block(Some(&cut), 1, 3).of(at)).collect::<Vec<_>>(),
+            [7, 8, 9]
+        );
+        assert_eq!(Positions::Contiguous(6).of(2), 8);
     }
 
     /// However a sequence grows, it is never far above its ratio, and copies cost a few times its tokens.
@@ -325,7 +341,8 @@ mod tests {
             for committed in (step..20_000).step_by(step as usize) {
                 stored += step;
                 if let Some((_, keep)) = dropping.due(committed, stored, thinned, 32) {
-                    assert_eq!(keep, ((f64::from(committed) * f64::from(ratio)).ceil() as u32).max(5));
+                    let least = ((f64::from(committed) * f64::from(ratio)).ceil() as u32).max(5);
+                    assert!((least..least + 32).contains(&keep) && (committed - keep).is_multiple_of(32));
                     (stored, thinned, copied) = (keep, keep, copied + keep);
                 }
                 let most = 1.3 * committed as f32 * ratio + (32.0 + step as f32) / (1.01 - ratio);
@@ -337,7 +354,7 @@ mod tests {
         assert_eq!(truncation.due(1000, 1000, 0, 32), None);
         // A prompt that comes at once is at its ratio when it is in.
         let dropping = Dropping { score: Some(KeyScore::Norm), ratio: 0.5 };
-        assert_eq!(dropping.due(1000, 1000, 0, 32), Some((KeyScore::Norm, 500)));
+        assert_eq!(dropping.due(1000, 1000, 0, 32), Some((KeyScore::Norm, 1000 - 15 * 32)));
         assert_eq!(dropping.due(60, 60, 0, 32), None, "not for less than a block");
     }
 }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use crate::block::{BlockId, ExtraIdentity};
-use crate::dropping::{Compacted, Positions};
+use crate::dropping::Compacted;
 use crate::error::Error;
 use crate::geometry::BlockLayout;
 use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, lock};
@@ -287,14 +287,6 @@ impl SequenceState {
     /// [`SequenceState::stored`] for both ends.
     pub fn stored_range(&self, positions: &Range<u32>) -> Range<u32> {
         self.stored(positions.start)..self.stored(positions.end)
-    }
-
-    /// The positions of stored tokens in the block at place `at`, of the next ones as well if it is not full.
-    pub fn positions(&self, at: usize, block_tokens: usize) -> Positions {
-        match &self.compacted {
-            Some(compacted) => compacted.of_block(at, block_tokens),
-            None => Positions::From((at * block_tokens) as u32),
-        }
     }
 
     /// The position of a stored token.

@@ -242,7 +242,8 @@ async fn a_cache_drops_tokens_by_itself() {
             let compression = Compression { enabled: true, ratio: 0.5, method };
             let rig = Rig::<half::f16>::new(&combo, builder.compression(compression)).await;
             let (sequence, mut model) = rig.filled(200).await;
-            assert_eq!((sequence.len(), sequence.info().kept), (200, 100));
+            // A whole number of blocks went.
+            assert_eq!((sequence.len(), sequence.info().kept), (200, 104));
             let fork = sequence.fork().await.unwrap();
             let kept = sequence.positions();
             for at in 0..150 {

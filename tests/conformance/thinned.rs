@@ -162,6 +162,9 @@ async fn check<E: Number>(
             for head in 0..2 {
                 let mut seen = vec![E::from_f32(0.0); block.tokens() as usize * DIM];
                 block.decode_keys(head, &mut seen).unwrap();
+                if let Rows::Coded { rows, skip, codes, scales } = block.keys::<E>(head).unwrap() {
+                    differences_are_small(rows, skip, codes, scales);
+                }
                 for (at, row) in block.positions().zip(seen.chunks(DIM)) {
                     let read = &rows[&at][head * DIM..(head + 1) * DIM];
                     assert_eq!(row, read, "{what}: a view differs at {at}: {}", rig.combo);
@@ -174,6 +177,23 @@ async fn check<E: Number>(
     println!("{what}: off by {error}, {most} at most");
     assert!(error < most, "{what}: off by {error}, {most} at most: {}", rig.combo);
     bytes
+}
+
+/// What a caller finds who decodes the stored rows without their centres.
+fn differences_are_small(rows: RowFormat, skip: usize, codes: &[u8], scales: Scales) {
+    let row = rows.dim * rows.element.bytes();
+    let mut decoded = vec![0; codes.len() / rows.row_bytes() * row];
+    codec::Kernels::best().decode(rows, skip, codes, scales.bytes(), &mut decoded, row);
+    let differences: Vec<f32> = match rows.element {
+        ElementType::F32 => bytemuck::pod_collect_to_vec(&decoded),
+        ElementType::F16 => {
+            bytemuck::pod_collect_to_vec::<u8, f16>(&decoded).iter().map(|x| x.to_f32()).collect()
+        }
+        _ => bytemuck::pod_collect_to_vec::<u8, bf16>(&decoded).iter().map(|x| x.to_f32()).collect(),
+    };
+    let square = differences.iter().map(|x| x * x).sum::<f32>() / differences.len() as f32;
+    assert!((0.1..4.0).contains(&square), "{rows:?}: mean square {square}");
+    assert!(!rows.format.is_rotated() || rows.element == ElementType::F32, "{rows:?}");
 }
 
 /// A case in a cache with means.

@@ -31,7 +31,8 @@ pub struct BlockStore {
     pub(super) places: Places,
     /// Token ids of every block, `block_tokens` each, by block number.
     token_ids: Vec<u32>,
-    /// Where each token stands of full blocks whose tokens do not follow each other, if steps have to say. All of them are private.
+    /// Where the tokens stand of full blocks of sequences that were thinned out, if it is not where the block's place says and steps have to know. All of
+    /// them are private.
     positions: HashMap<BlockId, Positions>,
     layout: BlockLayout,
     pub(super) formats: Ladder,
@@ -241,13 +242,18 @@ impl BlockStore {
     pub(super) fn positions(&self, id: BlockId) -> Positions {
         let block = self.get(id);
         let each = if block.private && !self.positions.is_empty() { self.positions.get(&id) } else { None };
-        each.cloned().unwrap_or(Positions::From(block.index * self.layout.block_tokens as u32))
+        each.cloned().unwrap_or(Positions::Contiguous(block.index * self.layout.block_tokens as u32))
     }
 
     /// A block of a sequence that was thinned out is full, at place `at` of it.
     pub(super) fn set_positions(&mut self, id: BlockId, compacted: &Compacted, at: usize) {
         debug_assert!(self.get(id).private, "what is behind dropped tokens has no key");
-        self.positions.insert(id, compacted.of_block(at, self.layout.block_tokens));
+        let positions = Positions::of_block(Some(compacted), at, self.layout.block_tokens);
+        if positions == Positions::Contiguous((at * self.layout.block_tokens) as u32) {
+            self.positions.remove(&id);
+        } else {
+            self.positions.insert(id, positions);
+        }
     }
 
     /// Keeps the bytes of a block in place until the pin is dropped.
@@ -256,7 +262,7 @@ impl BlockStore {
         self.pool.table().pin(slot.id(), slot.generation())
     }
 
-    /// Checks that what is known of blocks whose tokens do not follow each other is of private blocks that exist.
+    /// Checks that positions that are kept are of private blocks that exist.
     ///
     /// # Errors
     /// Of which one it is not.

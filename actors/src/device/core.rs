@@ -66,7 +66,7 @@ pub struct CoreConfig {
     pub deterministic: bool,
     /// How tokens are dropped without being asked to, if they are.
     pub dropping: Option<Dropping>,
-    /// Sealed keys are differences from centres, so that steps have to say where tokens stand that do not follow each other.
+    /// Sealed keys are differences from centres, so that steps have to say where tokens stand.
     pub centred: bool,
     /// How block keys are made.
     pub keys: KeyScheme,

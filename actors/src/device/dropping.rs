@@ -96,7 +96,7 @@ impl DeviceCore {
         let due = {
             let state = self.sequences[index].shared.state();
             let stored = state.stored(state.committed);
-            dropping.due(state.committed, stored, state.thinned(), self.config.layout.block_tokens)
+            dropping.due(state.committed, stored, state.thinned(), self.config.layout.block_tokens as u32)
         };
         let Some((score, keep)) = due else { return false };
         let needed = self.config.layout.blocks_for(keep as usize);

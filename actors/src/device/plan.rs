@@ -11,6 +11,7 @@ use super::core::{CoreConfig, DeviceCore, Effects, Progress};
 use super::entry::{Rest, SequenceEntry, Sharing};
 use crate::batch::Outcome;
 use crate::block::{BlockId, BlockKey, BlockState, ExtraIdentity};
+use crate::dropping::Compacted;
 use crate::error::Error;
 use crate::geometry::Plane;
 use crate::memory::{AppendStep, LaneKind, OpRef, ReadBuffer, ReadStep, Step};
@@ -100,12 +101,13 @@ impl DeviceCore {
         if tokens <= dropped.start {
             state.window_start = 0;
         }
-        state.compacted = state.compacted.take().filter(|_| tokens > 0).map(|compacted| {
-            match compacted.truncated(tokens) {
+        // What is cut to tokens of which all are there is as if nothing had ever been dropped.
+        let is_thinned = |compacted: &Arc<Compacted>| compacted.stored(tokens) < tokens;
+        state.compacted =
+            state.compacted.take().filter(is_thinned).map(|compacted| match compacted.truncated(tokens) {
                 same if same == *compacted => compacted,
                 cut => Arc::new(cut),
-            }
-        });
+            });
         entry.rest.extra.retain(|&(at, _)| at < tokens);
         self.config.token_budget.give_back(u64::from(visible - tokens));
         state.committed = tokens;

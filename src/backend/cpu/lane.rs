@@ -12,7 +12,7 @@ use kv_cache_actors::pool::PoolLayout;
 
 use super::codec::{Kernels, load_row};
 use super::slab::Slab;
-use crate::key_means::{Centres, Keys, Room};
+use crate::key_means::{Centres, Keys, Scratch};
 
 /// A CPU device to be opened over a slab.
 pub(crate) struct CpuBackend {
@@ -37,7 +37,7 @@ impl Backend for CpuBackend {
             kernels: self.kernels,
             centres: self.centres.clone(),
             layout: *block,
-            room: Room::default(),
+            scratch: Scratch::default(),
             done: Vec::new(),
         };
         Ok(Lanes { compute: lane(), upload: lane(), download: lane() })
@@ -51,7 +51,7 @@ pub(crate) struct CpuLane {
     centres: Option<Arc<Centres>>,
     layout: BlockLayout,
     /// For keys of a head less their centres.
-    room: Room,
+    scratch: Scratch,
     done: Vec<Launch>,
 }
 
@@ -190,7 +190,8 @@ impl CpuLane {
                     raw.chunks_exact(head_bytes).zip(codes).zip(scales).enumerate()
                 {
                     let keys = Keys { layer, head, positions, tokens: tokens.clone() };
-                    finite &= centres.encode(self.kernels, &keys, of, raw, [codes, scales], &mut self.room);
+                    finite &=
+                        centres.encode(self.kernels, &keys, of, raw, [codes, scales], &mut self.scratch);
                 }
             }
         }
@@ -311,7 +312,16 @@ impl CpuLane {
                 match (&self.centres, plane) {
                     (Some(centres), Plane::Key) => {
                         let coded = [codes, scales];
-                        centres.decode(self.kernels, which, of, skip, coded, target, stride, &mut self.room);
+                        centres.decode(
+                            self.kernels,
+                            which,
+                            of,
+                            skip,
+                            coded,
+                            target,
+                            stride,
+                            &mut self.scratch,
+                        );
                     }
                     _ => self.kernels.decode(of, skip, codes, scales, target, stride),
                 }

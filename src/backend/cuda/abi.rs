@@ -113,9 +113,9 @@ pub(super) struct Append {
     pub(super) padding: u32,
 }
 
-/// In the place of a block's number: the rest is the address of the positions of its tokens, a `u32` each, since they do not follow each other as
-/// those of any block of a sequence do.
-pub(super) const EACH_POSITION: u64 = 1 << 63;
+/// In the place of a block's number: the rest is the address of the positions of its tokens, a `u32` each, since they are those of no block of a
+/// sequence that nothing was dropped from.
+pub(super) const POSITIONS_PER_TOKEN: u64 = 1 << 63;
 
 /// One seal or reopen step.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
@@ -124,7 +124,7 @@ pub(super) struct Convert {
     pub(super) from: u64,
     pub(super) to: u64,
     pub(super) flag: u64,
-    /// Which block of its sequence it is, or [`EACH_POSITION`].
+    /// Which block of its sequence it is, or [`POSITIONS_PER_TOKEN`].
     pub(super) index: u64,
 }
 
@@ -141,7 +141,7 @@ pub(super) struct Read {
     pub(super) tokens: u32,
     /// Bit 0: keys are raw; bit 1: values are.
     pub(super) raw: u32,
-    /// Which block of its sequence it is, or [`EACH_POSITION`].
+    /// Which block of its sequence it is, or [`POSITIONS_PER_TOKEN`].
     pub(super) index: u64,
 }
 

@@ -203,7 +203,7 @@ mod tests {
         let gather = GatherStep {
             flight: 3,
             format: BlockFormat::RAW,
-            positions: Positions::From(16),
+            positions: Positions::Contiguous(16),
             from_offset: 128,
             tokens: vec![2, 3, 9],
             to_offset: 256,
@@ -226,7 +226,7 @@ mod tests {
     fn scores_do_not_depend_on_how_keys_come() {
         let layout = Geometry::new(1, 2, 4, ElementType::F32).block_tokens(4).layout().unwrap();
         let source = |tokens| {
-            let positions = Positions::From(0);
+            let positions = Positions::Contiguous(0);
             ScoreSource { format: BlockFormat::RAW, positions, slot_offset: 0, tokens }
         };
         let sources = vec![source(4), source(2)];

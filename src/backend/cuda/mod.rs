@@ -19,7 +19,8 @@
 //! 2. **The context is current.** Every thread that calls the driver has made the context current before: lanes do so on their
 //!    first call on a thread. The driver counts users of the primary context, which the embedder may share.
 //! 3. **Addresses are in bounds.** Descriptors are made from steps of the device core, whose offsets name slots inside the slab,
-//!    and from ranges of the ring, of a payload or of an output that were checked when they were taken.
+//!    and from ranges of the ring, of a payload or of an output that were checked when they were taken. Positions of tokens are below
+//!    `max_tokens`, so their blocks have turns in the tables of the centres.
 //! 4. **One writer.** As on the CPU device: a step writes only slots (or rows) that its launch owns, readers hold pins.
 //!    Steps of one launch run kind by kind (zero, copy, reopen, append, seal, read), which keeps every order that the core relies on:
 //!    steps that prepare a slot come before the append to it, and no other two steps of a launch touch the same bytes.

@@ -1,5 +1,5 @@
 //! A unit of work: the part of a launch that goes to the device at once. Its steps become descriptors, sorted by kind, and lie in
-//! the ring with the payload that they read, the positions of tokens that do not follow each other, and the output that they write:
+//! the ring with the payload that they read, the positions of tokens that lie where tokens were dropped, and the output that they write:
 //!
 //! ```text
 //! | a flag per flight, and per row | moves | reopens | appends | moves for seals | seals | reads | payloads, positions and outputs |
@@ -60,18 +60,23 @@ fn token_bytes(layout: &BlockLayout) -> [usize; 2] {
 }
 
 /// Where a step says that its block's tokens stand.
-fn positions(step: &Step) -> Option<&Positions> {
+fn positions<'a>(layout: &BlockLayout, step: &'a Step) -> Option<&'a Positions> {
     match step {
         Step::Seal { positions, .. } | Step::Reopen { positions, .. } => Some(positions),
-        Step::Read(read) => Some(&read.positions),
+        Step::Read(read) if has_coded_keys(layout, read) => Some(&read.positions),
         _ => None,
     }
 }
 
+/// Whether a read has to do with sealed keys: only those depend on where they stand.
+fn has_coded_keys(layout: &BlockLayout, read: &ReadStep) -> bool {
+    read.format.of(layout, read.layer, Plane::Key) != Format::Raw
+}
+
 /// Bytes of the ring that the positions of a step take: none where they follow each other.
-fn positions_bytes(step: &Step) -> usize {
-    match positions(step) {
-        Some(Positions::Each(each)) => size_of_val(&each[..]).next_multiple_of(VECTOR_BYTES),
+fn positions_bytes(layout: &BlockLayout, step: &Step) -> usize {
+    match positions(layout, step) {
+        Some(Positions::PerToken(each)) => size_of_val(&each[..]).next_multiple_of(VECTOR_BYTES),
         _ => 0,
     }
 }
@@ -106,7 +111,7 @@ impl Plan {
     ) -> Plan {
         let mut plan = Plan { flights: launch.flights.len(), ..Plan::default() };
         for step in &launch.steps[from..] {
-            let data_bytes = data_bytes(layout, launch, step) + positions_bytes(step);
+            let data_bytes = data_bytes(layout, launch, step) + positions_bytes(layout, step);
             let rows = if let Step::AppendRows(rows) = step { rows.rows.len() } else { 0 };
             // The largest descriptor stands for any.
             // What no rung has is refused when it is written.
@@ -192,7 +197,7 @@ pub(super) fn split_large(layout: &BlockLayout, launch: &mut Launch, bytes_max: 
                 steps.extend(rows.rows.chunks(rows_max).map(|part| Step::AppendRows(rows.part(part))));
             }
             Step::Read(read) if bytes > most => {
-                let tokens_max = of_data(positions_bytes(step));
+                let tokens_max = of_data(positions_bytes(layout, step));
                 for at in read.tokens.clone().step_by(tokens_max) {
                     let tokens = at..read.tokens.end.min(at + tokens_max);
                     let output_token = read.output_token + at - read.tokens.start;
@@ -209,7 +214,7 @@ pub(super) fn split_large(layout: &BlockLayout, launch: &mut Launch, bytes_max: 
 fn unit_bytes(layout: &BlockLayout, launch: &Launch, step: &Step) -> usize {
     let row = size_of::<abi::Append>() + size_of::<u32>();
     let rows = if let Step::AppendRows(rows) = step { rows.rows.len() * row } else { 0 };
-    rows + data_bytes(layout, launch, step) + positions_bytes(step)
+    rows + data_bytes(layout, launch, step) + positions_bytes(layout, step)
 }
 
 fn split_append(layout: &BlockLayout, append: &AppendStep, tokens_max: usize, steps: &mut Vec<Step>) {
@@ -393,12 +398,18 @@ impl<'a> Unit<'a> {
     /// Which block of its sequence has tokens at these positions, or where they are.
     fn index(&mut self, positions: &Positions) -> u64 {
         match positions {
-            Positions::From(first) => u64::from(*first) / self.layout.block_tokens as u64,
-            Positions::Each(each) => {
+            Positions::Contiguous(first) => {
+                debug_assert!(
+                    first.is_multiple_of(self.layout.block_tokens as u32),
+                    "no block begins at {first}"
+                );
+                u64::from(*first) / self.layout.block_tokens as u64
+            }
+            Positions::PerToken(each) => {
                 let (start, bytes) = (self.data_used, bytemuck::cast_slice(each));
                 self.data[start..start + bytes.len()].copy_from_slice(bytes);
                 self.data_used += bytes.len().next_multiple_of(VECTOR_BYTES);
-                abi::EACH_POSITION | (self.data_address + start as u64)
+                abi::POSITIONS_PER_TOKEN | (self.data_address + start as u64)
             }
         }
     }
@@ -506,7 +517,7 @@ impl<'a> Unit<'a> {
             }
         };
         self.most.2 = self.most.2.max(read.tokens.len());
-        let index = self.index(&read.positions);
+        let index = if has_coded_keys(self.layout, read) { self.index(&read.positions) } else { 0 };
         let slot = self.slab.address_of(read.slot_offset);
         let (mut slots, mut raw) = ([slot; 2], 0);
         for (at, plane) in Plane::BOTH.into_iter().enumerate() {

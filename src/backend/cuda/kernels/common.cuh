@@ -56,8 +56,8 @@ struct Append {
     u32 source_tokens, first_layer, layers, first_token, tokens, padding;
 };
 
-// In the place of a block's number, `abi::EACH_POSITION`: the rest is the address of the positions of its tokens.
-#define EACH_POSITION (1ull << 63)
+// In the place of a block's number, `abi::POSITIONS_PER_TOKEN`: the rest is the address of the positions of its tokens.
+#define POSITIONS_PER_TOKEN (1ull << 63)
 
 // Mirrors `abi::Convert`: block `index` of a sequence from one format to another. `flag` is set if an element is not finite.
 struct Convert {
@@ -336,7 +336,7 @@ struct Centre {
         pairs = L.centres.pairs, apart = L.centres.apart, heads = L.kv_heads, block_tokens = L.block_tokens, dim = L.dim[0];
         most = L.centres.most;
         means = (const float*)L.centres.means + (u64)(plane_index >> 1) * L.kv_heads * dim;
-        positions = CENTRED && (block & EACH_POSITION) != 0 ? (const u32*)(block & ~EACH_POSITION) : nullptr;
+        positions = CENTRED && (block & POSITIONS_PER_TOKEN) != 0 ? (const u32*)(block & ~POSITIONS_PER_TOKEN) : nullptr;
         of_block = (const float2*)L.centres.block_turns + block * pairs;
         cos = (const float*)L.centres.token_turns, sin = cos + block_tokens * pairs;
     }

@@ -585,7 +585,7 @@ fn tokens_with_positions_of_their_own_give_the_same_bytes(gpu: &Arc<Gpu>, format
                 let what =
                     format!("{format}, {element:?}, {block_tokens} tokens, heads of {key_dim}, calm: {calm}");
                 let mut runs = Vec::new();
-                let at = |memory: &DeviceMemory| abi::EACH_POSITION | memory.address();
+                let at = |memory: &DeviceMemory| abi::POSITIONS_PER_TOKEN | memory.address();
                 for index in [INDEX, at(&positions), at(&elsewhere)] {
                     bench.index = index;
                     runs.push(bench.run(&kernels, 0..layout.block_tokens, calm, bad));
