@@ -52,6 +52,9 @@ fn image_of(format: Format, centred: bool) -> Result<Option<&'static Image>, Dri
 
 /// Threads of a block of the kernels that convert whole planes.
 const CONVERT_THREADS: u32 = 256;
+/// The same of kernels that decode rotated keys with their means: they have registers for 512 threads at once, and four blocks of threads hide better than two
+/// what each of them begins with.
+const TURNED_DECODE_THREADS: u32 = 128;
 /// The same of the seals of rotated rows, and the rows that each of its warps takes at a time, as in the source. A thread block goes on to
 /// rows of other blocks of the cache.
 const ROTATED_SEAL_THREADS: u32 = 128;
@@ -100,6 +103,8 @@ struct PlaneKernels {
     layout: abi::Layout,
     /// Of a layer: 1 or 2.
     planes: u32,
+    /// Threads of a block of the kernels that decode.
+    decode_threads: u32,
     /// Thread blocks of its seal that the GPU has room for at once, if these go on from block to block of the cache.
     seals_at_once: Option<u32>,
     /// None for what stays raw.
@@ -199,7 +204,7 @@ impl Descriptors {
     }
 }
 
-/// Whether keys are for the kernels of keys all of whose dims turn (`HALVES_KERNELS` in the sources): halves of rows are a power of two of vectors, and
+/// Whether keys are for the kernels of keys all of whose dims turn (`PAIRED_KERNELS` and `PAIRED_DECODES` in the sources): halves of rows are a power of two of vectors, and
 /// the means of all heads fit into a thread block's shared memory.
 fn all_turn(block: &BlockLayout, centres: &abi::CentreTables) -> bool {
     /// `TURNED_MAX` in the source.
@@ -281,14 +286,15 @@ impl Kernels {
             let turned = centred.filter(|tables| all_turn(block, &tables.at));
             // Half a row apart.
             let halves = turned.is_some_and(|tables| tables.at.apart != 1);
+            // Seals of rotated rows take the centres of all pairs off in one way.
+            let decodes_turned = rotated && turned.is_some() && [64, 128].contains(&block.key_dim);
             let function = |module: &Arc<Module>, name: &str| {
-                // Seals of rotated rows take the centres of all pairs off in one way. Kernels of `int8` and `fp8` are for all lengths of rows
+                // Kernels of `int8` and `fp8` are for all lengths of rows
                 // that have halves, others for one each.
                 let kind = match (format, block.key_dim) {
-                    _ if rotated && (turned.is_none() || name == "seal") => "",
-                    (_, 64) if rotated => "turned64_",
-                    (_, 128) if rotated => "turned128_",
-                    _ if !halves => "",
+                    (_, 64) if decodes_turned && name != "seal" => "turned64_",
+                    (_, 128) if decodes_turned && name != "seal" => "turned128_",
+                    _ if rotated || !halves => "",
                     (Format::Int8 | Format::Fp8, _) => "halves_",
                     (_, 64) => "halves64_",
                     (_, 128) => "halves128_",
@@ -313,6 +319,7 @@ impl Kernels {
             Ok::<_, DriverError>(PlaneKernels {
                 layout: abi::Layout::new(block, place, planes, centres),
                 planes: planes.len() as u32,
+                decode_threads: if decodes_turned { TURNED_DECODE_THREADS } else { CONVERT_THREADS },
                 seals_at_once: seal.filter(|_| rotated).map(seals_at_once).transpose()?,
                 seal,
                 reopen: module.map(|module| function(module, "reopen")).transpose()?,
@@ -430,7 +437,7 @@ impl Kernels {
             for steps in steps.launches::<abi::Convert>() {
                 let grid = (of.layout.planes, steps.count as u32, 1);
                 // SAFETY: passed on.
-                unsafe { of.launch(function, stream, grid, CONVERT_THREADS, steps) }?;
+                unsafe { of.launch(function, stream, grid, of.decode_threads, steps) }?;
             }
         }
         Ok(())
@@ -448,9 +455,9 @@ impl Kernels {
         tokens: usize,
     ) -> Result<(), DriverError> {
         let vectors = self.vectors(tokens);
-        let threads = vectors.next_multiple_of(32).clamp(32, 256);
-        let parts = vectors.div_ceil(threads * 4).min(ENOUGH_BLOCKS / (2 * steps.count as u32)).max(1);
         for of in &self.sealed[rung].of_planes {
+            let threads = vectors.next_multiple_of(32).clamp(32, of.decode_threads);
+            let parts = vectors.div_ceil(threads * 4).min(ENOUGH_BLOCKS / (2 * steps.count as u32)).max(1);
             let grid = (steps.count as u32, of.planes, parts);
             // SAFETY: passed on.
             unsafe { of.launch(of.read, stream, grid, threads, steps) }?;

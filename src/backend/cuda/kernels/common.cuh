@@ -325,7 +325,7 @@ struct Centre {
     const float2* of_block;
     const float *cos, *sin;
     const float* turned;
-    // Of each token, if they do not follow each other.
+    // Of each token, if they are not those of a block that nothing was dropped before or from.
     const u32* positions;
     u32 pairs, apart, heads, block_tokens, dim;
     // None is larger.
@@ -339,6 +339,12 @@ struct Centre {
         positions = CENTRED && (block & POSITIONS_PER_TOKEN) != 0 ? (const u32*)(block & ~POSITIONS_PER_TOKEN) : nullptr;
         of_block = (const float2*)L.centres.block_turns + block * pairs;
         cos = (const float*)L.centres.token_turns, sin = cos + block_tokens * pairs;
+    }
+
+    // Adds what the token's turn makes of a pair of means to the dims of the pair.
+    static __device__ __forceinline__ void add_turned(float& x, float& y, float of_x, float of_y, float cos, float sin) {
+        x = __fmaf_rn(-of_y, sin, __fmaf_rn(of_x, cos, x));
+        y = __fmaf_rn(of_x, sin, __fmaf_rn(of_y, cos, y));
     }
 
     // Whether dim `d` is the first of its pair.
@@ -381,6 +387,19 @@ struct Centre {
             // A sum is the same from either end.
             const float x = __fmul_rn(a, c), y = __fmul_rn(b, s);
             to[i] = (apart == 1 ? i % 2 == 0 : first) ? __fsub_rn(x, y) : __fadd_rn(x, y);
+        }
+    }
+
+    // The means of N dims from `d` on of the first half of a head, and of their fellows in the second, after the turn of the block: where pairs lie so.
+    template <u32 N> __device__ __forceinline__ void turned_halves(u32 head, u32 d, float* x, float* y) const {
+        const float* mean = means + head * dim + d;
+        float p[N], q[N], turns[2 * N];
+        load_table<N>(mean, p), load_table<N>(mean + apart, q), load_table<2 * N>((const float*)(of_block + d), turns);
+#pragma unroll
+        for (u32 i = 0; i < N; i++) {
+            const float c = turns[2 * i], s = turns[2 * i + 1];
+            x[i] = __fsub_rn(__fmul_rn(p[i], c), __fmul_rn(q[i], s));
+            y[i] = __fadd_rn(__fmul_rn(p[i], s), __fmul_rn(q[i], c));
         }
     }
 
@@ -456,8 +475,7 @@ struct Centre {
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 const float of_x = S == OFF ? -p[i] : p[i], of_y = S == OFF ? -q[i] : q[i];
-                x[first + i] = __fmaf_rn(-of_y, s[i], __fmaf_rn(of_x, c[i], x[first + i]));
-                y[first + i] = __fmaf_rn(of_x, s[i], __fmaf_rn(of_y, c[i], y[first + i]));
+                add_turned(x[first + i], y[first + i], of_x, of_y, c[i], s[i]);
             }
         }
         a = pack<E>(x), b = pack<E>(y);
@@ -647,19 +665,19 @@ __device__ __forceinline__ void gather_raw(const Layout& L, const Read& r, bool 
         else read_plane<E>(L, r, true); \
     }
 
-// Those for centred keys of two bytes an element whose pairs lie half a row apart, with registers of their own. Other keys are not fast here. What comes last is
-// what their functions take as template arguments.
-#define HALVES_DECODES(KIND, NAME, DECODES, ...) \
+// Those for centred keys of two bytes an element all of whose dims turn, over functions in which a thread has both dims of its pairs, with registers of their own.
+// Other keys are not fast here. What comes last is what the functions take as template arguments.
+#define PAIRED_DECODES(KIND, NAME, DECODES, ...) \
     extern "C" __global__ void DECODES KIND##_reopen_##NAME(const __grid_constant__ Layout L, const Convert* s) { \
-        reopen_plane_of_halves<__VA_ARGS__>(L, fetched(s + step_of())); \
+        reopen_paired<__VA_ARGS__>(L, fetched(s + step_of())); \
     } \
     extern "C" __global__ void DECODES KIND##_read_##NAME(const __grid_constant__ Layout L, const Read* steps) { \
         const Read& r = fetched(steps + blockIdx.x); \
         if (r.raw >> plane_of_read(L) & 1) gather_raw(L, r, false); \
-        else read_plane_of_halves<__VA_ARGS__>(L, r); \
+        else read_paired<__VA_ARGS__>(L, r); \
     }
-#define HALVES_KERNELS(KIND, NAME, SEALS, DECODES, ...) \
+#define PAIRED_KERNELS(KIND, NAME, SEALS, DECODES, ...) \
     extern "C" __global__ void SEALS KIND##_seal_##NAME(const __grid_constant__ Layout L, const Convert* s, u32 count) { \
-        seal_plane_of_halves<__VA_ARGS__>(L, fetched(s + step_of())); \
+        seal_paired<__VA_ARGS__>(L, fetched(s + step_of())); \
     } \
-    HALVES_DECODES(KIND, NAME, DECODES, __VA_ARGS__)
+    PAIRED_DECODES(KIND, NAME, DECODES, __VA_ARGS__)

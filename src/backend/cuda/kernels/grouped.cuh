@@ -248,6 +248,7 @@ template <u32 E, bool VALUES = false> __device__ __forceinline__ void seal_tiles
         const u32 head = t.row / L.block_tokens, token = t.row - head * L.block_tokens, d = t.active ? t.column * N : 0;
         bool again = !centre.fits<E>();
         if (!again) {
+            __syncwarp();
             const Turned<E> turned = centre.of<E, OFF>(head, d);
             centre.of_kind(d, [&](auto kind) {
 #pragma unroll
@@ -465,24 +466,25 @@ template <u32 E, u32 DIM> __device__ __forceinline__ void seal_halves(const Layo
     Centre centre(L, plane_of(L), s.index);
     const u32 count = Tile<E>::count(p, p.rows), warps = blockDim.x / 32, lane = threadIdx.x % 32;
     bool bad = false;
-    // The whole block takes every turn.
-    for (u32 first = 0; first < count; first += warps) {
-        const u32 tile = min(first + threadIdx.x / 32, count - 1);
+    for (u32 tile = threadIdx.x / 32; tile < count; tile += warps) {
         const u32 row = tile / ACROSS * TILE_ROWS + lane / COLUMNS, d = (tile % ACROSS * COLUMNS + lane % COLUMNS) * DIMS;
         const u64 from = p.raw + (u64)row * ROW + d * sizeof(u16);
         uint2 v[ROWS];
 #pragma unroll
         for (u32 k = 0; k < ROWS; k++) v[k] = __ldcs((const uint2*)(from + k * APART * ROW));
-        // Behind the loads that take longest.
-        if (first == 0) centre.turn<E>();
-        if (tile != first + threadIdx.x / 32) break;
         const u32 head = row / L.block_tokens, token = row - head * L.block_tokens;
         const bool in_first = d < HALF;
+        const u32 pair = in_first ? d : d - HALF;
+        // All that is loaded from here on comes behind the loads that take longest. No warp waits for others, as it would for means that they share.
+        __syncwarp();
         float own[DIMS], other[DIMS];
-        load_shared(centre.turned + head * DIM + d, own), load_shared(centre.turned + head * DIM + (in_first ? d + HALF : d - HALF), other);
+        centre.turned_halves<DIMS>(head, pair, own, other);
 #pragma unroll
-        for (u32 i = 0; i < DIMS; i++) other[i] = in_first ? other[i] : -other[i];
-        const float* const cos = centre.cos + token * HALF + (in_first ? d : d - HALF);
+        for (u32 i = 0; i < DIMS; i++) {
+            const float first = own[i], second = other[i];
+            own[i] = in_first ? first : second, other[i] = in_first ? second : -first;
+        }
+        const float* const cos = centre.cos + token * HALF + pair;
         const float* const sin = centre.sin + (cos - centre.cos);
 #pragma unroll
         for (u32 k = 0; k < ROWS; k++) {
@@ -593,9 +595,7 @@ template <u32 E, u32 DIM, class Place>
 __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, Centre centre, u32 tiles, u32 first, u32 apart, Place place) {
     constexpr u32 COLUMNS = Place::COLUMNS, ROWS = COLUMNS, APART = 32 / COLUMNS, HALF = DIM / 2, CODES = DIM * BITS / 8;
     const u32 lane = threadIdx.x % 32;
-    // The whole block takes every turn.
-    for (u32 turn = first; turn < tiles; turn += apart) {
-        const u32 tile = min(turn + threadIdx.x / 32, tiles - 1);
+    for (u32 tile = first + threadIdx.x / 32; tile < tiles; tile += apart) {
         const uint2 begin = place(tile);
         const u32 row = begin.x + lane / COLUMNS, d = begin.y + lane % COLUMNS * DIMS;
         u64 from = p.codes + (u64)row * CODES + d * BITS / 8;
@@ -616,19 +616,17 @@ __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, C
 #pragma unroll
             for (u32 i = 0; i < DIMS; i++) near &= leaves_room(least[half][i], step[half][i], finite_max<E>() - centre.most);
         }
-        // Behind the loads that take longest.
-        if (turn == first) centre.turn<E>();
-        if (tile != turn + threadIdx.x / 32) break;
+        const u32 head = row / L.block_tokens;
+        float of_x[DIMS], of_y[DIMS];
+        __syncwarp();
+        centre.turned_halves<DIMS>(head, d, of_x, of_y);
         if (!__all_sync(0xffffffffu, near)) {
             decode_exactly<E, DIM>(L, p, centre, begin, place);
             continue;
         }
-        const u32 head = row / L.block_tokens;
         u32 token = row - head * L.block_tokens;
         const float *cos = centre.cos + token * HALF + d, *sin = centre.sin + token * HALF + d;
         u64 to = place.target(head, token) + d * sizeof(u16);
-        float of_x[DIMS], of_y[DIMS];
-        load_shared(centre.turned + head * DIM + d, of_x), load_shared(centre.turned + head * DIM + d + HALF, of_y);
         // A loop that stays one: of all rows at once the compiler would keep too much.
 #pragma unroll 1
         for (u32 turns = ROWS / ROWS_BESIDE; turns > 0; turns--) {
@@ -647,10 +645,7 @@ __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, C
                 unpack<E>(pack_half<E>(x), x), unpack<E>(pack_half<E>(y), y);
                 Centre::load_table<DIMS>(cos + k * APART * HALF, c), Centre::load_table<DIMS>(sin + k * APART * HALF, s);
 #pragma unroll
-                for (u32 i = 0; i < DIMS; i++) {
-                    x[i] = __fmaf_rn(-of_y[i], s[i], __fmaf_rn(of_x[i], c[i], x[i]));
-                    y[i] = __fmaf_rn(of_x[i], s[i], __fmaf_rn(of_y[i], c[i], y[i]));
-                }
+                for (u32 i = 0; i < DIMS; i++) Centre::add_turned(x[i], y[i], of_x[i], of_y[i], c[i], s[i]);
                 if (place.wants(token + k * APART)) __stcs((uint2*)to, pack_half<E>(x)), __stcs((uint2*)(to + HALF * sizeof(u16)), pack_half<E>(y));
                 to += APART * place.per_token();
             }
@@ -664,14 +659,14 @@ template <u32 E, u32 DIM> __device__ __forceinline__ bool are_halves(const Layou
     return p.dim == DIM && are_vectors<E>(L, p) && centre.halves<E>();
 }
 
-template <u32 E, u32 DIM> __device__ __forceinline__ void seal_plane_of_halves(const Layout& L, const Convert& s) {
+template <u32 E, u32 DIM> __device__ __forceinline__ void seal_paired(const Layout& L, const Convert& s) {
     const Plane p(L, s.from, s.to, plane_of(L));
     if (!p.keys && are_vectors<E>(L, p)) seal_tiles<E, true>(L, s, p);
     else if (p.keys && are_halves<E, DIM>(L, p, Centre(L, plane_of(L), s.index))) seal_halves<E, DIM>(L, s, p);
     else plain_seal<E>(L, s, p);
 }
 
-template <u32 E, u32 DIM> __device__ __forceinline__ void reopen_plane_of_halves(const Layout& L, const Convert& s) {
+template <u32 E, u32 DIM> __device__ __forceinline__ void reopen_paired(const Layout& L, const Convert& s) {
     const Plane p(L, s.to, s.from, plane_of(L));
     const Centre centre(L, plane_of(L), s.index);
     if (!p.keys) return reopen_plane<E, true>(L, s, false);
@@ -680,7 +675,7 @@ template <u32 E, u32 DIM> __device__ __forceinline__ void reopen_plane_of_halves
     decode_halves<E, DIM>(L, p, centre, p.rows / TILE_ROWS * place.ACROSS, 0, blockDim.x / 32, place);
 }
 
-template <u32 E, u32 DIM> __device__ __forceinline__ void read_plane_of_halves(const Layout& L, const Read& r) {
+template <u32 E, u32 DIM> __device__ __forceinline__ void read_paired(const Layout& L, const Read& r) {
     const u32 plane = plane_of_read(L), warps = blockDim.x / 32;
     const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
     const Centre centre(L, 2 * r.layer + plane, r.index);
@@ -691,8 +686,8 @@ template <u32 E, u32 DIM> __device__ __forceinline__ void read_plane_of_halves(c
     decode_halves<E, DIM>(L, p, centre, L.kv_heads * place.of_head, blockIdx.z * warps, gridDim.z * warps, place);
 }
 
-HALVES_KERNELS(halves64, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), F16, 64)
-HALVES_KERNELS(halves64, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), BF16, 64)
-HALVES_KERNELS(halves128, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), F16, 128)
-HALVES_KERNELS(halves128, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), BF16, 128)
+PAIRED_KERNELS(halves64, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), F16, 64)
+PAIRED_KERNELS(halves64, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), BF16, 64)
+PAIRED_KERNELS(halves128, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), F16, 128)
+PAIRED_KERNELS(halves128, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), BF16, 128)
 #endif

@@ -120,8 +120,11 @@ struct DecodeTables : Signs {
         fill_values();
     }
     __device__ __forceinline__ void fill_values() {
-        for (u32 code = threadIdx.x; code < 1u << BITS; code += blockDim.x) values[code] = value_of(code);
+        put_values();
         __syncthreads();
+    }
+    __device__ __forceinline__ void put_values() {
+        for (u32 code = threadIdx.x; code < 1u << BITS; code += blockDim.x) values[code] = value_of(code);
     }
     __device__ __forceinline__ float value(u32 offset) const { return *(const float*)((const u8*)values + offset); }
 };
@@ -194,14 +197,11 @@ struct SealTables : Signs {
             for (u32 i = 0; i < AT_ONCE; i += 2) {
                 const float4 p = *(const float4*)(here + pair + i);
                 float *const a = y + (BESIDE ? 2 * (pair + i) : pair + i), *const b = a + (BESIDE ? 1 : PAIRS);
-                turn(a[0], b[0], p.x, p.y, t[turn_of % (AHEAD + 1)][i]);
-                turn(a[BESIDE ? 2 : 1], b[BESIDE ? 2 : 1], p.z, p.w, t[turn_of % (AHEAD + 1)][i + 1]);
+                const float2 *const by = t[turn_of % (AHEAD + 1)] + i;
+                Centre::add_turned(a[0], b[0], p.x, p.y, by[0].x, by[0].y);
+                Centre::add_turned(a[BESIDE ? 2 : 1], b[BESIDE ? 2 : 1], p.z, p.w, by[1].x, by[1].y);
             }
         }
-    }
-    static __device__ __forceinline__ void turn(float& a, float& b, float p, float q, float2 by) {
-        a = __fmaf_rn(-q, by.y, __fmaf_rn(p, by.x, a));
-        b = __fmaf_rn(p, by.y, __fmaf_rn(q, by.x, b));
     }
 #endif
     // The marked value of each place. Places that share a bank are seldom met at once.
@@ -683,10 +683,7 @@ __device__ __forceinline__ void decode_rows(const Plane& p, const Centre& centre
                 Centre::load_table<N>(centre.cos + token * centre.pairs + dim, c);
                 Centre::load_table<N>(centre.sin + token * centre.pairs + dim, s);
 #pragma unroll
-                for (u32 i = 0; i < N; i++) {
-                    a[i] = __fmaf_rn(-of_b[i], s[i], __fmaf_rn(of_a[i], c[i], a[i]));
-                    b[i] = __fmaf_rn(of_a[i], s[i], __fmaf_rn(of_b[i], c[i], b[i]));
-                }
+                for (u32 i = 0; i < N; i++) Centre::add_turned(a[i], b[i], of_a[i], of_b[i], c[i], s[i]);
                 __stcs(to + vector, pack<E>(a));
                 __stcs(to + vector + UNITS / 2 * lanes * VECTORS<E>, pack<E>(b));
             }

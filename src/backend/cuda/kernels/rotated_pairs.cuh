@@ -136,7 +136,8 @@ __device__ __forceinline__ void decode_pairs(const Layout& L, const Plane& p, Ce
         factor = read_factor(p.scales + (u64)row * 2);
     };
     fetch();
-    tables.fill_values();
+    tables.put_values();
+    // All threads see the values and the means behind its barrier.
     centre.turn<E>(S.fast.turned, TURNED_APART);
     // The means of the row's head: mostly a thread stays with one.
     float mean[PER_THREAD];
@@ -183,9 +184,9 @@ __device__ __forceinline__ void decode_pairs(const Layout& L, const Plane& p, Ce
                 Centre::load_table<STEP>(cos + pair, c), Centre::load_table<STEP>(sin + pair, s);
 #pragma unroll
                 for (u32 j = 0; j < STEP; j++) {
-                    const float p = mean[k * UNIT + 2 * j], q = mean[k * UNIT + 2 * j + 1];
-                    x[2 * j] = __fmaf_rn(-q, s[j], __fmaf_rn(p, c[j], scaled(k, 2 * j)));
-                    x[2 * j + 1] = __fmaf_rn(p, s[j], __fmaf_rn(q, c[j], scaled(k, 2 * j + 1)));
+                    const u32 i = 2 * j;
+                    x[i] = scaled(k, i), x[i + 1] = scaled(k, i + 1);
+                    Centre::add_turned(x[i], x[i + 1], mean[k * UNIT + i], mean[k * UNIT + i + 1], c[j], s[j]);
                 }
                 __stcs(to + k * LANES, pack<E>(x));
             }
@@ -200,9 +201,9 @@ __device__ __forceinline__ void decode_pairs(const Layout& L, const Plane& p, Ce
                     Centre::load_table<STEP>(cos + pair + i, c), Centre::load_table<STEP>(sin + pair + i, s);
 #pragma unroll
                     for (u32 j = 0; j < STEP; j++) {
-                        const float p = mean[k * UNIT + i + j], q = mean[fellow * UNIT + i + j];
-                        a[i + j] = __fmaf_rn(-q, s[j], __fmaf_rn(p, c[j], scaled(k, i + j)));
-                        b[i + j] = __fmaf_rn(p, s[j], __fmaf_rn(q, c[j], scaled(fellow, i + j)));
+                        const u32 at = i + j;
+                        a[at] = scaled(k, at), b[at] = scaled(fellow, at);
+                        Centre::add_turned(a[at], b[at], mean[k * UNIT + at], mean[fellow * UNIT + at], c[j], s[j]);
                     }
                 }
                 __stcs(to + k * LANES, pack<E>(a)), __stcs(to + fellow * LANES, pack<E>(b));
@@ -213,13 +214,13 @@ __device__ __forceinline__ void decode_pairs(const Layout& L, const Plane& p, Ce
     if (!__all_sync(0xffffffffu, all_quick)) decode_exactly<E, DIM>(p, centre, tables, output, rows, begin, apart, place);
 }
 
-template <u32 E, u32 DIM> __device__ __forceinline__ void reopen_plane_of_halves(const Layout& L, const Convert& s) {
+template <u32 E, u32 DIM> __device__ __forceinline__ void reopen_paired(const Layout& L, const Convert& s) {
     const Plane p(L, s.to, s.from, plane_of(L));
     const Centre centre(L, plane_of(L), s.index);
     decode_pairs<E, DIM>(L, p, centre, p.raw, 0, L.block_tokens, 0, 1, [&](u32 head, u32 token) { return head * L.block_tokens + token; });
 }
 
-template <u32 E, u32 DIM> __device__ __forceinline__ void read_plane_of_halves(const Layout& L, const Read& r) {
+template <u32 E, u32 DIM> __device__ __forceinline__ void read_paired(const Layout& L, const Read& r) {
     const u32 plane = plane_of_read(L);
     const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
     const Centre centre(L, 2 * r.layer + plane, r.index);
@@ -228,7 +229,7 @@ template <u32 E, u32 DIM> __device__ __forceinline__ void read_plane_of_halves(c
     });
 }
 
-HALVES_DECODES(turned64, f16, __launch_bounds__(256, 2), F16, 64)
-HALVES_DECODES(turned64, bf16, __launch_bounds__(256, 2), BF16, 64)
-HALVES_DECODES(turned128, f16, __launch_bounds__(256, 2), F16, 128)
-HALVES_DECODES(turned128, bf16, __launch_bounds__(256, 2), BF16, 128)
+PAIRED_DECODES(turned64, f16, __launch_bounds__(128, 4), F16, 64)
+PAIRED_DECODES(turned64, bf16, __launch_bounds__(128, 4), BF16, 64)
+PAIRED_DECODES(turned128, f16, __launch_bounds__(128, 4), F16, 128)
+PAIRED_DECODES(turned128, bf16, __launch_bounds__(128, 4), BF16, 128)

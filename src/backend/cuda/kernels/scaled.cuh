@@ -424,7 +424,7 @@ __device__ __forceinline__ void seal_halves(const Layout& L, const Convert& s, C
     if (bad) raise(s.flag);
 }
 
-template <u32 E> __device__ __forceinline__ void seal_plane_of_halves(const Layout& L, const Convert& s) {
+template <u32 E> __device__ __forceinline__ void seal_paired(const Layout& L, const Convert& s) {
     const Plane p(L, s.from, s.to, plane_of(L));
     const Centre centre(L, plane_of(L), s.index);
     if (!centre.on) return seal_plane<E, false>(L, s, false);
@@ -480,7 +480,7 @@ __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, C
     }
 }
 
-template <u32 E> __device__ __forceinline__ void reopen_plane_of_halves(const Layout& L, const Convert& s) {
+template <u32 E> __device__ __forceinline__ void reopen_paired(const Layout& L, const Convert& s) {
     const Plane p(L, s.to, s.from, plane_of(L));
     const Centre centre(L, plane_of(L), s.index);
     if (!centre.on) return reopen_plane<E, false>(L, s, false);
@@ -488,7 +488,7 @@ template <u32 E> __device__ __forceinline__ void reopen_plane_of_halves(const La
     decode_halves<E>(L, p, centre, p.raw, 0, L.block_tokens, 0, 1, [&](u32 head, u32 token) { return head * L.block_tokens + token; });
 }
 
-template <u32 E> __device__ __forceinline__ void read_plane_of_halves(const Layout& L, const Read& r) {
+template <u32 E> __device__ __forceinline__ void read_paired(const Layout& L, const Read& r) {
     const u32 plane = plane_of_read(L);
     const Plane p(L, r.slot[plane], r.slot[plane], 2 * r.layer + plane);
     const Centre centre(L, 2 * r.layer + plane, r.index);
@@ -498,6 +498,6 @@ template <u32 E> __device__ __forceinline__ void read_plane_of_halves(const Layo
     decode_halves<E>(L, p, centre, output, r.first_token, r.tokens, blockIdx.z, gridDim.z, [&](u32 head, u32 token) { return token * L.kv_heads + head; });
 }
 
-HALVES_KERNELS(halves, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), F16)
-HALVES_KERNELS(halves, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), BF16)
+PAIRED_KERNELS(halves, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), F16)
+PAIRED_KERNELS(halves, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), BF16)
 #endif
