@@ -289,15 +289,15 @@ impl Kernels {
             // Seals of rotated rows take the centres of all pairs off in one way.
             let decodes_turned = rotated && turned.is_some() && [64, 128].contains(&block.key_dim);
             let function = |module: &Arc<Module>, name: &str| {
-                // Kernels of `int8` and `fp8` are for all lengths of rows
-                // that have halves, others for one each.
+                // Those of `int8` and `fp8` are for all lengths of rows that have halves, others for one each. Seals of `int4` and `int2`
+                // are for neighbours as well.
                 let kind = match (format, block.key_dim) {
                     (_, 64) if decodes_turned && name != "seal" => "turned64_",
                     (_, 128) if decodes_turned && name != "seal" => "turned128_",
-                    _ if rotated || !halves => "",
-                    (Format::Int8 | Format::Fp8, _) => "halves_",
-                    (_, 64) => "halves64_",
-                    (_, 128) => "halves128_",
+                    _ if rotated || turned.is_none() => "",
+                    (Format::Int8 | Format::Fp8, _) if halves => "halves_",
+                    (Format::Int4 | Format::Int2, 64) if halves || name == "seal" => "paired64_",
+                    (Format::Int4 | Format::Int2, 128) if halves || name == "seal" => "paired128_",
                     _ => "",
                 };
                 let function = pick(module, kind, name, element)?;

@@ -390,6 +390,20 @@ struct Centre {
         }
     }
 
+    // The means of the four dims from `d` on after the turn of the block, and those of the other dims of their pairs with the sign that they are added with
+    // where a centre is taken off: where pairs are neighbours.
+    __device__ __forceinline__ void turned_beside(u32 head, u32 d, float* own, float* other) const {
+        float p[4], turns[4];
+        load_table<4>(means + head * dim + d, p), load_table<4>((const float*)(of_block + d / 2), turns);
+#pragma unroll
+        for (u32 i = 0; i < 4; i += 2) {
+            const float c = turns[i], s = turns[i + 1];
+            own[i] = __fsub_rn(__fmul_rn(p[i], c), __fmul_rn(p[i + 1], s));
+            own[i + 1] = __fadd_rn(__fmul_rn(p[i], s), __fmul_rn(p[i + 1], c));
+            other[i] = own[i + 1], other[i + 1] = -own[i];
+        }
+    }
+
     // The means of N dims from `d` on of the first half of a head, and of their fellows in the second, after the turn of the block: where pairs lie so.
     template <u32 N> __device__ __forceinline__ void turned_halves(u32 head, u32 d, float* x, float* y) const {
         const float* mean = means + head * dim + d;

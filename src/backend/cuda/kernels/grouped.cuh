@@ -454,13 +454,13 @@ FORMAT_KERNELS(F32, f32)
 
 // ---------------------------------------------------------------------------------------------------------------------
 #if CENTRED
-// Keys whose dims are pairs half a row apart, in rows of DIM elements of two bytes: a length that is known makes addresses cheap.
+// Keys all of whose dims turn, in rows of DIM elements of two bytes: a length that is known makes addresses cheap. Decoding is for pairs half a row apart.
 
 // A lane has four dims of 16 rows of a tile, or of either half of a row: so few that what its rows have in common stays in registers.
 enum { DIMS = 4, ROWS_BESIDE = 4 };
 
-// The tiles are those of `Tile`.
-template <u32 E, u32 DIM> __device__ __forceinline__ void seal_halves(const Layout& L, const Convert& s, const Plane& p) {
+// The tiles are those of `Tile`. The dims of a pair are BESIDE each other, or half a row apart.
+template <u32 E, u32 DIM, bool BESIDE> __device__ __forceinline__ void seal_turned(const Layout& L, const Convert& s, const Plane& p) {
     constexpr u32 COLUMNS = 16, ROWS = 16, APART = 2, HALF = DIM / 2, ACROSS = DIM / (COLUMNS * DIMS);
     constexpr u32 ROW = DIM * sizeof(u16), CODES = DIM * BITS / 8;
     Centre centre(L, plane_of(L), s.index);
@@ -474,15 +474,19 @@ template <u32 E, u32 DIM> __device__ __forceinline__ void seal_halves(const Layo
         for (u32 k = 0; k < ROWS; k++) v[k] = __ldcs((const uint2*)(from + k * APART * ROW));
         const u32 head = row / L.block_tokens, token = row - head * L.block_tokens;
         const bool in_first = d < HALF;
-        const u32 pair = in_first ? d : d - HALF;
+        const u32 pair = BESIDE ? d / 2 : in_first ? d : d - HALF;
         // All that is loaded from here on comes behind the loads that take longest. No warp waits for others, as it would for means that they share.
         __syncwarp();
         float own[DIMS], other[DIMS];
-        centre.turned_halves<DIMS>(head, pair, own, other);
+        if (BESIDE) {
+            centre.turned_beside(head, d, own, other);
+        } else {
+            centre.turned_halves<DIMS>(head, pair, own, other);
 #pragma unroll
-        for (u32 i = 0; i < DIMS; i++) {
-            const float first = own[i], second = other[i];
-            own[i] = in_first ? first : second, other[i] = in_first ? second : -first;
+            for (u32 i = 0; i < DIMS; i++) {
+                const float first = own[i], second = other[i];
+                own[i] = in_first ? first : second, other[i] = in_first ? second : -first;
+            }
         }
         const float* const cos = centre.cos + token * HALF + pair;
         const float* const sin = centre.sin + (cos - centre.cos);
@@ -490,7 +494,13 @@ template <u32 E, u32 DIM> __device__ __forceinline__ void seal_halves(const Layo
         for (u32 k = 0; k < ROWS; k++) {
             float x[DIMS], c[DIMS], s[DIMS];
             unpack<E>(v[k], x);
-            load_constant(cos + k * APART * HALF, c), load_constant(sin + k * APART * HALF, s);
+            if (BESIDE) {
+                const float2 cs = __ldg((const float2*)(cos + k * APART * HALF)), ss = __ldg((const float2*)(sin + k * APART * HALF));
+                c[0] = c[1] = cs.x, c[2] = c[3] = cs.y;
+                s[0] = s[1] = ss.x, s[2] = s[3] = ss.y;
+            } else {
+                load_constant(cos + k * APART * HALF, c), load_constant(sin + k * APART * HALF, s);
+            }
 #pragma unroll
             for (u32 i = 0; i < DIMS; i++) x[i] = __fmaf_rn(other[i], s[i], __fmaf_rn(-own[i], c[i], x[i]));
             v[k] = pack_half<E>(x);
@@ -654,16 +664,20 @@ __device__ __forceinline__ void decode_halves(const Layout& L, const Plane& p, C
     }
 }
 
-// Whether keys are for these kernels.
+// Whether keys are for these kernels, and those that decode besides.
+template <u32 E, u32 DIM> __device__ __forceinline__ bool are_turned(const Layout& L, const Plane& p, const Centre& centre) {
+    return p.dim == DIM && are_vectors<E>(L, p) && centre.all_turn<E>();
+}
 template <u32 E, u32 DIM> __device__ __forceinline__ bool are_halves(const Layout& L, const Plane& p, const Centre& centre) {
-    return p.dim == DIM && are_vectors<E>(L, p) && centre.halves<E>();
+    return are_turned<E, DIM>(L, p, centre) && centre.apart != 1;
 }
 
 template <u32 E, u32 DIM> __device__ __forceinline__ void seal_paired(const Layout& L, const Convert& s) {
     const Plane p(L, s.from, s.to, plane_of(L));
     if (!p.keys && are_vectors<E>(L, p)) seal_tiles<E, true>(L, s, p);
-    else if (p.keys && are_halves<E, DIM>(L, p, Centre(L, plane_of(L), s.index))) seal_halves<E, DIM>(L, s, p);
-    else plain_seal<E>(L, s, p);
+    else if (!p.keys || !are_turned<E, DIM>(L, p, Centre(L, plane_of(L), s.index))) plain_seal<E>(L, s, p);
+    else if (L.centres.apart == 1) seal_turned<E, DIM, true>(L, s, p);
+    else seal_turned<E, DIM, false>(L, s, p);
 }
 
 template <u32 E, u32 DIM> __device__ __forceinline__ void reopen_paired(const Layout& L, const Convert& s) {
@@ -686,8 +700,8 @@ template <u32 E, u32 DIM> __device__ __forceinline__ void read_paired(const Layo
     decode_halves<E, DIM>(L, p, centre, L.kv_heads * place.of_head, blockIdx.z * warps, gridDim.z * warps, place);
 }
 
-PAIRED_KERNELS(halves64, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), F16, 64)
-PAIRED_KERNELS(halves64, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), BF16, 64)
-PAIRED_KERNELS(halves128, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), F16, 128)
-PAIRED_KERNELS(halves128, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), BF16, 128)
+PAIRED_KERNELS(paired64, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), F16, 64)
+PAIRED_KERNELS(paired64, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), BF16, 64)
+PAIRED_KERNELS(paired128, f16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), F16, 128)
+PAIRED_KERNELS(paired128, bf16, __launch_bounds__(256, 3), __launch_bounds__(256, 3), BF16, 128)
 #endif
