@@ -245,11 +245,18 @@ impl BlockStore {
         each.cloned().unwrap_or(Positions::Contiguous(block.index * self.layout.block_tokens as u32))
     }
 
-    /// A block of a sequence that was thinned out is full, at place `at` of it.
-    pub(super) fn set_positions(&mut self, id: BlockId, compacted: &Compacted, at: usize) {
-        debug_assert!(self.get(id).private, "what is behind dropped tokens has no key");
-        let positions = Positions::of_block(Some(compacted), at, self.layout.block_tokens);
-        if positions == Positions::Contiguous((at * self.layout.block_tokens) as u32) {
+    /// The block at place `at` of a sequence is full, which may have been thinned out and may have had tokens cut off since.
+    pub(super) fn set_positions(&mut self, id: BlockId, compacted: Option<&Compacted>, at: usize) {
+        if compacted.is_none() && self.positions.is_empty() {
+            return;
+        }
+        debug_assert!(
+            compacted.is_none() || self.get(id).private,
+            "what is behind dropped tokens has no key"
+        );
+        let block_tokens = self.layout.block_tokens;
+        let positions = Positions::of_block(compacted, at, block_tokens);
+        if positions == Positions::Contiguous((at * block_tokens) as u32) {
             self.positions.remove(&id);
         } else {
             self.positions.insert(id, positions);

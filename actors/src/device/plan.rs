@@ -575,10 +575,8 @@ pub(super) fn complete(
     state: &SequenceState,
     at: usize,
 ) {
-    if config.centred
-        && let Some(compacted) = &state.compacted
-    {
-        blocks.set_positions(state.blocks[at], compacted, at);
+    if config.centred {
+        blocks.set_positions(state.blocks[at], state.compacted.as_deref(), at);
     }
     blocks.complete(state.blocks[at], counters);
 }
