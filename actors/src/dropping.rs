@@ -124,7 +124,7 @@ impl Dropping {
     /// which have outlived a dropping before.
     ///
     /// What goes is a whole number of blocks, so that those behind begin where blocks do. Each time all that stays is copied. So a block of room must be gained, and a quarter as many tokens be new as were kept: then
-    /// no token of a growing sequence costs more than a few copies, and it is over its ratio by no more than that quarter.
+    /// no token of a growing sequence costs more than a few copies, and it is over its ratio by no more than that quarter and a block.
     pub fn due(
         &self,
         committed: u32,

@@ -36,6 +36,8 @@ fn cases() -> Vec<Case> {
         (Format::Int4.into(), F16, 32, HalfSplit, 64),
         (Format::Int4.into(), F32, 32, Interleaved, 48),
         (Format::Int2.into(), Bf16, 64, HalfSplit, 64),
+        (Format::Int4.into(), Bf16, 32, Interleaved, 64),
+        (Format::Int2.into(), F16, 32, Interleaved, 64),
         (mixed, F32, 32, HalfSplit, 64),
     ]
 }

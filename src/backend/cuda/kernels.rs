@@ -307,6 +307,9 @@ impl Kernels {
                     match (centred.is_some(), name) {
                         (false, _) => function.prefer_shared_memory(100)?,
                         (true, "seal") => function.prefer_cache(module.gpu(), ROTATED_SEAL_THREADS)?,
+                        (true, _) if decodes_turned => {
+                            function.prefer_cache(module.gpu(), TURNED_DECODE_THREADS)?
+                        }
                         (true, _) => function.prefer_shared_memory(50)?,
                     }
                 }

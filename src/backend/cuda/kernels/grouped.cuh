@@ -675,9 +675,14 @@ template <u32 E, u32 DIM> __device__ __forceinline__ bool are_halves(const Layou
 template <u32 E, u32 DIM> __device__ __forceinline__ void seal_paired(const Layout& L, const Convert& s) {
     const Plane p(L, s.from, s.to, plane_of(L));
     if (!p.keys && are_vectors<E>(L, p)) seal_tiles<E, true>(L, s, p);
-    else if (!p.keys || !are_turned<E, DIM>(L, p, Centre(L, plane_of(L), s.index))) plain_seal<E>(L, s, p);
-    else if (L.centres.apart == 1) seal_turned<E, DIM, true>(L, s, p);
-    else seal_turned<E, DIM, false>(L, s, p);
+    else if (p.keys && are_turned<E, DIM>(L, p, Centre(L, plane_of(L), s.index))) {
+        if (L.centres.apart == 1) seal_turned<E, DIM, true>(L, s, p);
+        else seal_turned<E, DIM, false>(L, s, p);
+    } else if (p.keys && are_vectors<E>(L, p)) {
+        bool bad = false;
+        for (u32 tile = threadIdx.x / 32; tile < Tile<E>::count(p, p.rows); tile += blockDim.x / 32) bad |= seal_exactly<E>(L, s, tile);
+        if (bad) raise(s.flag);
+    } else plain_seal<E>(L, s, p);
 }
 
 template <u32 E, u32 DIM> __device__ __forceinline__ void reopen_paired(const Layout& L, const Convert& s) {

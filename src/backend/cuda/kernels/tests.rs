@@ -361,7 +361,7 @@ impl Bench {
 }
 
 /// `(block_tokens, layers, kv_heads, key_dim, value_dim)`.
-const SHAPES: [(u32, u32, u32, u32, u32); 19] = [
+const SHAPES: [(u32, u32, u32, u32, u32); 21] = [
     (32, 1, 1, 64, 64),
     (32, 1, 1, 80, 80),
     (32, 1, 1, 128, 128),
@@ -382,6 +382,9 @@ const SHAPES: [(u32, u32, u32, u32, u32); 19] = [
     (24, 1, 2, 256, 128),
     // As many means as a thread block keeps.
     (16, 1, 32, 128, 128),
+    // Neighbouring dims are pairs where there are two heads.
+    (32, 2, 2, 64, 64),
+    (64, 1, 2, 128, 128),
 ];
 
 /// Where the block of a bench stands in its sequence.
@@ -394,7 +397,10 @@ fn some_centres(geometry: &Geometry) -> Centres {
     geometry.groups[0].rope = Some(crate::Rope {
         inv_freq: (0..rotary_dims / 2).map(|i| 100f32.powf(-(i as f32) / dim as f32)).collect(),
         rotary_dims,
-        layout: if dim % 32 == 0 { RopeLayout::HalfSplit } else { RopeLayout::Interleaved },
+        layout: match dim % 32 == 0 && geometry.groups[0].kv_heads != 2 {
+            true => RopeLayout::HalfSplit,
+            false => RopeLayout::Interleaved,
+        },
         attention_scale: 1.0,
     });
     let mut means = crate::KeyMeansBuilder::new(&geometry).unwrap();
