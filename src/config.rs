@@ -152,8 +152,8 @@ impl CompressionMethod {
 
 /// Token dropping: keeping fewer tokens of a sequence than it was given, as its writes are committed.
 ///
-/// Truncation keeps to the ratio all the time. By scores, tokens are dropped down to the ratio, as many whole blocks as that allows, whenever that gains a block and a quarter as many
-/// tokens are new as were kept the last time; for moments and scores of the caller's own there is
+/// Truncation keeps to the ratio all the time. By scores, tokens are dropped down to the ratio, as many whole blocks as that allows, whenever that
+/// gains a block and a quarter as many tokens are new as were kept the last time; for moments and scores of the caller's own there is
 /// [`Sequence::drop_tokens`](crate::Sequence::drop_tokens), which needs none of these settings. A cache that drops tokens by itself shares nothing
 /// by prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -123,8 +123,9 @@ impl Dropping {
     /// The score, and how many tokens shall stay of a sequence's `committed`, if it is time to drop some. `stored` of them are there, `thinned` of
     /// which have outlived a dropping before.
     ///
-    /// What goes is a whole number of blocks, so that those behind begin where blocks do. Each time all that stays is copied. So a block of room must be gained, and a quarter as many tokens be new as were kept: then
-    /// no token of a growing sequence costs more than a few copies, and it is over its ratio by no more than that quarter and a block.
+    /// What goes is a whole number of blocks, so that those behind begin where blocks do. Each time all that stays is copied. So a block of room
+    /// must be gained, and a quarter as many tokens be new as were kept: then no token of a growing sequence costs more than a few copies, and it
+    /// is over its ratio by no more than that quarter and a block.
     pub fn due(
         &self,
         committed: u32,

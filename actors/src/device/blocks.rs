@@ -242,7 +242,8 @@ impl BlockStore {
     pub(super) fn positions(&self, id: BlockId) -> Positions {
         let block = self.get(id);
         let each = if block.private && !self.positions.is_empty() { self.positions.get(&id) } else { None };
-        each.cloned().unwrap_or(Positions::Contiguous(block.index * self.layout.block_tokens as u32))
+        each.cloned()
+            .unwrap_or_else(|| Positions::of_block(None, block.index as usize, self.layout.block_tokens))
     }
 
     /// The block at place `at` of a sequence is full, which may have been thinned out and may have had tokens cut off since.
@@ -256,7 +257,7 @@ impl BlockStore {
         );
         let block_tokens = self.layout.block_tokens;
         let positions = Positions::of_block(compacted, at, block_tokens);
-        if positions == Positions::Contiguous((at * block_tokens) as u32) {
+        if positions == Positions::of_block(None, at, block_tokens) {
             self.positions.remove(&id);
         } else {
             self.positions.insert(id, positions);

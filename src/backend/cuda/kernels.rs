@@ -286,21 +286,21 @@ impl Kernels {
             let turned = centred.filter(|tables| all_turn(block, &tables.at));
             // Half a row apart.
             let halves = turned.is_some_and(|tables| tables.at.apart != 1);
-            // Seals of rotated rows take the centres of all pairs off in one way.
-            let decodes_turned = rotated && turned.is_some() && [64, 128].contains(&block.key_dim);
+            let dim = block.key_dim;
+            let of_one_dim = turned.is_some() && [64, 128].contains(&dim);
+            let decodes_turned = rotated && of_one_dim;
             let function = |module: &Arc<Module>, name: &str| {
                 // Those of `int8` and `fp8` are for all lengths of rows that have halves, others for one each. Seals of `int4` and `int2`
-                // are for neighbours as well.
-                let kind = match (format, block.key_dim) {
-                    (_, 64) if decodes_turned && name != "seal" => "turned64_",
-                    (_, 128) if decodes_turned && name != "seal" => "turned128_",
-                    _ if rotated || turned.is_none() => "",
-                    (Format::Int8 | Format::Fp8, _) if halves => "halves_",
-                    (Format::Int4 | Format::Int2, 64) if halves || name == "seal" => "paired64_",
-                    (Format::Int4 | Format::Int2, 128) if halves || name == "seal" => "paired128_",
-                    _ => "",
+                // are for neighbours as well; those of rotated rows take the centres of all pairs off in one way.
+                let kind = match format {
+                    _ if decodes_turned && name != "seal" => format!("turned{dim}_"),
+                    Format::Int8 | Format::Fp8 if halves => "halves_".to_owned(),
+                    Format::Int4 | Format::Int2 if of_one_dim && (halves || name == "seal") => {
+                        format!("paired{dim}_")
+                    }
+                    _ => String::new(),
                 };
-                let function = pick(module, kind, name, element)?;
+                let function = pick(module, &kind, name, element)?;
                 // Their plain twins keep a row in shared memory, which leaves room for few blocks otherwise. Centres want a cache for
                 // their tables beside it.
                 if rotated {

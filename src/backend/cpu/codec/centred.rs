@@ -156,13 +156,16 @@ macro_rules! by_steps {
         ) {
             use ElementType as T;
             behind_turn(centres, sign, src, |moves| match (elements, src) {
-                ([T::F16, T::F16], _) => move_all::<F16, F16>(moves, src, dst, dst_stride),
-                ([T::Bf16, T::Bf16], _) => move_all::<BF16, BF16>(moves, src, dst, dst_stride),
-                ([T::F32, T::F32], _) => move_all::<F32, F32>(moves, src, dst, dst_stride),
-                ([T::F16, T::F32], Some(src)) => move_to_others::<F16, F32>(moves, src, dst, dst_stride),
-                ([T::Bf16, T::F32], Some(src)) => move_to_others::<BF16, F32>(moves, src, dst, dst_stride),
-                ([T::F32, T::F16], Some(src)) => move_to_others::<F32, F16>(moves, src, dst, dst_stride),
-                ([T::F32, T::Bf16], Some(src)) => move_to_others::<F32, BF16>(moves, src, dst, dst_stride),
+                ([T::F16, T::F16], Some(src)) => move_all::<F16, F16, true>(moves, src, dst, dst_stride),
+                ([T::F16, T::F16], None) => move_all::<F16, F16, false>(moves, &[], dst, dst_stride),
+                ([T::Bf16, T::Bf16], Some(src)) => move_all::<BF16, BF16, true>(moves, src, dst, dst_stride),
+                ([T::Bf16, T::Bf16], None) => move_all::<BF16, BF16, false>(moves, &[], dst, dst_stride),
+                ([T::F32, T::F32], Some(src)) => move_all::<F32, F32, true>(moves, src, dst, dst_stride),
+                ([T::F32, T::F32], None) => move_all::<F32, F32, false>(moves, &[], dst, dst_stride),
+                ([T::F16, T::F32], Some(src)) => move_all::<F16, F32, true>(moves, src, dst, dst_stride),
+                ([T::Bf16, T::F32], Some(src)) => move_all::<BF16, F32, true>(moves, src, dst, dst_stride),
+                ([T::F32, T::F16], Some(src)) => move_all::<F32, F16, true>(moves, src, dst, dst_stride),
+                ([T::F32, T::Bf16], Some(src)) => move_all::<F32, BF16, true>(moves, src, dst, dst_stride),
                 _ => super::centred::move_each(elements, moves, src, dst, dst_stride),
             });
         }
@@ -170,36 +173,16 @@ macro_rules! by_steps {
         /// The common head dims, if all of their elements turn, have loops of known length.
         #[inline]
         #[target_feature(enable = $features)]
-        fn move_all<const FROM: u8, const TO: u8>(
-            moves: &Moves,
-            src: Option<&[u8]>,
-            dst: &mut [u8],
-            dst_stride: usize,
-        ) {
-            let pairs = if moves.mean.len() == 2 * moves.pairs { moves.pairs } else { 0 };
-            match (src, pairs) {
-                (Some(src), 32) => move_each::<FROM, TO, true, 32>(moves, src, dst, dst_stride),
-                (Some(src), 64) => move_each::<FROM, TO, true, 64>(moves, src, dst, dst_stride),
-                (Some(src), _) => move_each::<FROM, TO, true, 0>(moves, src, dst, dst_stride),
-                (None, 32) => move_each::<FROM, TO, false, 32>(moves, &[], dst, dst_stride),
-                (None, 64) => move_each::<FROM, TO, false, 64>(moves, &[], dst, dst_stride),
-                (None, _) => move_each::<FROM, TO, false, 0>(moves, &[], dst, dst_stride),
-            }
-        }
-
-        /// [`move_all`] between types.
-        #[inline]
-        #[target_feature(enable = $features)]
-        fn move_to_others<const FROM: u8, const TO: u8>(
+        fn move_all<const FROM: u8, const TO: u8, const COPY: bool>(
             moves: &Moves,
             src: &[u8],
             dst: &mut [u8],
             dst_stride: usize,
         ) {
             match if moves.mean.len() == 2 * moves.pairs { moves.pairs } else { 0 } {
-                32 => move_each::<FROM, TO, true, 32>(moves, src, dst, dst_stride),
-                64 => move_each::<FROM, TO, true, 64>(moves, src, dst, dst_stride),
-                _ => move_each::<FROM, TO, true, 0>(moves, src, dst, dst_stride),
+                32 => move_each::<FROM, TO, COPY, 32>(moves, src, dst, dst_stride),
+                64 => move_each::<FROM, TO, COPY, 64>(moves, src, dst, dst_stride),
+                _ => move_each::<FROM, TO, COPY, 0>(moves, src, dst, dst_stride),
             }
         }
 

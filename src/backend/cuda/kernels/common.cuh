@@ -341,6 +341,11 @@ struct Centre {
         cos = (const float*)L.centres.token_turns, sin = cos + block_tokens * pairs;
     }
 
+    // What the turn of a block makes of a pair of means.
+    static __device__ __forceinline__ float2 turned_pair(float x, float y, float cos, float sin) {
+        return make_float2(__fsub_rn(__fmul_rn(x, cos), __fmul_rn(y, sin)), __fadd_rn(__fmul_rn(x, sin), __fmul_rn(y, cos)));
+    }
+
     // Adds what the token's turn makes of a pair of means to the dims of the pair.
     static __device__ __forceinline__ void add_turned(float& x, float& y, float of_x, float of_y, float cos, float sin) {
         x = __fmaf_rn(-of_y, sin, __fmaf_rn(of_x, cos, x));
@@ -397,10 +402,9 @@ struct Centre {
         load_table<4>(means + head * dim + d, p), load_table<4>((const float*)(of_block + d / 2), turns);
 #pragma unroll
         for (u32 i = 0; i < 4; i += 2) {
-            const float c = turns[i], s = turns[i + 1];
-            own[i] = __fsub_rn(__fmul_rn(p[i], c), __fmul_rn(p[i + 1], s));
-            own[i + 1] = __fadd_rn(__fmul_rn(p[i], s), __fmul_rn(p[i + 1], c));
-            other[i] = own[i + 1], other[i + 1] = -own[i];
+            const float2 turned = turned_pair(p[i], p[i + 1], turns[i], turns[i + 1]);
+            own[i] = turned.x, own[i + 1] = turned.y;
+            other[i] = turned.y, other[i + 1] = -turned.x;
         }
     }
 
@@ -411,9 +415,8 @@ struct Centre {
         load_table<N>(mean, p), load_table<N>(mean + apart, q), load_table<2 * N>((const float*)(of_block + d), turns);
 #pragma unroll
         for (u32 i = 0; i < N; i++) {
-            const float c = turns[2 * i], s = turns[2 * i + 1];
-            x[i] = __fsub_rn(__fmul_rn(p[i], c), __fmul_rn(q[i], s));
-            y[i] = __fadd_rn(__fmul_rn(p[i], s), __fmul_rn(q[i], c));
+            const float2 turned = turned_pair(p[i], q[i], turns[2 * i], turns[2 * i + 1]);
+            x[i] = turned.x, y[i] = turned.y;
         }
     }
 
@@ -513,12 +516,7 @@ struct Centre {
         const u32 at = token * pairs + (O == BESIDE ? d / 2 : d < apart ? d : d - apart);
         float c[N], s[N];
         if (O == BESIDE) {
-#pragma unroll
-            for (u32 i = 0; i < N / 2; i += 2) {
-                const float2 cs = __ldg((const float2*)(cos + at + i)), ss = __ldg((const float2*)(sin + at + i));
-                c[2 * i] = c[2 * i + 1] = cs.x, c[2 * i + 2] = c[2 * i + 3] = cs.y;
-                s[2 * i] = s[2 * i + 1] = ss.x, s[2 * i + 2] = s[2 * i + 3] = ss.y;
-            }
+            load_beside<N>(cos + at, sin + at, c, s);
         } else {
             load_table<N>(cos + at, c), load_table<N>(sin + at, s);
         }
@@ -534,6 +532,16 @@ struct Centre {
     template <u32 N> static __device__ __forceinline__ void load_table(const float* from, float* to) {
 #pragma unroll
         for (u32 i = 0; i < N; i += 4) *(float4*)(to + i) = __ldg((const float4*)(from + i));
+    }
+
+    // Of neighbouring dims that are pairs: each pair's for both of its dims.
+    template <u32 N> static __device__ __forceinline__ void load_beside(const float* cos, const float* sin, float* c, float* s) {
+#pragma unroll
+        for (u32 i = 0; i < N / 2; i += 2) {
+            const float2 cs = __ldg((const float2*)(cos + i)), ss = __ldg((const float2*)(sin + i));
+            c[2 * i] = c[2 * i + 1] = cs.x, c[2 * i + 2] = c[2 * i + 3] = cs.y;
+            s[2 * i] = s[2 * i + 1] = ss.x, s[2 * i + 2] = s[2 * i + 3] = ss.y;
+        }
     }
 
     // A vector without, or with, its centre, rounded to the element type: wrong where something is not finite, or becomes so.

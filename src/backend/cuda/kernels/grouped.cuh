@@ -494,13 +494,8 @@ template <u32 E, u32 DIM, bool BESIDE> __device__ __forceinline__ void seal_turn
         for (u32 k = 0; k < ROWS; k++) {
             float x[DIMS], c[DIMS], s[DIMS];
             unpack<E>(v[k], x);
-            if (BESIDE) {
-                const float2 cs = __ldg((const float2*)(cos + k * APART * HALF)), ss = __ldg((const float2*)(sin + k * APART * HALF));
-                c[0] = c[1] = cs.x, c[2] = c[3] = cs.y;
-                s[0] = s[1] = ss.x, s[2] = s[3] = ss.y;
-            } else {
-                load_constant(cos + k * APART * HALF, c), load_constant(sin + k * APART * HALF, s);
-            }
+            if (BESIDE) Centre::load_beside<DIMS>(cos + k * APART * HALF, sin + k * APART * HALF, c, s);
+            else load_constant(cos + k * APART * HALF, c), load_constant(sin + k * APART * HALF, s);
 #pragma unroll
             for (u32 i = 0; i < DIMS; i++) x[i] = __fmaf_rn(other[i], s[i], __fmaf_rn(-own[i], c[i], x[i]));
             v[k] = pack_half<E>(x);

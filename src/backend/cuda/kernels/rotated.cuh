@@ -118,12 +118,10 @@ struct DecodeTables : Signs {
     template <u32 E> __device__ __forceinline__ void fill() {
         Signs::fill<E>();
         fill_values();
-    }
-    __device__ __forceinline__ void fill_values() {
-        put_values();
         __syncthreads();
     }
-    __device__ __forceinline__ void put_values() {
+    // Without a barrier.
+    __device__ __forceinline__ void fill_values() {
         for (u32 code = threadIdx.x; code < 1u << BITS; code += blockDim.x) values[code] = value_of(code);
     }
     __device__ __forceinline__ float value(u32 offset) const { return *(const float*)((const u8*)values + offset); }
@@ -161,7 +159,8 @@ struct SealTables : Signs {
             const u32 pair = i * WARP + lane;
             const float x = means[warp][pair * step], y = means[warp][pair * step + centre.apart];
             const float2 by = of_block[warp][pair];
-            turned[i] = make_float2(-__fsub_rn(__fmul_rn(x, by.x), __fmul_rn(y, by.y)), -__fadd_rn(__fmul_rn(x, by.y), __fmul_rn(y, by.x)));
+            const float2 mean = Centre::turned_pair(x, y, by.x, by.y);
+            turned[i] = make_float2(-mean.x, -mean.y);
         }
         __syncwarp();
 #pragma unroll

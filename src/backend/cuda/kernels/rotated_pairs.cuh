@@ -136,7 +136,7 @@ __device__ __forceinline__ void decode_pairs(const Layout& L, const Plane& p, Ce
         factor = read_factor(p.scales + (u64)row * 2);
     };
     fetch();
-    tables.put_values();
+    tables.fill_values();
     // All threads see the values and the means behind its barrier.
     centre.turn<E>(S.fast.turned, TURNED_APART);
     // The means of the row's head: mostly a thread stays with one.
